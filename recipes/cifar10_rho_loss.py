@@ -1,0 +1,106 @@
+"""RHO-LOSS on CIFAR-10 as published: even rows train, odd rows are the holdout that the irreducible losses come from.
+
+python recipes/cifar10_rho_loss.py --path <folder> --method rho_loss --noise 0.2 --out runs/rho_loss-0
+python recipes/cifar10_rho_loss.py --path <folder> --method uniform  --noise 0.2 --out runs/uniform-0
+python recipes/compare_runs.py runs
+"""
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from cifar10_data import ImageRows, image_loader, image_loaders, normalized, read_images, redraw_labels
+from common import best, fit_steps, last_five, machine, steps_to, write_run
+from fastai.data.external import URLs, untar_data
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import default_device, set_seed
+from fastcore.script import call_parse
+from torch import nn
+from torchvision.models import resnet18
+
+from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible
+
+
+def small_cnn(n_classes=10):
+    "Three blocks of convolution, batch norm, ReLU and max-pooling"
+    def block(n_in, n_out): return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128*4*4, n_classes))
+
+
+def resnet18_32px(n_classes=10):
+    "ResNet-18 with the stem for 32-pixel images: a 3x3 convolution, no pooling"
+    model = resnet18(num_classes=n_classes)
+    model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False),nn.Identity()
+    return model
+
+
+ARCHITECTURES = dict(small_cnn=small_cnn, resnet18=resnet18_32px)
+
+
+def make_learner(dls, arch, lr):
+    # torch's AdamW: fastai's Adam has other betas and eps than the published runs
+    return Learner(dls, ARCHITECTURES[arch](), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
+
+
+@call_parse
+def main(
+    path:str=None, # Folder with train/<class>/ and test/<class>/; default: fastai's URLs.CIFAR
+    method:str='rho_loss', # uniform, uniform_all (both halves), random (a random subset of each candidate batch) or rho_loss
+    noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes; the test set stays clean
+    frac:float=0.1, # Selected share of each candidate batch
+    bs:int=32, # Items trained on in each step, n_b
+    steps:int=4000, # Training steps
+    eval_every:int=200, # Steps between evaluations
+    arch:str='small_cnn', # small_cnn or resnet18
+    lr:float=1e-3, # Learning rate, constant
+    il_arch:str='small_cnn', # Architecture of the irreducible-loss model
+    il_epochs:int=20, # Its epochs; the best one's losses are kept
+    il_file:str=None, # Irreducible losses: loaded from here if the file exists, else fitted and saved here
+    seed:int=0, # Seed of weights and batches
+    noise_seed:int=0, # Seed of the labels and of the irreducible-loss model, which runs with other seeds may share
+    out:str='runs/cifar10_rho_loss', # Folder for history.csv, summary.json and accuracy.png
+):
+    "Train on CIFAR-10 with label noise, uniformly or with RHO-LOSS, at a given number of training steps"
+    methods = ('uniform', 'uniform_all', 'random', 'rho_loss')
+    if method not in methods: raise SystemExit(f"--method must be one of {', '.join(methods)}; got {method!r}.")
+    for name in (arch, il_arch):
+        if name not in ARCHITECTURES: raise SystemExit(f"--arch and --il_arch must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
+    settings = {k: v for k,v in locals().items() if k not in ('methods', 'name', 'path', 'out', 'il_file')}
+    device = default_device()
+    path = Path(path or untar_data(URLs.CIFAR))
+    images,targets,files = read_images(path/'train')
+    labels,noisy = redraw_labels(targets, noise, noise_seed)
+    everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/'test'))
+    even,odd = torch.arange(0, len(labels), 2),torch.arange(1, len(labels), 2)
+    train,holdout = everything if method=='uniform_all' else everything.of(even),everything.of(odd)
+
+    set_seed(seed)
+    learn = make_learner(image_loaders(train, test, bs, device=device), arch, lr)
+    il = None
+    if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
+    if method == 'rho_loss':
+        if il_file and Path(il_file).exists(): il = IrreducibleLosses.load(il_file)
+        else:
+            state = torch.get_rng_state()
+            set_seed(noise_seed)
+            learn_il = make_learner(image_loaders(holdout, test, 320, augment=True, device=device), il_arch, 1e-3)
+            il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
+            torch.set_rng_state(state)
+            if il_file: il.save(il_file)
+        learn.rho_loss(il, frac=frac)
+
+    began = time.perf_counter()
+    history = fit_steps(learn, steps, eval_every, normalized(test.images).to(device), test.targets.to(device))
+    seconds = time.perf_counter() - began
+    summary = dict(settings, best=best(history), steps_to_best=steps_to(history, best(history))[0], last_five=last_five(history),
+                   seconds=history[-1][3], seconds_with_evaluations=round(seconds, 1), il=il.info if il else None, **machine())
+    if il or method == 'random':
+        selected = learn.selection.selected.cpu()
+        summary.update(noisy_candidates=round(noisy[even].float().mean().item(), 4),
+                       noisy_selected=round((selected[noisy[even]].sum()/selected.sum()).item(), 4))
+    write_run(out, history, summary)
+    print(f"{method}: best accuracy {summary['best']:.4f} after {summary['steps_to_best']} of {steps} steps, mean of the last five evaluations "
+          f"{summary['last_five']:.4f}, {summary['seconds']:.0f} s of training" + (f", {il.info['seconds']:.0f} s for irreducible losses" if il else ''))
+    print(f"Written to {out}")

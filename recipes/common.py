@@ -1,0 +1,119 @@
+"""What the recipes share: training for a number of steps, evaluating on the way, and comparing runs."""
+import csv
+import json
+import platform
+import time
+from pathlib import Path
+
+import fastai
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
+
+import rholoss_fastai
+
+if not hasattr(__builtins__, '__IPYTHON__'): matplotlib.use('Agg')
+
+COLUMNS = ['step', 'epoch', 'accuracy', 'seconds', 'items_scored', 'items_trained']
+
+
+class TrainSteps(Callback):
+    "Train for `n_steps`, with the test accuracy every `every` steps; `seconds` leave the evaluations out"
+    order = 70 # after everything else
+
+    def __init__(self, n_steps, every, images, targets, bs=500):
+        self.n_steps,self.every,self.images,self.targets,self.bs = n_steps,every,images,targets,bs
+        self.history,self.step,self.items,self.spent = [],0,0,0.
+
+    def _clock(self):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def before_train(self): self.resumed = self._clock()
+    def after_train(self): self.spent += self._clock() - self.resumed
+    def before_validate(self): raise CancelValidException # the test set is looked at in after_batch
+
+    def after_batch(self):
+        if not self.training: return
+        self.step += 1
+        self.items += len(self.yb[0])
+        if self.step % self.every and self.step < self.n_steps: return
+        self.spent += self._clock() - self.resumed
+        record = getattr(self.learn, 'selection', None)
+        self.history.append([self.step, self.epoch, self.accuracy(), round(self.spent, 3), record.total('scored') if record else 0, self.items])
+        if self.step >= self.n_steps: raise CancelFitException
+        self.resumed = self._clock()
+
+    def accuracy(self):
+        model = self.model.eval()
+        with torch.no_grad():
+            right = [(model(x).argmax(1) == y).sum() for x,y in zip(self.images.split(self.bs), self.targets.split(self.bs))]
+        model.train()
+        return round(float(sum(right))/len(self.targets), 5)
+
+
+def fit_steps(learn, n_steps, every, images, targets):
+    "Fit `learn` at a constant rate for `n_steps` training steps; the history, a row each evaluation"
+    steps = TrainSteps(n_steps, every, images, targets)
+    with learn.no_logging(): learn.fit(n_steps, cbs=steps) # an epoch has at least one step, so this is enough of them
+    return steps.history
+
+
+def steps_to(history, accuracy):
+    "Row of `history` in which `accuracy` was first reached, or None"
+    return next((row for row in history if row[COLUMNS.index('accuracy')] >= accuracy), None)
+
+
+def best(history): return max(row[COLUMNS.index('accuracy')] for row in history)
+def last_five(history): return float(np.mean([row[COLUMNS.index('accuracy')] for row in history[-5:]]))
+
+
+def machine():
+    "What the figures were measured on"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return dict(device=device, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
+                rholoss_fastai=rholoss_fastai.__version__)
+
+
+def write_run(out, history, summary):
+    "Write history.csv, summary.json and accuracy.png to the folder `out`"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out/'history.csv', 'w', newline='') as f: csv.writer(f).writerows([COLUMNS, *history])
+    (out/'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
+    plot_histories({summary['method']: [history]}, out/'accuracy.png')
+
+
+def read_run(out):
+    "History and summary that `write_run` wrote"
+    out = Path(out)
+    with open(out/'history.csv') as f: rows = list(csv.reader(f))[1:]
+    return [[int(r[0]), int(r[1]), float(r[2]), float(r[3]), int(r[4]), int(r[5])] for r in rows], json.loads((out/'summary.json').read_text())
+
+
+def plot_histories(runs, path, title=None):
+    "Accuracy against steps and against seconds, a line a method: the mean over its runs, and their range. `runs`: method -> histories"
+    fig,axs = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')
+    for method,histories in runs.items():
+        rows = np.array([h[:min(map(len, histories))] for h in histories], dtype=float) # (runs, evaluations, columns)
+        accuracy = rows[:,:,2]
+        for ax,column in zip(axs, (0, 3)):
+            x = rows[:,:,column].mean(0)
+            line, = ax.plot(x, accuracy.mean(0), label=method)
+            ax.fill_between(x, accuracy.min(0), accuracy.max(0), alpha=0.2, color=line.get_color(), lw=0)
+    axs[0].set(xlabel='training steps', ylabel='test accuracy')
+    axs[1].set(xlabel='seconds of training')
+    axs[0].legend()
+    for ax in axs: ax.spines[['top', 'right']].set_visible(False)
+    if title: fig.suptitle(title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def print_table(header, rows):
+    "A plain table, columns aligned"
+    rows = [[str(o) for o in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows: print('  '.join(cell.ljust(w) if i==0 else cell.rjust(w) for i,(cell,w) in enumerate(zip(row, widths))))

@@ -1,0 +1,53 @@
+"""RHO-LOSS in two processes, with gloo on the CPU."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    pytest.importorskip('accelerate', reason='distributed training needs accelerate')
+    out = tmp_path_factory.mktemp('ranks')
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--standalone',
+                          str(Path(__file__).parent/'distributed_rho_loss.py'), str(out)], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [torch.load(out/f'rank{rank}.pt', weights_only=False) for rank in (0, 1)]
+
+
+def test_each_rank_selects_from_its_own_candidates(ranks):
+    for rank in ranks:
+        assert len(rank['candidates']) == len(rank['selected']) > 0
+        for candidates, selected in zip(rank['candidates'], rank['selected']): assert set(selected.tolist()) <= set(candidates.tolist())
+        assert {len(o) for o in rank['selected']} == {4}
+    first_epoch = [set(torch.cat(rank['candidates'][:len(rank['candidates'])//2]).tolist()) for rank in ranks]
+    assert not first_epoch[0] & first_epoch[1]
+
+
+def test_every_row_meets_its_own_irreducible_loss(ranks):
+    for rank in ranks:
+        assert len(rank['il_met']) == len(rank['candidates'])
+        for rows, il in zip(rank['candidates'], rank['il_met']): assert torch.equal(il, rank['il'][rows])
+
+
+def test_both_end_with_the_same_weights(ranks):
+    for a, b in zip(*[rank['weights'] for rank in ranks]): assert torch.equal(a, b)
+
+
+def test_the_ledger_counts_both(ranks):
+    loaded = sum(len(o) for rank in ranks for o in rank['candidates'])
+    trained = sum(len(o) for rank in ranks for o in rank['selected'])
+    for rank in ranks:
+        assert sum(rank['ledger']['loaded']) == loaded and sum(rank['ledger']['trained']) == trained
+        counts = torch.bincount(torch.cat([o for r in ranks for o in r['selected']]), minlength=200)
+        assert torch.equal(rank['counts'].long(), counts)
+        assert rank['seen'].sum() == loaded
+
+
+def test_folds_are_shared_out_and_every_rank_holds_the_whole_table(ranks):
+    assert torch.equal(ranks[0]['crossfit'], ranks[1]['crossfit'])
+    assert torch.isfinite(ranks[0]['crossfit']).all()

@@ -1,0 +1,479 @@
+"""Item losses against the loss function itself, called on one item at a time."""
+import copy, pickle, threading
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from functools import partial
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat,
+                           L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
+from rholoss_fastai.losses import ItemLosses, item_losses, plain, prediction
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # PyTorch's on batching rules, broadcasting and KL divergence's mean
+few = settings(max_examples=8, deadline=None, derandomize=True)
+sizes, seeds = st.integers(1, 5), st.integers(0, 2**16)
+
+def same_items(losses, expected, **kwargs): assert_close(losses, expected.float(), rtol=1e-4, atol=1e-5, **kwargs)
+
+def one_by_one(loss_func, pred, *targs):
+    return torch.stack([plain(loss_func(pred[i:i+1], *[t[i:i+1] for t in targs])).reshape(()) for i in range(len(pred))])
+
+def state(o): return {k: state(v) if hasattr(v, '__dict__') and not isinstance(v, Tensor) else v for k,v in vars(o).items()}
+
+# batches: (prediction, *targets)
+def classes(bs, shape=(), c=5): return torch.randn(bs, c, *shape), torch.randint(0, c, (bs, *shape))
+def masks(bs): return classes(bs, (3, 4))
+def sequences(bs): pred, targ = classes(bs, (6,)); return pred.transpose(1, 2).contiguous(), targ
+def labels(bs): return torch.randn(bs, 4), torch.randint(0, 2, (bs, 4))
+def float_labels(bs): pred, targ = labels(bs); return pred, targ.float()
+def probabilities(bs): pred, targ = float_labels(bs); return pred.sigmoid(), targ
+def soft(bs): return torch.randn(bs, 5), torch.rand(bs, 5).softmax(1)
+def numbers(bs, shape=()): return torch.randn(bs, *shape), torch.randn(bs, *shape)
+def columns(bs): return numbers(bs, (1,))
+def images(bs): return numbers(bs, (3, 4, 5))
+def column_and_row(bs): return torch.randn(bs, 1), torch.randn(bs)
+def distributions(bs): pred, targ = soft(bs); return pred.log_softmax(1), targ
+def log_probs(bs): pred, targ = classes(bs); return pred.log_softmax(1), targ
+def signs(bs): pred, targ = labels(bs); return pred, (2*targ - 1).float()
+def counts(bs): return torch.randn(bs, 3), torch.randint(0, 9, (bs, 3)).float()
+def with_variance(bs): return torch.randn(bs, 3), torch.randn(bs, 3), torch.rand(bs, 3) + 0.1
+def pairs(bs): return torch.randn(bs, 4), torch.randn(bs, 4), torch.randint(0, 2, (bs,))*2 - 1
+def rankings(bs): return torch.randn(bs), torch.randn(bs), (torch.randint(0, 2, (bs,))*2 - 1).float()
+def triples(bs): return torch.randn(bs, 4), torch.randn(bs, 4), torch.randn(bs, 4)
+def label_sets(bs): return torch.randn(bs, 4), torch.stack([torch.tensor([1, 3, -1, 0])]*bs)
+
+weight = torch.tensor([0.5, 1., 2., 3., 0.1])
+reducing = [ # (loss that takes a reduction, batches)
+    (CrossEntropyLossFlat, (classes, sequences)), (partial(CrossEntropyLossFlat, axis=1), (masks,)),
+    (partial(CrossEntropyLossFlat, label_smoothing=0.1), (classes, sequences)),
+    (LabelSmoothingCrossEntropyFlat, (classes, sequences)), (partial(LabelSmoothingCrossEntropyFlat, axis=1, eps=0.2), (masks,)),
+    (LabelSmoothingCrossEntropy, (classes, masks)),
+    (FocalLossFlat, (classes, sequences)), (partial(FocalLossFlat, axis=1, gamma=1.), (masks,)), (FocalLoss, (classes, masks)),
+    (BCEWithLogitsLossFlat, (labels, columns)), (partial(BCEWithLogitsLossFlat, pos_weight=torch.tensor([1., 2., 3., 4.])), (labels,)),
+    (BCELossFlat, (probabilities,)), (MSELossFlat, (numbers, columns, images, column_and_row)), (L1LossFlat, (numbers, columns, images)),
+    (DiceLoss, (masks,)), (partial(DiceLoss, square_in_union=True), (masks,)),
+    (nn.CrossEntropyLoss, (classes, masks, soft)), (partial(nn.CrossEntropyLoss, label_smoothing=0.1), (classes, masks)),
+    (nn.NLLLoss, (log_probs,)), (nn.BCEWithLogitsLoss, (float_labels,)), (nn.BCELoss, (probabilities,)),
+    (nn.MSELoss, (numbers, columns, images)), (nn.L1Loss, (numbers, images)), (nn.SmoothL1Loss, (images,)), (nn.HuberLoss, (images,)),
+    (nn.KLDivLoss, (distributions,)), (nn.PoissonNLLLoss, (counts,)), (nn.GaussianNLLLoss, (with_variance,)),
+    (nn.SoftMarginLoss, (signs,)), (nn.HingeEmbeddingLoss, (signs,)), (nn.MultiMarginLoss, (classes,)),
+    (nn.MultiLabelMarginLoss, (label_sets,)), (nn.MultiLabelSoftMarginLoss, (float_labels,)), (nn.CosineEmbeddingLoss, (pairs,)),
+    (nn.MarginRankingLoss, (rankings,)), (nn.TripletMarginLoss, (triples,)), (nn.TripletMarginWithDistanceLoss, (triples,)),
+]
+functions = [
+    (F.cross_entropy, (classes, masks, soft)), (F.nll_loss, (log_probs,)), (F.binary_cross_entropy_with_logits, (float_labels,)),
+    (F.binary_cross_entropy, (probabilities,)), (F.mse_loss, (numbers, images)), (F.l1_loss, (images,)), (F.smooth_l1_loss, (images,)),
+    (F.huber_loss, (columns,)), (F.kl_div, (distributions,)), (F.poisson_nll_loss, (counts,)), (F.gaussian_nll_loss, (with_variance,)),
+    (F.soft_margin_loss, (signs,)), (F.hinge_embedding_loss, (signs,)), (F.multi_margin_loss, (classes,)),
+    (F.multilabel_margin_loss, (label_sets,)), (F.multilabel_soft_margin_loss, (float_labels,)), (F.cosine_embedding_loss, (pairs,)),
+    (F.margin_ranking_loss, (rankings,)), (F.triplet_margin_loss, (triples,)), (partial(F.cross_entropy, label_smoothing=0.1), (masks,)),
+]
+def name_of(o):
+    if isinstance(o, partial): return f'{name_of(o.func)}-partial'
+    return getattr(o, '__name__', None)
+def cases(table): return [pytest.param(loss, batch, id=f'{name_of(loss)}-{batch.__name__}') for loss, batches in table for batch in batches]
+
+def check(loss_func, batch, reduction):
+    losses = ItemLosses(loss_func)
+    res = losses(*batch)
+    assert type(res) is Tensor and res.dtype == torch.float32 and res.shape == (len(batch[0]),)
+    assert losses.route in ('attribute', 'argument'), losses
+    same_items(res, one_by_one(loss_func, *batch))
+    whole = plain(loss_func(*batch))
+    same_items(res.sum() if reduction == 'sum' else res.mean(), whole)
+
+@few
+@given(bs=sizes, seed=seeds, reduction=st.sampled_from(['mean', 'sum']))
+@pytest.mark.parametrize('make_loss, make_batch', cases(reducing))
+def test_loss_objects(make_loss, make_batch, bs, seed, reduction):
+    torch.manual_seed(seed)
+    loss_func, batch = make_loss(reduction=reduction), make_batch(bs)
+    before = state(loss_func)
+    check(loss_func, batch, reduction)
+    assert str(state(loss_func)) == str(before)
+
+@few
+@given(bs=sizes, seed=seeds, reduction=st.sampled_from([None, 'mean', 'sum']))
+@pytest.mark.parametrize('function, make_batch', cases(functions))
+def test_functions(function, make_batch, bs, seed, reduction):
+    torch.manual_seed(seed)
+    check(partial(function, reduction=reduction) if reduction else function, make_batch(bs), reduction)
+
+def test_defaults():
+    "The reduction that a loss has when none is given: fastai's dice loss sums"
+    for make_loss, batches in reducing:
+        loss_func, batch = make_loss(), batches[0](3)
+        same_items(item_losses(loss_func, *batch), one_by_one(loss_func, *batch))
+
+@pytest.mark.parametrize('loss_func', [nn.KLDivLoss(reduction='batchmean'), partial(F.kl_div, reduction='batchmean')])
+def test_batchmean(loss_func):
+    pred, targ = distributions(4)
+    losses = item_losses(loss_func, pred, targ)
+    same_items(losses, (targ * (targ.log() - pred)).sum(1))
+    same_items(losses.mean(), loss_func(pred, targ))
+
+def test_reduction_none():
+    pred, targ = images(3)
+    same_items(item_losses(nn.MSELoss(reduction='none'), pred, targ), ((pred - targ)**2).mean((1, 2, 3)))
+
+# class weights and ignored targets
+
+@few
+@given(bs=sizes, seed=seeds)
+def test_class_weights(bs, seed):
+    torch.manual_seed(seed)
+    pred, targ = masks(bs)
+    log_prob = pred.log_softmax(1).gather(1, targ[:,None])[:,0]
+    expected = (-log_prob * weight[targ]).mean((1, 2))
+    for loss_func in (CrossEntropyLossFlat(axis=1, weight=weight), nn.CrossEntropyLoss(weight=weight),
+                      partial(F.cross_entropy, weight=weight)):
+        losses = item_losses(loss_func, pred, targ)
+        same_items(losses, expected)
+        same_items(losses.sum()*12 / weight[targ].sum(), plain(loss_func(pred, targ)))
+    same_items(item_losses(nn.CrossEntropyLoss(weight=weight, reduction='sum'), pred, targ), expected*12)
+
+@few
+@given(bs=sizes, seed=seeds, ignore=st.sampled_from([-100, 255, 2]), share=st.sampled_from([0.1, 0.5, 0.95]))
+def test_ignore_index(bs, seed, ignore, share):
+    torch.manual_seed(seed)
+    pred, targ = masks(bs)
+    targ[torch.rand(targ.shape) < share] = ignore
+    valid = targ != ignore
+    for loss_func in (CrossEntropyLossFlat(axis=1, ignore_index=ignore), nn.CrossEntropyLoss(ignore_index=ignore),
+                      partial(F.cross_entropy, ignore_index=ignore)):
+        losses, expected = item_losses(loss_func, pred, TensorMask(targ)), one_by_one(loss_func, pred, targ)
+        same_items(losses, torch.where(valid.any(2).any(1), expected, 0.)) # PyTorch's own is NaN where all is ignored
+        counts = valid.sum((1, 2))
+        if valid.any(): same_items((losses*counts).sum() / counts.sum(), plain(loss_func(pred, targ)))
+    summed = nn.CrossEntropyLoss(ignore_index=ignore, reduction='sum')
+    same_items(item_losses(summed, pred, targ), one_by_one(summed, pred, targ))
+
+def test_ignored_classes_of_items():
+    pred, targ = classes(4)
+    targ[1] = -100
+    losses = item_losses(CrossEntropyLossFlat(), pred, targ)
+    assert losses[1] == 0
+    same_items(losses[[0, 2, 3]], F.cross_entropy(pred, targ, reduction='none')[[0, 2, 3]])
+
+def test_later_changes_count():
+    pred, targ = classes(4)
+    loss_func = CrossEntropyLossFlat(weight=torch.ones(5))
+    losses = ItemLosses(loss_func)
+    first = losses(pred, targ)
+    loss_func.func.weight.mul_(2)
+    same_items(losses(pred, targ), first*2)
+    loss_func.func.weight = None
+    same_items(losses(pred, targ), first)
+    pred, targ = masks(4)
+    loss_func = nn.CrossEntropyLoss()
+    losses = ItemLosses(loss_func)
+    first = losses(pred, targ)
+    loss_func.reduction = 'sum'
+    same_items(losses(pred, targ), first*12)
+
+# no mark on the loss function
+
+class HandsOn(nn.Module):
+    "Its reduction is that of a loss that it holds"
+    def __init__(self): super().__init__(); self.cross_entropy = nn.CrossEntropyLoss()
+    @property
+    def reduction(self): return self.cross_entropy.reduction
+    @reduction.setter
+    def reduction(self, value): self.cross_entropy.reduction = value
+    def forward(self, pred, targ): return self.cross_entropy(pred, targ)
+
+class Delegates:
+    "Reads and writes go to the loss that it wraps"
+    def __init__(self, loss_func): self.__dict__['loss_func'] = loss_func
+    def __getattr__(self, name):
+        if name.startswith('__'): raise AttributeError(name)
+        return getattr(self.__dict__['loss_func'], name)
+    def __setattr__(self, name, value): setattr(self.loss_func, name, value)
+    def __call__(self, pred, targ): return self.loss_func(pred, targ)
+
+class Slots:
+    __slots__ = 'reduction',
+    def __init__(self): self.reduction = 'mean'
+    def __call__(self, pred, targ): return F.cross_entropy(pred, targ, reduction=self.reduction)
+
+class ReadOnly(HandsOn):
+    @property
+    def reduction(self): return self.cross_entropy.reduction
+
+class Raises(nn.CrossEntropyLoss):
+    def forward(self, pred, targ): raise RuntimeError('no loss today')
+
+@pytest.mark.parametrize('loss_func', [
+    CrossEntropyLossFlat(), nn.CrossEntropyLoss(), HandsOn(), Delegates(nn.CrossEntropyLoss()), Slots(), ReadOnly(), BaseLoss(HandsOn),
+    torch.compile(nn.CrossEntropyLoss(), backend='eager')], ids=lambda o: type(o).__name__)
+def test_no_mark(loss_func):
+    pred, targ = classes(4)
+    same_items(item_losses(loss_func, pred, targ), F.cross_entropy(pred, targ, reduction='none'))
+    assert loss_func.reduction == 'mean' and plain(loss_func(pred, targ)).shape == ()
+    with pytest.raises(ValueError): item_losses(loss_func, pred[...,None,None].expand(4, 5, 3, 3), targ)
+    assert loss_func.reduction == 'mean' and plain(loss_func(pred, targ)).shape == ()
+
+@pytest.mark.parametrize('loss_func', [Raises(), BaseLoss(Raises)], ids=['plain', 'flat'])
+def test_no_mark_when_it_raises(loss_func):
+    with pytest.raises(ValueError, match='no loss today'): item_losses(loss_func, *classes(4))
+    assert loss_func.reduction == 'mean'
+    if isinstance(loss_func, BaseLoss): assert loss_func.func.reduction == 'mean'
+
+def test_no_mark_in_other_threads():
+    loss_func, (pred, targ) = CrossEntropyLossFlat(), classes(8)
+    seen, stop = set(), threading.Event()
+    def watch():
+        while not stop.is_set(): seen.add(loss_func.reduction)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    losses = ItemLosses(loss_func)
+    for _ in range(300): losses(pred, targ)
+    stop.set(); thread.join()
+    assert seen == {'mean'}
+
+# predictions
+
+@dataclass
+class Output(OrderedDict):
+    "As the models of transformers return"
+    loss: Tensor = None
+    logits: Tensor = None
+    hidden_states: tuple = None
+    def __post_init__(self):
+        for name in ('loss', 'logits', 'hidden_states'):
+            if getattr(self, name) is not None: self[name] = getattr(self, name)
+    def __setitem__(self, name, value): super().__setitem__(name, value); super().__setattr__(name, value)
+
+Named = namedtuple('Named', 'scores hidden')
+nestings = dict(tuple=lambda p: (p, [torch.randn(len(p), 2)]), list=lambda p: [p],
+                dict=lambda p: dict(other=torch.randn(len(p), 2), logits=p),
+                first=lambda p: dict(loss=torch.tensor(0.), start=p, end=-p), named=lambda p: Named(p, -p),
+                output=lambda p: Output(loss=torch.tensor(0.), logits=p, hidden_states=(-p, -p)), nested=lambda p: ([p, p], p))
+
+@pytest.mark.parametrize('nest', nestings.values(), ids=nestings.keys())
+def test_prediction(nest):
+    pred, targ = classes(4)
+    assert prediction(nest(pred)) is pred
+    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.)):
+        same_items(item_losses(loss_func, nest(pred), targ), F.cross_entropy(pred, targ, reduction='none'))
+
+@pytest.mark.parametrize('half', [torch.float16, torch.bfloat16], ids=str)
+def test_structure_is_kept(half):
+    "A loss of one's own gets what the model returned, in float32"
+    def of_output(output, targ):
+        assert type(output) is Output and output.logits.dtype == output['logits'].dtype == torch.float32
+        return F.cross_entropy(output.logits, targ) + output.hidden_states[1].pow(2).mean()
+    def with_reduction(output, targ, reduction='mean'): return F.cross_entropy(output.logits, targ, reduction=reduction)
+    pred, targ = classes(4)
+    pred, hidden = pred.to(half), torch.randn(4, 3).to(half)
+    output = Output(loss=torch.tensor(1.), logits=pred, hidden_states=(None, hidden))
+    expected = F.cross_entropy(pred.float(), targ, reduction='none')
+    same_items(item_losses(of_output, output, targ), expected + hidden.float().pow(2).mean(1))
+    same_items(item_losses(with_reduction, output, targ), expected)
+    assert output.logits is pred and output['logits'] is pred
+
+def test_transformers():
+    "A real output object, and a real tokeniser's"
+    outputs = pytest.importorskip('transformers.modeling_outputs')
+    pred, targ = classes(4)
+    output = outputs.SequenceClassifierOutput(loss=torch.tensor(1.), logits=pred)
+    expected = F.cross_entropy(pred, targ, reduction='none')
+    same_items(item_losses(CrossEntropyLossFlat(), output, targ), expected)
+    same_items(item_losses(lambda output, targ: F.cross_entropy(output.logits, targ), output, targ), expected)
+
+@few
+@given(bs=sizes, seed=seeds, dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_dtypes(bs, seed, dtype):
+    torch.manual_seed(seed)
+    pred, targ = classes(bs)
+    pred = pred.to(dtype)
+    expected = F.cross_entropy(pred.double(), targ, reduction='none').float()
+    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)):
+        losses = item_losses(loss_func, pred, targ)
+        assert losses.dtype == torch.float32
+        assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    pred, targ = float_labels(bs)
+    same_items(item_losses(nn.BCEWithLogitsLoss(), pred.to(dtype), targ.to(dtype)),
+               F.binary_cross_entropy_with_logits(pred.to(dtype).double(), targ.double(), reduction='none').mean(1))
+
+def test_tensor_subclasses():
+    pred, targ = classes(4)
+    expected = F.cross_entropy(pred, targ, reduction='none')
+    def own(pred, targ): return F.cross_entropy(pred, targ)
+    def with_reduction(pred, targ, reduction='mean'): return F.cross_entropy(pred, targ, reduction=reduction)
+    for loss_func in (CrossEntropyLossFlat(), F.cross_entropy, own, with_reduction):
+        losses = item_losses(loss_func, TensorBase(pred), TensorCategory(targ))
+        assert type(losses) is Tensor
+        same_items(losses, expected)
+    image = TensorImage(torch.rand(2, 3, 4, 4))
+    res = plain(Output(logits=image, hidden_states=[image]))
+    assert type(res) is Output and type(res.logits) is Tensor and type(res['hidden_states'][0]) is Tensor
+    assert res.logits.data_ptr() == image.data_ptr()
+    assert type(plain(Named(image, 1)).scores) is Tensor
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)])
+def test_nan_stays_with_its_item(loss_func):
+    pred, targ = classes(4)
+    pred[2,1] = float('nan')
+    assert item_losses(loss_func, pred, targ).isnan().tolist() == [False, False, True, False]
+
+def test_nan_of_a_mask():
+    pred, targ = masks(3)
+    pred[1,0,0,0] = float('nan')
+    assert item_losses(CrossEntropyLossFlat(axis=1), pred, targ).isnan().tolist() == [False, True, False]
+
+def test_gradients():
+    pred, targ = masks(3)
+    pred.requires_grad_()
+    item_weights = torch.rand(3)
+    for loss_func in (CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)):
+        grad, = torch.autograd.grad((item_losses(loss_func, pred, targ)*item_weights).sum(), pred)
+        expected, = torch.autograd.grad((F.cross_entropy(pred, targ, reduction='none').mean((1, 2))*item_weights).sum(), pred)
+        assert_close(grad, expected)
+        with torch.no_grad(): assert not item_losses(loss_func, pred, targ).requires_grad
+
+# losses that only reduce
+
+class Combined:
+    def __init__(self): self.focal, self.dice, self.last = FocalLossFlat(axis=1), DiceLoss(axis=1, reduction='mean'), None
+    def __call__(self, pred, targ):
+        self.last = self.focal(pred, targ)
+        return self.last + self.dice(pred, targ)
+
+def of_values(pred, targ):
+    "Control flow that depends on values"
+    return F.cross_entropy(pred, targ) * (2 if pred.max().item() > 1 else 1)
+
+def of_numpy(pred, targ): return torch.as_tensor(((pred - targ).numpy()**2).mean())
+def variance(pred, targ): return (pred - targ).flatten(1).var(1).mean()
+
+class IgnoresReduction(nn.CrossEntropyLoss):
+    def forward(self, pred, targ): return F.cross_entropy(pred, targ)
+
+class NoSuchReduction:
+    reduction = 'mean'
+    def __call__(self, pred, targ):
+        if self.reduction not in ('mean', 'sum'): raise ValueError('no such reduction')
+        return F.cross_entropy(pred, targ, reduction=self.reduction)
+
+class DropsElements(nn.CrossEntropyLoss):
+    "With reduction 'none' it returns the elements that count, only"
+    def forward(self, pred, targ):
+        return F.cross_entropy(pred, targ) if self.reduction == 'mean' else F.cross_entropy(pred, targ, reduction='none')[targ > 0]
+
+@few
+@given(bs=sizes, seed=seeds)
+@pytest.mark.parametrize('make_loss, make_batch, route', [
+    (Combined, masks, 'vmap'), (lambda: of_values, classes, 'loop'), (lambda: of_numpy, images, 'loop'), (lambda: variance, images, 'vmap'),
+    (IgnoresReduction, classes, 'vmap'), (NoSuchReduction, classes, 'vmap'),
+    (lambda: partial(F.mse_loss, size_average=False), images, 'vmap'),
+    (lambda: torch.jit.trace(F.mse_loss, numbers(3)), numbers, 'vmap'), (nn.PairwiseDistance, columns, 'vmap')])
+def test_only_reduces(make_loss, make_batch, route, bs, seed):
+    torch.manual_seed(seed)
+    loss_func, batch = make_loss(), make_batch(bs)
+    losses = ItemLosses(loss_func)
+    for _ in range(2): same_items(losses(*batch), one_by_one(loss_func, *batch))
+    assert losses.route == route
+
+def test_drops_elements():
+    pred, targ = masks(3)
+    targ[0,0,0] = 0
+    same_items(item_losses(DropsElements(), pred, targ), one_by_one(nn.CrossEntropyLoss(), pred, targ))
+
+def test_vmap_leaves_nothing_behind():
+    loss_func = Combined()
+    item_losses(loss_func, *masks(3))
+    assert loss_func.last is None
+
+def test_structures_one_by_one():
+    "Several targets, a dict of them, and tensors without a batch dimension"
+    def loss_func(output, boxes, labels):
+        return F.cross_entropy(output['logits'], labels['class']) + ((boxes - output['anchors'])**2).mean()
+    pred, targ = classes(4)
+    boxes, anchors = torch.randn(4, 7, 3), torch.randn(7, 3)
+    losses = item_losses(loss_func, dict(logits=pred, anchors=anchors, note='x'), boxes, {'class': targ, 'note': None})
+    same_items(losses, F.cross_entropy(pred, targ, reduction='none') + ((boxes - anchors)**2).mean((1, 2)))
+
+def test_loop_after_vmap():
+    "A branch that vmap first meets in a later batch"
+    def loss_func(pred, targ):
+        if pred.shape[-1] == 3: return (pred - targ).sum() * pred.max().item()
+        return (pred - targ).sum()
+    losses = ItemLosses(loss_func)
+    losses(*numbers(2, (2,)))
+    assert losses.route == 'vmap'
+    batch = numbers(2, (3,))
+    same_items(losses(*batch), one_by_one(loss_func, *batch))
+    assert losses.route == 'loop'
+
+def test_pickle():
+    pred, targ = classes(4)
+    smoothed = partial(F.cross_entropy, label_smoothing=0.1)
+    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, smoothed, of_values):
+        losses = ItemLosses(loss_func)
+        expected = losses(pred, targ)
+        for other in (pickle.loads(pickle.dumps(losses)), copy.deepcopy(losses)):
+            assert torch.equal(other(pred, targ), expected) and other.route == losses.route
+
+# errors
+
+@pytest.mark.parametrize('loss_func, error, message', [
+    (None, TypeError, 'loss_func is None'), ('mse', TypeError, "loss_func is 'mse'"),
+    (CrossEntropyLossFlat, TypeError, r'CrossEntropyLossFlat\(\)'),
+    (MSELossFlat, TypeError, r'expected what it makes: MSELossFlat\(\)'), (nn.CTCLoss(), ValueError, 'batch in the second dimension'),
+    (F.ctc_loss, ValueError, 'Wrap it'), (partial(F.ctc_loss, blank=1), ValueError, 'Wrap it')])
+def test_bad_loss_func(loss_func, error, message):
+    with pytest.raises(error, match=message): ItemLosses(loss_func)
+
+def over_items(pred, targ): return (pred - targ).std(0)
+def no_tensor(pred, targ): return 3.
+class NormalisesBatch(nn.Module):
+    def __init__(self): super().__init__(); self.norm = nn.BatchNorm1d(5)
+    def forward(self, pred, targ): return F.cross_entropy(self.norm(pred), targ)
+
+many = 'Prediction and targets differ in their number of items'
+@pytest.mark.parametrize('loss_func, batch, message', [
+    (CrossEntropyLossFlat(), lambda: classes(4)[:1], 'unlabelled'),
+    (CrossEntropyLossFlat(), lambda: (classes(4)[0], None), 'unlabelled'),
+    (CrossEntropyLossFlat(), lambda: (classes(8)[0], classes(4)[1]), many + r': prediction \(8, 5\) float32, target \(4,\) int64'),
+    (lambda p, t: F.cross_entropy(p, t), lambda: (classes(8)[0], classes(4)[1]), many),
+    (nn.GaussianNLLLoss(), lambda: (*numbers(4), torch.rand(3)), many),
+    (CrossEntropyLossFlat(), lambda: classes(0), 'empty'),
+    (CrossEntropyLossFlat(), lambda: (torch.randn(4, 3, 5), classes(4)[1]),
+     r'failed on prediction \(4, 3, 5\) float32, target \(4,\) int64'),
+    (nn.CrossEntropyLoss(), lambda: (torch.randn(4, 3, 5), classes(4)[1]), 'failed on prediction'),
+    (F.cross_entropy, lambda: (torch.randn(4, 3, 5), classes(4)[1]), "cross_entropy failed on .*Check that the model's output"),
+    (lambda p, t: F.cross_entropy(p, t), lambda: (torch.randn(4, 3, 5), classes(4)[1]), 'failed on prediction'),
+    (nn.MSELoss(), lambda: column_and_row(4), 'combined every item'),
+    (over_items, lambda: numbers(4, (3,)), "over_items has no loss for each item.*reduction='none'"),
+    (NormalisesBatch(), lambda: classes(4), 'has no loss for each item.*batch of one item'),
+    (no_tensor, lambda: classes(4), r'expected one number, got no tensor \(float\)')])
+def test_bad_batches(loss_func, batch, message):
+    with pytest.raises(ValueError, match=message): item_losses(loss_func, *batch())
+
+def test_bad_prediction():
+    for bad in ('cat', None, {}, (), Output(loss=torch.tensor(1.))):
+        with pytest.raises(TypeError, match='Expected a prediction that is a tensor or holds one'): prediction(bad)
+
+def test_out_of_memory_is_passed_on():
+    def loss_func(pred, targ, reduction='mean'): raise torch.cuda.OutOfMemoryError('too large')
+    with pytest.raises(torch.cuda.OutOfMemoryError): item_losses(loss_func, *classes(4))
+    with pytest.raises(torch.cuda.OutOfMemoryError): item_losses(lambda p, t: loss_func(p, t), *classes(4))
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_no_sync():
+    "No route but the loop makes the host wait"
+    for loss_func, make_batch in ((CrossEntropyLossFlat(), classes), (CrossEntropyLossFlat(axis=1, ignore_index=255), masks),
+                                  (nn.MSELoss(), images), (F.cross_entropy, masks), (Combined(), masks)):
+        batch = [t.cuda() for t in make_batch(8)]
+        losses = ItemLosses(loss_func)
+        expected = losses(*batch)
+        torch.cuda.set_sync_debug_mode('error')
+        try: res = losses(*batch)
+        finally: torch.cuda.set_sync_debug_mode('default')
+        assert res.is_cuda and torch.equal(res, expected)

@@ -1,0 +1,422 @@
+"""RHO-LOSS with everything else that a fit may have in it."""
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision  # noqa: F401  (patches to_fp16)
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.schedule import SchedCos  # noqa: F401  (patches fit_one_cycle, fine_tune, lr_find)
+from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from torch import nn
+
+from rholoss_fastai.all import IrreducibleLosses, TopFraction, Uniform, irreducible_losses
+
+N, BS, FRAC = 240, 8, 0.25
+
+
+class Rows:
+    "Images and targets made from the row's number, so that every batch tells which rows it holds"
+    def __init__(self, n=N):
+        generator = torch.Generator().manual_seed(3)
+        self.targets = torch.randint(0, 3, (n,), generator=generator)
+        self.images = torch.randn(n, 1, 6, 6, generator=generator) + self.targets[:, None, None, None]
+        self.images[:, 0, 0, 0] = torch.arange(n)/1024
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return self.images[i], self.targets[i]
+
+
+def rows_of(xb): return (xb[:, 0, 0, 0]*1024).round().long()
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3))
+
+
+def learner(tmp_path=None, num_workers=0, drop_last=True, n=N, seed=0, **kwargs):
+    set_seed(seed)
+    dls = DataLoaders(DataLoader(Rows(n), bs=BS, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(Rows(48), bs=48))
+    learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, **kwargs)
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    return learn
+
+
+def il_values(n=N): return torch.rand(n, generator=torch.Generator().manual_seed(9))
+
+
+def fit(learn, *args, method='fit', **kwargs):
+    with learn.no_logging(), learn.no_mbar(): getattr(learn, method)(*args, **kwargs)
+    return learn
+
+
+class Interrupt(Callback):
+    "The user's ctrl-C in the third batch"
+    order = 45
+    def after_loss(self):
+        if self.training and self.iter == 2: raise KeyboardInterrupt
+
+
+class Batches(Callback):
+    "Rows that each training step was given, before and after selection"
+    order = -4
+    def before_fit(self): self.rows = []
+    def before_batch(self):
+        if self.training: self.rows.append(rows_of(self.x))
+
+
+class Algorithm1(Callback):
+    "The rows that the paper's algorithm 1 would take, computed with another model and NumPy"
+    order = -6
+    def __init__(self, il): self.il = il.numpy()
+    def before_fit(self): self.candidates, self.rows = [], []
+    def before_batch(self):
+        if not self.training: return
+        rows, net = rows_of(self.x), model()
+        net.load_state_dict(self.model.state_dict())
+        with torch.no_grad(): loss = F.cross_entropy(net.eval()(self.x), self.y, reduction='none').numpy()
+        self.candidates.append(rows)
+        self.rows.append(rows[np.sort(np.argsort(loss - self.il[rows.numpy()])[-BS:])])
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('drop_last', [True, False])
+def test_choice_equals_an_independent_one(num_workers, drop_last):
+    n = 230
+    learn = learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC)
+    expected, selected = Algorithm1(il_values(n)), Batches()
+    fit(learn, 3, cbs=[expected, selected])
+    assert len(selected.rows) == 3*(n//32 + (not drop_last))
+    for got, wanted in zip(selected.rows, expected.rows): assert torch.equal(got, wanted)
+    assert torch.equal(learn.selection.selected.long(), torch.bincount(torch.cat(selected.rows), minlength=n))
+    assert torch.equal(learn.selection.seen.long(), torch.bincount(torch.cat(expected.candidates), minlength=n))
+
+
+COMPANIONS = dict(
+    nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()], accumulation=lambda: [GradientAccumulation(2*BS)],
+    clip=lambda: [GradientClip(0.1)], save=lambda: [SaveModelCallback(monitor='selected', fname='best')], csv=lambda: [CSVLogger()],
+    nan=lambda: [TerminateOnNaNCallback()])
+
+
+@pytest.mark.parametrize('name', COMPANIONS)
+def test_beside_other_callbacks(name, tmp_path):
+    "From the first batch, twice in a row, after an interrupted fit, and each in the order of selection before mixing"
+    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC)
+    epoch_steps = N // (BS*4)
+    for _ in range(2):
+        selected = Batches()
+        fit(learn, 1, cbs=[*COMPANIONS[name](), selected])
+        assert [len(o) for o in selected.rows] == [BS]*epoch_steps
+    with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[*COMPANIONS[name](), Interrupt()])
+    fit(learn, 2, method='fit_one_cycle', cbs=COMPANIONS[name]())
+    assert list(learn.metrics.attrgot('name')) == ['accuracy']
+    assert [o for o in learn.recorder.metric_names if o != 'time'] == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'selected']
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat)
+    assert learn.dls.bs == BS
+    ledger = learn.selection.ledger
+    assert ledger.trained.tolist() == [BS*epoch_steps]*2 + [BS*3] + [BS*epoch_steps]*2 # interrupted in the third batch
+    assert (ledger.selected == FRAC).all()
+    assert torch.isfinite(torch.cat([p.flatten() for p in learn.model.parameters()])).all()
+    if name == 'csv': assert (tmp_path/'history.csv').read_text().splitlines()[0].split(',')[:5] == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'selected']
+    if name == 'save': assert (tmp_path/'models'/'best.pth').exists()
+
+
+def test_mixup_mixes_what_was_selected():
+    class Mixed(Callback):
+        order = 1
+        def before_fit(self): self.sizes = []
+        def before_batch(self):
+            if self.training: self.sizes.append((len(self.x), len(self.learn.mix_up.lam)))
+    learn, mixed = learner().rho_loss(il_values(), frac=FRAC), Mixed()
+    fit(learn, 1, cbs=[MixUp(), mixed])
+    assert mixed.sizes == [(BS, BS)]*7
+
+
+def test_gradients_are_of_the_selected_items_alone():
+    "The first step's gradient equals autograd's over the selected items"
+    class FirstGradient(Callback):
+        order = 44
+        def before_fit(self): self.gradient = None
+        def after_backward(self):
+            if self.gradient is None: self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
+    def no_dropout(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    learn = learner()
+    learn.model = no_dropout()
+    start = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.rho_loss(il_values(), frac=FRAC)
+    first = FirstGradient()
+    fit(learn, 1, cbs=first)
+    net = no_dropout()
+    net.load_state_dict(start)
+    F.cross_entropy(net(first.batch[0]), first.batch[1]).backward()
+    for got, parameter in zip(first.gradient, net.parameters()): torch.testing.assert_close(got, parameter.grad)
+
+
+def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
+    learn = learner(tmp_path).rho_loss(frac=FRAC)
+    selected = Batches()
+    with learn.no_logging(), learn.no_mbar(): learn.add_cb(selected).lr_find(num_it=12, show_plot=False)
+    assert {len(o) for o in selected.rows} == {BS}
+    assert learn.selector.il is None and 'cross-fitting' not in capsys.readouterr().out
+    assert len(learn.selection.ledger) == 0
+    fit(learn, 1)
+    assert 'cross-fitting' in capsys.readouterr().out
+    assert learn.selection.ledger.seconds_il[0] > 0
+
+
+def test_an_interrupted_lr_find_leaves_selection_on(tmp_path):
+    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC)
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Interrupt()), learn.no_logging(), learn.no_mbar(): learn.lr_find(show_plot=False)
+    fit(learn, 1)
+    assert learn.selection.ledger.selected.tolist() == [FRAC]
+
+
+def test_validate_and_get_preds_never_select():
+    plain, learn = learner(), learner().rho_loss(il_values(), frac=FRAC)
+    learn.model.load_state_dict(plain.model.state_dict())
+    for o in (plain, learn): o.create_opt()
+    with plain.no_mbar(), learn.no_mbar():
+        assert learn.validate() == plain.validate()
+        for ds_idx in (0, 1):
+            for got, expected in zip(learn.get_preds(ds_idx=ds_idx), plain.get_preds(ds_idx=ds_idx)): assert got.shape == expected.shape
+    assert len(learn.selection.ledger) == 0
+
+    class ValidateWithin(Callback):
+        "A callback that validates in the midst of a fit must not end selection"
+        order = 90
+        def after_epoch(self):
+            if self.learn.epoch == 0: self.learn.validate()
+    fit(learn, 2, cbs=ValidateWithin())
+    assert learn.selection.ledger.selected.tolist() == [FRAC]*2
+
+
+def test_fine_tune_warms_up_once():
+    learn = learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1)
+    fit(learn, 2, method='fine_tune')
+    assert learn.selection.ledger.selected.tolist() == [1, FRAC, FRAC]
+
+
+def test_start_epoch():
+    learn = learner().rho_loss(il_values(), frac=FRAC, warmup_epochs=2)
+    fit(learn, 4, start_epoch=2) # a run that goes on in a new process: its two warm-up epochs are over
+    assert learn.selection.ledger.selected.tolist() == [FRAC]*2
+
+
+def test_export_and_load(tmp_path):
+    learn = fit(learner(tmp_path).rho_loss(il_values(), frac=FRAC), 1)
+    learn.export('a.pkl')
+    assert learn.selector.il is not None # the Learner itself keeps them
+    fit(learn, 1)
+    learn.export('a.pkl')
+    assert (tmp_path/'a.pkl').stat().st_size < 60_000
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'a.pkl')
+    loaded.logger = lambda *_: None
+    dl = DataLoader(Rows(48), bs=48)
+    with learn.no_mbar(), loaded.no_mbar(): assert torch.equal(loaded.get_preds(dl=dl)[0], learn.get_preds(dl=dl)[0])
+    loaded.dls = learn.dls
+    with pytest.raises(ValueError, match='not exported'): fit(loaded, 1)
+    fit(loaded.rho_loss(il_values(), frac=FRAC), 1)
+
+
+def test_bf16_scores_choose_nearly_the_same():
+    chosen = []
+    for precision in (None, torch.float32, torch.bfloat16):
+        learn, selected = learner().rho_loss(il_values(), frac=FRAC, precision=precision), Batches()
+        fit(learn, 1, cbs=selected)
+        chosen.append(selected.rows[0])
+    assert torch.equal(chosen[0], chosen[1])
+    assert len(set(chosen[0].tolist()) & set(chosen[2].tolist())) >= BS-1
+
+
+def test_an_outer_autocast_keeps_its_gradients():
+    "Weights cast under no_grad must not be reused by the training forward"
+    learn = learner().rho_loss(il_values(), frac=FRAC)
+    before = [p.clone() for p in learn.model.parameters()]
+    with torch.autocast('cpu', dtype=torch.bfloat16): fit(learn, 1)
+    assert all((a != b).any() for a, b in zip(before, learn.model.parameters()))
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+@pytest.mark.parametrize('fails', ['model', 'loss', 'score'])
+def test_no_trace_when_scoring_raises(mode, fails):
+    class Fragile(nn.Module):
+        def __init__(self): super().__init__(); self.net = model()
+        def forward(self, x):
+            out = self.net(x)
+            if fails == 'model': raise RuntimeError('broken')
+            return out
+    def loss_func(pred, targ, reduction='mean'):
+        if fails == 'loss': raise RuntimeError('broken')
+        return F.cross_entropy(pred, targ, reduction=reduction)
+    def score(loss, il):
+        if fails == 'score': raise RuntimeError('broken')
+        return loss - il
+    class State(Callback):
+        order = -6
+        def before_batch(self): self.state = trace(self.learn)
+    def trace(learn):
+        return [*[b.clone() for b in learn.model.buffers()], torch.get_rng_state(), torch.tensor([m.training for m in learn.model.modules()])]
+    learn, state = learner(), State()
+    learn.model, learn.loss_func = Fragile(), loss_func
+    learn.rho_loss(il_values(), frac=FRAC, mode=mode, score=score)
+    learn.add_cb(state)
+    with pytest.raises((RuntimeError, ValueError), match='broken'): fit(learn, 1)
+    for got, expected in zip(trace(learn), state.state): assert torch.equal(got, expected)
+    assert all(p.grad is None for p in learn.model.parameters())
+
+
+def test_frac_1_is_plain_fastai():
+    def weights(select):
+        learn = select(learner())
+        fit(learn, 2)
+        return [*learn.model.state_dict().values(), torch.get_rng_state()]
+    plain = weights(lambda learn: learn)
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=1), lambda learn: learn.rho_loss(pick=Uniform(1.)),
+                   lambda learn: learn.rho_loss(il_values(), frac=1, enlarge=False)):
+        for got, expected in zip(weights(select), plain): assert torch.equal(got, expected)
+
+
+def test_cross_fitting_restores_the_random_state_and_leaves_the_learner_alone():
+    class First(Callback):
+        order = 55
+        def before_train(self): self.seen = [*[v.clone() for v in self.model.state_dict().values()], torch.get_rng_state()]
+    firsts = []
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC), lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1)):
+        first = First()
+        fit(select(learner()), 1, cbs=first)
+        firsts.append(first.seen)
+    for a, b in zip(*firsts): assert torch.equal(a, b)
+
+
+def test_irreducible_losses_cost_is_booked_once(tmp_path):
+    first = fit(learner().rho_loss(frac=FRAC, il_epochs=1), 2)
+    il = first.selector.il
+    assert first.selection.ledger.seconds_il.tolist() == [il.info['seconds'], 0]
+    second = fit(learner(seed=1).rho_loss(il, frac=FRAC), 1)
+    assert second.selection.ledger.seconds_il.tolist() == [0]
+    again = fit(first.rho_loss(frac=0.5), 1) # a second call keeps the irreducible losses
+    assert again.selector.il is il
+    assert again.selection.ledger.selected.tolist() == [0.5]
+
+
+def test_bad_input(tmp_path):
+    il = irreducible_losses(learner(), learner().dls.train, progress=False)
+    class Other(Rows):
+        def __init__(self): super().__init__(); self.images, self.targets = self.images.flip(0), self.targets.flip(0)
+    other = learner()
+    other.dls = DataLoaders(DataLoader(Other(), bs=BS, shuffle=True), DataLoader(Other(), bs=48))
+    with pytest.raises(ValueError, match='[Tt]arget|[Ii]tem|order'): other.rho_loss(il)
+    il.save(tmp_path/'il.safetensors')
+    with pytest.raises(ValueError): other.rho_loss(tmp_path/'il.safetensors')
+    with pytest.raises(FileNotFoundError): learner().rho_loss(tmp_path/'none.safetensors')
+    whole = (tmp_path/'il.safetensors').read_bytes()
+    for broken in (whole[:-5], whole[:20], b'', b'something else altogether'):
+        (tmp_path/'broken.safetensors').write_bytes(broken)
+        with pytest.raises(ValueError, match='broken.safetensors'): learner().rho_loss(tmp_path/'broken.safetensors')
+
+    def stream():
+        yield from ((torch.randn(1, 6, 6), 0) for _ in range(64))
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return stream()
+        def __len__(self): return 64
+    unknown = learner()
+    unknown.dls = DataLoaders(DataLoader(Stream(), bs=BS), DataLoader(Rows(48), bs=48))
+    with pytest.raises(ValueError, match='on the fly'): unknown.rho_loss(il_values(64))
+
+    class WrongShape(nn.Module):
+        def __init__(self): super().__init__(); self.net = model()
+        def forward(self, x): return self.net(x)[:-1]
+    wrong = learner()
+    wrong.model = WrongShape()
+    with pytest.raises(ValueError, match='shape'): fit(wrong.rho_loss(il_values(), frac=FRAC), 1)
+
+    coupled = learner()
+    coupled.loss_func = lambda pred, targ: pred.std(0).sum() if len(pred) > 1 else pred[:, :2]
+    with pytest.raises(ValueError, match='item'): fit(coupled.rho_loss(il_values(), frac=FRAC), 1)
+
+
+def test_nan_scores(recwarn):
+    values = il_values()
+    class NaNModel(nn.Module):
+        def __init__(self): super().__init__(); self.net = model()
+        def forward(self, x): return self.net(x)*float('nan')
+    learn = learner()
+    learn.model = NaNModel()
+    fit(learn.rho_loss(values, frac=FRAC), 1)
+    assert learn.selection.ledger.trained.tolist() == [BS*7]
+    assert any('every score was NaN' in str(o.message) for o in recwarn)
+    stopped = learner()
+    stopped.model = NaNModel()
+    fit(stopped.rho_loss(values, frac=FRAC), 3, cbs=TerminateOnNaNCallback())
+    assert stopped.selection.ledger.trained.tolist() == [BS]
+
+
+def test_never_one_item_with_batch_norm():
+    learn = learner(drop_last=False)
+    learn.dls.train.bs = 4
+    learn.rho_loss(il_values(), frac=0.05, enlarge=False)
+    fit(learn, 1)
+    assert learn.selection.ledger.trained.tolist() == [2*N//4]
+
+
+def test_schedule_of_the_fraction():
+    learn = fit(learner().rho_loss(il_values(), frac=SchedCos(1., 0.1)), 5)
+    selected = learn.selection.ledger.selected.tolist()
+    assert selected[0] == 1 and all(a > b for a, b in zip(selected, selected[1:]))
+
+
+def test_learner_as_irreducible_model_is_neither_trained_nor_registered():
+    learn_il = learner(seed=5)
+    weights = [v.clone() for v in learn_il.model.state_dict().values()]
+    learn = learner().rho_loss(learn_il.model.train(), frac=FRAC)
+    n_parameters = len(list(learn.model.parameters()))
+    fit(learn, 1)
+    assert learn_il.model.training and all(p.grad is None for p in learn_il.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, learn_il.model.state_dict().values()))
+    assert len(list(learn.model.parameters())) == n_parameters
+
+
+def test_every_event_of_the_selectors_exists():
+    from fastai.callback.core import event
+    from rholoss_fastai.all import BatchSelector
+    names = [o for o in dir(BatchSelector) if o.startswith(('before_', 'after_'))]
+    assert names and all(hasattr(event, o) for o in names)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
+def test_mixed_precision(half):
+    learn = learner().rho_loss(il_values(), frac=FRAC)
+    getattr(learn, half)()
+    fit(learn, 2)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
+    fit(learn, 1)
+    assert (learn.selection.ledger.selected == FRAC).all()
+    assert learn.selector._dtype(torch.device('cuda')) == (torch.float16 if half == 'to_fp16' else torch.bfloat16)
+
+
+@pytest.mark.cuda
+def test_no_host_sync():
+    class NoSync(Callback):
+        "CUDA raises at a synchronising call between the batch's arrival and its training forward"
+        order = -6
+        def before_batch(self):
+            if self.training and self.iter > 0: torch.cuda.set_sync_debug_mode('error')
+        def after_batch(self): torch.cuda.set_sync_debug_mode('default')
+    class Resume(Callback):
+        order = -4
+        def before_batch(self): torch.cuda.set_sync_debug_mode('default')
+    learn = learner().rho_loss(il_values(), frac=FRAC)
+    fit(learn, 2, cbs=[NoSync(), Resume()])
