@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from cifar10_data import ImageRows, image_loader, image_loaders, normalized, read_images, redraw_labels
-from common import best, fit_steps, last_five, machine, steps_to, write_run
+from common import accept_underscores, best, fit_steps, last_five, machine, steps_to, write_run
 from fastai.data.external import URLs, untar_data
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -42,6 +42,9 @@ ARCHITECTURES = dict(small_cnn=small_cnn, resnet18=resnet18_32px)
 def make_learner(dls, arch, lr):
     # torch's AdamW: fastai's Adam has other betas and eps than the published runs
     return Learner(dls, ARCHITECTURES[arch](), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
+
+
+accept_underscores()
 
 
 @call_parse

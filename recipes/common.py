@@ -2,6 +2,7 @@
 import csv
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class TrainSteps(Callback):
             right = [(model(x).argmax(1) == y).sum() for x,y in zip(self.images.split(self.bs), self.targets.split(self.bs))]
         model.train()
         return round(float(sum(right))/len(self.targets), 5)
+
+
+def accept_underscores():
+    "Let options be written with underscores as in Python, --eval_every, as well as with dashes"
+    sys.argv[1:] = ['--' + a[2:].split('=')[0].replace('_', '-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in sys.argv[1:]]
 
 
 def fit_steps(learn, n_steps, every, images, targets):

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import best, last_five, plot_histories, print_table, read_run, steps_to
+from common import accept_underscores, best, last_five, plot_histories, print_table, read_run, steps_to
 from fastcore.script import call_parse
 
 
@@ -42,6 +42,9 @@ def show(table, baseline='uniform'):
                 [[r['method'], r['seeds'], f"{r['best']:.4f}", f"{r['last_five']:.4f}", number(r, 'steps', '.0f'), number(r, 'steps_share', '.2f'),
                   number(r, 'seconds_to', '.0f'), number(r, 'seconds_share', '.2f'), f"{r['seconds']:.0f}", number(r, 'seconds_il', '.0f'),
                   number(r, 'noisy_selected', '.3f')] for r in table])
+
+
+accept_underscores()
 
 
 @call_parse

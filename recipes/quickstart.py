@@ -5,7 +5,7 @@ python recipes/quickstart.py
 from pathlib import Path
 
 import torch
-from common import best, fit_steps, last_five, plot_histories, print_table, steps_to
+from common import accept_underscores, best, fit_steps, last_five, plot_histories, print_table, steps_to
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -38,6 +38,9 @@ def learner(data, test, bs, seed):
     set_seed(seed)
     dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=True), DataLoader(test, bs=500))
     return Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), lr=2e-3)
+
+
+accept_underscores()
 
 
 @call_parse

@@ -41,8 +41,8 @@ class IrreducibleLosses(ItemTable):
         "Every row needs a finite number"
         bad = (~self.values.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows {bad[:5]}: either these were "
-                             "never scored, or the model diverged. Score every row, or fit with a lower learning rate.")
+            raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows {bad[:5]}: either these "
+                             "were never scored, or the model diverged. Score every row, or fit with a lower learning rate.")
 
 # %% ../nbs/20_irreducible.ipynb #4b562cee
 def _name(o):
@@ -285,11 +285,16 @@ def _deepcopy(o):
 
 def _was_fitted(learn):
     "Has the model taken training steps that still count? (`lr_find` takes them back)"
-    opt,recorder = learn.opt,vars(learn).get('recorder')
+    opt,opt_func,recorder = learn.opt,learn.opt_func,vars(learn).get('recorder')
+    if opt is None: return False
     if isinstance(opt, OptimWrapper): stepped = bool(opt.opt.state)
-    else: stepped = opt is not None and any(set(state) - set(Optimizer._keep_on_clear) for state in opt.state.values())
-    if stepped or not hasattr(recorder, 'metric_names'): return stepped
-    # without momentum, or once `freeze` has cleared the state: an epoch that has both a training loss and the validation's results
+    else: stepped = any(set(state) - set(Optimizer._keep_on_clear) for state in opt.state.values())
+    if stepped: return True
+    # `unfreeze` clears that state; what `fit_one_cycle` did to the momentum stays
+    fresh = opt if isinstance(opt_func, OptimWrapper) else opt_func(learn.splitter(learn.model), lr=learn.lr)
+    if {o.get('mom') for o in opt.hypers} != {o.get('mom') for o in fresh.hypers}: return True
+    if not hasattr(recorder, 'metric_names'): return False
+    # an epoch that has both a training loss and the validation's results
     n_full = len(recorder.metric_names) - 1 - bool(recorder.add_time)
     return any(len(record) == n_full > 1 for record in [*recorder.values, vars(learn).get('final_record', ())])
 

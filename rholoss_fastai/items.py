@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, WeightedRandomSampler
-from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import TensorDataset, WeightedRandomSampler
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 
@@ -47,8 +47,8 @@ def _subset(o, idxs, bs):
     if isinstance(o, Tensor):
         if not o.ndim: return o
         if o.shape[0] != bs:
-            raise ValueError(f'a {type(o).__name__} of shape {tuple(o.shape)} in a batch of {bs} items: its first dimension should be {bs}. '
-                             'Collate it with the batch dimension first, or leave it out of the batch.')
+            raise ValueError(f'a {type(o).__name__} of shape {tuple(o.shape)} in a batch of {bs} items: its first dimension should '
+                             f'be {bs}. Collate it with the batch dimension first, or leave it out of the batch.')
         res = o.index_select(0, idxs if idxs.device == o.device else idxs.to(o.device))
         if type(o) is Tensor: return res
         res = res.as_subclass(type(o))
@@ -63,12 +63,13 @@ def _subset(o, idxs, bs):
         return res
     if isinstance(o, (tuple, list, L)):
         per_item = bs > 1 and len(o) == bs and _size(o) is None and any(v is not None for v in o)
-        if per_item: raise ValueError(f'a {type(o).__name__} of {bs} {type(o[0]).__name__} objects beside tensors of {bs} items: a subset of it '
-                                      'would need the indices on the host. Collate it into a tensor, or leave it out of the batch.')
+        if per_item:
+            raise ValueError(f'a {type(o).__name__} of {bs} {type(o[0]).__name__} objects beside tensors of {bs} items: a subset of it '
+                             'would need the indices on the host. Collate it into a tensor, or leave it out of the batch.')
         items = [_subset(v, idxs, bs) for v in o]
         return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
     if isinstance(o, np.ndarray) and o.ndim and o.shape[0] == bs:
-        raise ValueError(f'a NumPy array of shape {o.shape} in a batch of {bs} items. Collate it into a tensor, or leave it out of the batch.')
+        raise ValueError(f'a NumPy array of shape {o.shape} in a batch of {bs} items. Collate it into a tensor, or leave it out.')
     return o
 
 # %% ../nbs/03_items.ipynb #f1283308
@@ -77,7 +78,8 @@ def batch_size(
 ) -> int: # Items in the batch: the first dimension of its first tensor
     "Number of items in `batch`"
     with torch._C.DisableTorchFunctionSubclass(): bs = _size(batch)
-    if bs is None: raise ValueError(f'a batch without any tensor that has a batch dimension: {type(batch).__name__}. Expected tensors of shape (bs, ...).')
+    if bs is None:
+        raise ValueError(f'a {type(batch).__name__} without any tensor that has a batch dimension. Expected tensors of shape (bs, ...).')
     return bs
 
 def subset_batch(
@@ -130,10 +132,13 @@ def _whole(dataset):
 
 def _row_dtype(n): return np.int32 if n < 2**31 else np.int64
 
-# %% ../nbs/03_items.ipynb #60c561b7
+# %% ../nbs/03_items.ipynb #eef1e0f2
 _way_out = 'Way out: irreducible losses computed on the fly, which need no rows: pass a module or a Learner as `il=`.'
 
-def _unknown(loader, why): return ValueError(f"{type(loader).__name__}: the data set's row of each item can't be known, since {why}. {_way_out}")
+_not_begun = 'No epoch has begun: iterate the loader that `track_rows` returned, then ask for its rows.'
+
+def _unknown(loader, why):
+    return ValueError(f"{type(loader).__name__}: the data set's row of each item can't be known, since {why}. {_way_out}")
 
 def _inner(dl):
     "The loader that reads the items: `dl`, or what a `DistributedDL` wraps"
@@ -152,20 +157,21 @@ def _check_rows_known(dl, bs=None):
         if not getattr(dl, 'in_order', True): raise _unknown(dl, 'in_order=False lets batches overtake each other')
         if type(dl).__iter__ is not TorchDataLoader.__iter__: raise _unknown(dl, 'its class iterates in its own way (`__iter__`)')
         if bs is not None and type(dl.batch_sampler) is not BatchSampler:
-            raise ValueError(f'bs={bs} for a DataLoader with a batch sampler of its own ({type(dl.batch_sampler).__name__}), which decides the batch '
-                             'size. Keep its batches (`enlarge=False`), or give the DataLoader a `sampler` and a `batch_size`.')
+            raise ValueError(f'bs={bs} for a DataLoader whose {type(dl.batch_sampler).__name__} decides the batch size. '
+                             'Keep its batches (`enlarge=False`), or give the DataLoader a `sampler` and a `batch_size`.')
         return
     dl = _inner(dl)
     if not isinstance(dl, DataLoader): raise _unknown(dl, "it is neither fastai's nor PyTorch's DataLoader")
-    if dl.dataset is None or not dl.indexed or isinstance(dl.dataset, IterableDataset): raise _unknown(dl, 'its data set is iterable, not indexed')
+    if dl.dataset is None or not dl.indexed or isinstance(dl.dataset, IterableDataset): raise _unknown(dl, 'its data set is iterable')
     if dl.bs is None: raise _unknown(dl, 'bs=None: its data set delivers whole batches')
     if dl.n is None: raise _unknown(dl, 'its data set has no length')
     if isinstance(dl, LMDataLoader):
         if dl.shuffle: raise _unknown(dl, 'shuffling cuts the text anew each epoch')
-        if bs not in (None, dl.bs): raise ValueError(f'bs={bs} for a LMDataLoader of bs={dl.bs}: its sequences are cut by the batch size. '
-                                                     'Keep its batches (`enlarge=False`).')
+        if bs not in (None, dl.bs):
+            raise ValueError(f'bs={bs} for a LMDataLoader of bs={dl.bs}, which cuts its sequences so. Keep its batches (`enlarge=False`).')
     for name in ('__iter__', 'sample', 'create_batches', 'chunkify'):
-        if name in vars(dl) or getattr(type(dl), name) is not getattr(DataLoader, name): raise _unknown(dl, f'it has a `{name}` of its own')
+        own = name in vars(dl) or getattr(type(dl), name) is not getattr(DataLoader, name)
+        if own: raise _unknown(dl, f'it has a `{name}` of its own')
 
 def _untracked(dl, bs=None):
     "What `track_rows` was called with to make `dl`, and its batch size where it was changed: `dl` and `bs` for any other loader"
@@ -212,7 +218,8 @@ class RowTracker:
             if idxs and isinstance(idxs[0], np.integer): idxs = np.array(idxs)
         dtype,dataset = _row_dtype(self.reader.n),self.reader.dataset
         try: order = idxs.astype(dtype) if isinstance(idxs, np.ndarray) else np.fromiter(idxs, dtype, len(idxs))
-        except (TypeError, ValueError, OverflowError) as e: raise _unknown(self.source, f'its `get_idxs` does not return row numbers ({e})') from e
+        except (TypeError, ValueError, OverflowError) as e:
+            raise _unknown(self.source, f'its `get_idxs` does not return row numbers ({e})') from e
         if isinstance(dataset, RowSubset): order = dataset.row_numbers[order]
         self.order,self.uploaded = torch.from_numpy(order),None
         return idxs
@@ -222,8 +229,8 @@ class RowTracker:
         item = self.own_do_item(self.reader, idx)
         if item is None:
             row = self.reader.dataset.row_numbers[idx or 0] if isinstance(self.reader.dataset, RowSubset) else idx
-            raise _unknown(self.source, f'row {row} was skipped (SkipItemException, or an item that is None) and every later item moved up. '
-                           'Leave such rows out of the data set')
+            raise _unknown(self.source, f'row {row} was skipped (SkipItemException, or an item that is None) and all later items '
+                           'moved up. Leave such rows out of the data set')
         return item
 
     def rows(self,
@@ -231,13 +238,14 @@ class RowTracker:
         device=None # Where the rows are wanted: None for the CPU
     ) -> Tensor: # `(bs_i,)` int64
         "Rows of the data set in the `i`-th batch of the epoch that began last"
-        if self.order is None: raise ValueError('No epoch has begun: iterate the loader that `track_rows` returned, then ask for its rows.')
+        if self.order is None: raise ValueError(_not_begun)
         bs,n = self.reader.bs,len(self.order)
         n_batches = n//bs if self.reader.drop_last else -(-n//bs)
         if not 0 <= i < n_batches: raise ValueError(f'There is no batch {i}: the epoch has {n_batches} batches, counted from 0.')
         order = self.order
         if device is not None:  # the whole order once an epoch, not a batch of it each step
-            if self.uploaded is None or device != self.device: self.uploaded,self.device = order.to(device, non_blocking=True),device
+            if self.uploaded is None or device != self.device:
+                self.uploaded,self.device = order.to(device, non_blocking=True),device
             order = self.uploaded
         return order[i*bs:(i+1)*bs].long()
 
@@ -268,8 +276,10 @@ class TorchRows(GetAttr):
     ):
         self.bs,self.current,self.idxs = bs,None,None
         self.own = dict(batch_sampler=source.batch_sampler, batch_size=source.batch_size)
-        self.notes = _NotedBatches(source.batch_sampler if bs is None else BatchSampler(source.sampler, int(bs), source.drop_last))
-        self.loader = _copy_torch_loader(source, batch_sampler=self.notes, batch_size=source.batch_size if bs is None else int(bs))
+        batches,size = source.batch_sampler,source.batch_size
+        if bs is not None: batches,size = BatchSampler(source.sampler, int(bs), source.drop_last),int(bs)
+        self.notes = _NotedBatches(batches)
+        self.loader = _copy_torch_loader(source, batch_sampler=self.notes, batch_size=size)
 
     @property
     def source(self):
@@ -288,8 +298,9 @@ class TorchRows(GetAttr):
         device=None # Where the rows are wanted: None for the CPU
     ) -> Tensor: # `(bs_i,)` int64
         "Rows of the data set in the `i`-th batch, the current one"
-        if self.current is None: raise ValueError('No epoch has begun: iterate the loader that `track_rows` returned, then ask for its rows.')
-        if i != self.current: raise ValueError(f'rows({i}) while batch {self.current} is the current one: a PyTorch DataLoader\'s rows are kept for that batch only.')
+        if self.current is None: raise ValueError(_not_begun)
+        if i != self.current:
+            raise ValueError(f"rows({i}) while batch {self.current} is the current one: a PyTorch DataLoader's rows are known for that.")
         try: rows = np.fromiter(self.idxs, np.int64, len(self.idxs))
         except (TypeError, ValueError) as e: raise _unknown(self.loader, f'its sampler does not yield row numbers ({e})') from e
         if isinstance(self.dataset, RowSubset): rows = self.dataset.row_numbers[rows].astype(np.int64)
@@ -331,7 +342,7 @@ def epoch_size(
     _check_rows_known(dl)
     if isinstance(dl, TorchDataLoader):
         try: return len(getattr(dl.batch_sampler, 'sampler', dl.sampler))
-        except TypeError as e: raise ValueError(f'{type(dl).__name__}: its sampler has no length, so an epoch has no known size.') from e
+        except TypeError as e: raise ValueError(f'{type(dl).__name__}: its sampler has no length, nor has an epoch. Give it one.') from e
     return vars(dl).get('partial_n') or dl.n
 
 # %% ../nbs/03_items.ipynb #1c42cc8c
@@ -342,7 +353,7 @@ def _restricted(dataset, rows):
     elif not isinstance(rows, np.ndarray): rows = np.array(list(rows))
     if rows.ndim != 1: raise ValueError(f'rows of shape {rows.shape}: expected a list of row numbers.')
     if not len(rows): raise ValueError('No rows: a loader needs at least one.')
-    if rows.dtype.kind not in 'iu': raise TypeError(f'rows of type {rows.dtype}: expected whole numbers. Turn a mask into numbers with `mask.nonzero()`.')
+    if rows.dtype.kind not in 'iu': raise TypeError(f'rows of type {rows.dtype}: expected whole numbers. For a mask, `mask.nonzero()`.')
     if rows.min() < 0 or rows.max() >= len(whole):
         raise ValueError(f'row {rows.min() if rows.min() < 0 else rows.max()} of a data set of {len(whole)} rows, counted from 0.')
     if len(np.unique(rows)) < len(rows): raise ValueError('The same row more than once: give each row at most once.')
@@ -351,7 +362,8 @@ def _restricted(dataset, rows):
     positions = np.full(len(whole), -1)
     positions[dataset.row_numbers] = np.arange(len(dataset))
     positions = positions[rows]
-    if positions.min() < 0: raise ValueError(f'row {rows[positions.argmin()]} is not among the {len(dataset)} rows that this loader is restricted to.')
+    if positions.min() < 0:
+        raise ValueError(f'row {rows[positions.argmin()]} is not among the {len(dataset)} rows that this loader is restricted to.')
     return RowSubset(whole, rows), positions
 
 # %% ../nbs/03_items.ipynb #b7fc4433
@@ -363,20 +375,20 @@ def _restrict_torch(dl, rows, seed):
     elif dl.generator is not None: generator.set_state(dl.generator.get_state())
     else: generator.manual_seed(torch.initial_seed())
     own,share = dl.sampler,len(dataset)/len(dl.dataset)
+    def drawn(n): return n and max(1, round(n*share))
     if type(dl.batch_sampler) is not BatchSampler or type(own) not in (RandomSampler, SequentialSampler, WeightedRandomSampler):
-        raise ValueError(f'restrict_rows: a DataLoader with a {type(own).__name__} in a {type(dl.batch_sampler).__name__} can\'t be restricted, only '
-                         "PyTorch's SequentialSampler, RandomSampler and WeightedRandomSampler. Make a DataLoader of the subset instead.")
+        raise ValueError(f"restrict_rows: a DataLoader with {type(own).__name__} in {type(dl.batch_sampler).__name__} can't be restricted, "
+                         "only PyTorch's Sequential-, Random- and WeightedRandomSampler. Make a DataLoader of the subset instead.")
     if type(own) is SequentialSampler: sampler = SequentialSampler(dataset)
-    elif type(own) is RandomSampler:
-        n_drawn = None if own._num_samples is None else max(1, round(own._num_samples*share))
-        sampler = RandomSampler(dataset, replacement=own.replacement, num_samples=n_drawn, generator=generator)
-    else: sampler = WeightedRandomSampler(_restrict_weights(own.weights, positions), max(1, round(own.num_samples*share)), own.replacement, generator)
-    return _copy_torch_loader(dl, dataset=dataset, sampler=sampler, generator=generator, batch_sampler=BatchSampler(sampler, dl.batch_size, dl.drop_last))
+    elif type(own) is RandomSampler: sampler = RandomSampler(dataset, own.replacement, drawn(own._num_samples), generator)
+    else: sampler = WeightedRandomSampler(_restrict_weights(own.weights, positions), drawn(own.num_samples), own.replacement, generator)
+    batches = BatchSampler(sampler, dl.batch_size, dl.drop_last)
+    return _copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_sampler=batches, generator=generator)
 
 def _restrict_weights(weights, positions):
     "The weights at `positions`, which must not all be 0"
     weights = weights[positions]
-    if not weights.sum() > 0: raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none of them would ever be drawn.')
+    if not weights.sum() > 0: raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none would ever be drawn.')
     return weights/weights.sum()
 
 def restrict_rows(
@@ -393,8 +405,10 @@ def restrict_rows(
         res.dl = restrict_rows(res.dl, rows, seed)
         res.dataset = res.dl.dataset
         return res
-    if isinstance(dl, LMDataLoader): raise ValueError('restrict_rows: the rows of a LMDataLoader are sequences cut from one text. Restrict its texts instead.')
-    if 'get_idxs' in vars(dl): raise ValueError('restrict_rows: this loader was given a `get_idxs`, which knows the whole data set. Restrict what that returns instead.')
+    if isinstance(dl, LMDataLoader):
+        raise ValueError('restrict_rows: the rows of a LMDataLoader are sequences cut from one text. Restrict its texts instead.')
+    if 'get_idxs' in vars(dl):
+        raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what that returns instead.')
     res.dataset,positions = _restricted(dl.dataset, rows)
     res.n = len(res.dataset)
     res.rng = copy.copy(dl.rng) if seed is None else random.Random(seed)
@@ -438,7 +452,8 @@ def scoring_loader(
         dataset = _validation_view(dl.dataset if rows is None else _restricted(dl.dataset, rows)[0])
         sampler = SequentialSampler(dataset)
         bs = bs or dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
-        return _copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_size=bs, drop_last=False, batch_sampler=BatchSampler(sampler, bs, False))
+        batches = BatchSampler(sampler, bs, False)
+        return _copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_sampler=batches, batch_size=bs, drop_last=False)
     _check_rows_known(dl, bs)
     res = _copy_loader(dl, bs)
     res.__dict__.pop('get_idxs', None)
@@ -516,94 +531,96 @@ def _is_light(o):
     if isinstance(o, (np.ndarray, Tensor)): return o.nbytes <= 2**12
     return o is None or isinstance(o, (str, bytes, bool, int, float, os.PathLike, np.generic))
 
-def _at(values, rows): return values.iloc[rows] if hasattr(values, 'iloc') else values[rows] if isinstance(values, (np.ndarray, Tensor)) else [values[i] for i in rows]
+def _at(values, rows):
+    if hasattr(values, 'iloc'): return values.iloc[rows]
+    return values[rows] if isinstance(values, (np.ndarray, Tensor)) else [values[i] for i in rows]
 
 def _first(items): return items.iloc[0] if hasattr(items, 'iloc') else items[0]
+def _is_path(o): return isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o)
 
-def _digest_targets(values):
-    "Digest of all of `values`, of 256 where they are large"
-    size = values.nbytes if isinstance(values, (np.ndarray, Tensor)) else 0 if len(values) == 0 or _is_light(values[0]) and len(values) <= 10**6 else np.inf
-    return _digest(values if size <= 2**26 else _at(values, _evenly(len(values), 256)))
-
-def _digest_paths(paths):
-    "Digest of `paths` relative to the folder they share"
-    paths = [os.fspath(paths[i]) for i in _evenly(len(paths), 200_000)] if len(paths) > 200_000 else [os.fspath(p) for p in paths]
+def _digest_values(values):
+    "Digest of a list: of paths, relative to the folder they share"
+    if not all(map(_is_path, values)): return _digest(values)
+    paths = [os.fspath(o) for o in values]
     folder = os.path.dirname(os.path.commonprefix([min(paths), max(paths)]))
-    return _digest('\n'.join(p[len(folder):] for p in paths).replace(os.sep, '/'))
+    return _digest('\n'.join(o[len(folder):] for o in paths).replace(os.sep, '/'))
 
 def _digest_items(items):
-    "Digest of a collection of items: of paths all, of others 256"
-    first = _first(items)
-    if isinstance(first, os.PathLike) or isinstance(first, str) and os.path.isabs(first):
-        try: return _digest_paths(items.tolist() if hasattr(items, 'tolist') else list(items))
-        except TypeError: pass
-    return _digest(_at(items, _evenly(len(items), 256)))
+    "Digest of a collection of inputs: of up to 200 000 paths, of 256 others"
+    return _digest_values(_at(items, _evenly(len(items), 200_000 if _is_path(_first(items)) else 256)))
+
+def _digest_targets(targets):
+    "Digest of all `targets`, of 256 where they are large"
+    in_array = isinstance(targets, (np.ndarray, Tensor))
+    small = targets.nbytes <= 2**26 if in_array else len(targets) <= 10**6 and _is_light(_first(targets))
+    return _digest(targets if small else _at(targets, _evenly(len(targets), 256)))
 
 def _digest_reads(read, n, k):
-    "A digest of each part of `read(i)` for `k` values of i: '' for parts that are None, or that two reads of the same i tell apart"
+    "Digest of each part of `read(i)` for `k` values of i: '' for parts that are None, or that differ when read again"
     rows = _evenly(n, k)
-    once,again = (['' if all(o is None for o in part) else _digest(part) for part in zip(*map(read, rows))] for _ in range(2))
+    once,again = (['' if all(o is None for o in part) else _digest_values(part) for part in zip(*map(read, rows))] for _ in range(2))
     return [a if a == b else '' for a,b in zip(once, again)]
 
-# %% ../nbs/03_items.ipynb #2a1243a2
-def _read_parts(dataset):
-    "Function of a row to (input, target) as `dataset` delivers them"
-    def read(i):
-        item = dataset[i]
-        if isinstance(item, Mapping):
-            label = next((k for k in ('labels', 'label', 'target', 'targets') if k in item), None)
-            return {k: item[k] for k in item if k != label}, item.get(label)
-        if isinstance(item, (tuple, list)) and len(item) > 1: return item[:-1], item[-1]
-        return item, None
-    return read
-
-def _digest_first_transform(lists):
-    "Digest of what the first transform of `lists`, a `TfmdLists`, makes of its items: the label's name, say"
+def _first_transform(lists):
+    "Function of a row to what the first transform of `lists`, a `TfmdLists`, makes of it: a label's name, the path of a mask"
     def read(i):
         item = L(lists.items, use_list=None)[i]
         return (lists.tfms.fs[0](item, split_idx=1) if len(lists.tfms.fs) else item),
+    return read
+
+def _digest_first_transform(lists):
+    read = _first_transform(lists)
     try: return _digest_reads(read, len(lists), 256 if _is_light(read(0)[0]) else 32)[0]
-    except Exception: return ''  # it needs what the loader provides
+    except Exception: return ''  # it needs what the other transforms or the loader provide
+
+# %% ../nbs/03_items.ipynb #2ab6a8ed
+def _per_row(dataset):
+    "The targets and inputs that lie in memory under the names PyTorch and torchvision give them"
+    if isinstance(dataset, Subset):
+        inner,rows = _per_row(dataset.dataset),np.array(dataset.indices, dtype=int)
+        if 'targets' in inner: inner['targets'] = _at(inner['targets'], rows.tolist())
+        if 'items' in inner: inner['items'] = RowSubset(inner['items'], rows)
+        return inner
+    if isinstance(dataset, TensorDataset): return dict(zip(('items', 'targets'), (dataset.tensors[0], *dataset.tensors[1:][-1:])))
+    found = {}
+    for kind,names in dict(targets=('targets', 'labels', 'ys'), items=('samples', 'imgs', 'data')).items():
+        for values in (getattr(dataset, name, None) for name in names):
+            if _in_memory(values) and len(values) == len(dataset): found.setdefault(kind, values)
+    if 'items' in found and isinstance(_first(found['items']), tuple): found['items'] = [o[0] for o in found['items']]  # (path, class)
+    return found
+
+def _input_target(item):
+    "Input and target of an item that a data set delivers"
+    if isinstance(item, Mapping):
+        label = next((k for k in ('labels', 'label', 'targets', 'target') if k in item), None)
+        return {k: item[k] for k in item if k != label}, item.get(label)
+    return (item[:-1], item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
 
 def _identity(dataset):
-    "Digests of the targets and of the items of a data set"
-    n = len(dataset)
-    if n == 0: return '', ''
+    "Digests of the targets and of the inputs of a data set"
+    if len(dataset) == 0: return '', ''
     if isinstance(dataset, Tabular):
-        targets = [name for name in dataset.y_names if name in dataset.items.columns]
-        return _digest(dataset.items[targets]) if targets else '', _digest(dataset.items.iloc[_evenly(n, 256)])
+        targets = dataset.items[[o for o in dataset.y_names if o in dataset.items.columns]]
+        return _digest(targets) if targets.shape[1] else '', _digest_items(dataset.items)
     if isinstance(dataset, (Datasets, TfmdLists)):
-        items = _digest_items(dataset.items)
-        lists = dataset.tls if isinstance(dataset, Datasets) else [dataset]
-        if isinstance(_first(dataset.items), (int, np.integer)):  # numbers stand for inputs
-            items = _digest([items, _digest_first_transform(lists[0])])
-        targets = [_digest_first_transform(o) for o in lists[dataset.n_inp:]] if isinstance(dataset, Datasets) else []
+        lists,n_inp = (dataset.tls, dataset.n_inp) if isinstance(dataset, Datasets) else ([dataset], 1)
+        items,targets = _digest_items(dataset.items),[_digest_first_transform(o) for o in lists[n_inp:]]
+        if isinstance(_first(dataset.items), (int, np.integer)): items = _digest([items, _digest_first_transform(lists[0])])  # of an array
         return _digest(targets) if targets and all(targets) else '', items
-    if isinstance(dataset, TensorDataset):
-        *inputs,last = dataset.tensors
-        sample = _digest([_at(t, _evenly(n, 256)) for t in inputs or [last]])
-        return _digest_targets(last) if inputs else '', sample
-    known = {}
-    for name in ('targets', 'labels', 'ys', 'samples', 'imgs', 'data'):  # torchvision's names
-        values = getattr(dataset, name, None)
-        if _in_memory(values) and len(values) == n: known[name] = values
-    targets = next((_digest_targets(known[o]) for o in ('targets', 'labels', 'ys') if o in known), None)
-    if 'samples' in known or 'imgs' in known:
-        items = _digest_items([o[0] if isinstance(o, (tuple, list)) else o for o in known.get('samples', known.get('imgs'))])
-    else: items = _digest_items(known['data']) if 'data' in known else None
-    if targets is None or items is None:
-        inputs,read_targets = _digest_reads(_read_parts(dataset), n, 256 if _in_memory(dataset) else 32)
-        if items is None: items = inputs
-        if targets is None: targets = read_targets
+    found = _per_row(dataset)
+    items,targets = (f(found[o]) if o in found else None for o,f in (('items', _digest_items), ('targets', _digest_targets)))
+    if items is None or targets is None:
+        read = _digest_reads(lambda i: _input_target(dataset[i]), len(dataset), 256 if _in_memory(dataset) else 32)
+        items,targets = (a if b is None else b for a,b in zip(read, (items, targets)))
     return targets, items
 
 def fingerprint(
     dl # Any loader that `track_rows` takes
 ) -> dict: # `n`, `targets` and `items`
-    "What tells the data set of `dl`, the whole one, from others of the same kind: its length and digests of its targets and items"
+    "What tells the data set of `dl`, the whole one, from others of its kind: its length and digests of its targets and inputs"
     n,dl = dataset_size(dl),_inner(_untracked(dl)[0])
     with preserve_rng(): targets,items = _identity(_whole(dl.dataset))
-    if isinstance(dl, LMDataLoader): items = _digest([items, dl.bs, dl.seq_len])
+    if isinstance(dl, LMDataLoader): items = _digest([items, dl.bs, dl.seq_len])  # its rows depend on how it cuts
     return dict(n=n, targets=targets, items=items)
 
 # %% ../nbs/03_items.ipynb #d0ed07fe
@@ -617,9 +634,11 @@ class ItemTable:
     ):
         values = torch.as_tensor(values).detach().as_subclass(Tensor).to('cpu', torch.float32).contiguous()
         if values.ndim != 1: raise ValueError(f'values of shape {tuple(values.shape)}: expected one value a row, `(n,)`.')
-        if len(values) != fingerprint['n']: raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value a row.")
+        if len(values) != fingerprint['n']:
+            raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value a row.")
         try: info = json.loads(json.dumps(info or {}))
-        except (TypeError, ValueError) as e: raise TypeError(f'info={info!r} can\'t be kept in a file ({e}): use numbers, strings, lists and dicts.') from e
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"info={info!r} can't be kept in a file ({e}): use numbers, strings, lists and dicts.") from e
         self.values,self.fingerprint,self.info = values,dict(fingerprint),info
         self.validate()
 
@@ -644,10 +663,11 @@ class ItemTable:
     ):
         "Raise unless `dl` goes through the data set that the values were made for, else return the table"
         name,here = type(self).__name__,fingerprint(dl)
-        mend = f'Load the {name} of this data set, or make it anew; if the two should be the same, sort the files before splitting and seed the split.'
+        mend = f'Load the {name} of this data set, or make it anew; where the two should be the same, sort the files and seed the split.'
         if here['n'] != self.fingerprint['n']:
             raise ValueError(f"{name} for {self.fingerprint['n']} rows, but this data set has {here['n']} (length). {mend}")
-        for part,what in (('targets', 'its targets differ, so it was relabelled or reordered'), ('items', 'its items differ or stand in another order')):
+        differ = dict(targets='its targets differ, so it was relabelled or reordered', items='its items differ or stand in another order')
+        for part,what in differ.items():
             if here[part] and self.fingerprint[part] and here[part] != self.fingerprint[part]:
                 raise ValueError(f'{name} for another data set of the same length: {what} ({part}). {mend}')
         return self
@@ -657,7 +677,8 @@ class ItemTable:
     ):
         "Write to a safetensors file: the old one stays whole until the new one is"
         path = Path(path)
-        metadata = dict(kind=type(self).__name__, format=str(self.format), fingerprint=json.dumps(self.fingerprint), info=json.dumps(self.info))
+        metadata = dict(kind=type(self).__name__, format=str(self.format))
+        metadata.update(fingerprint=json.dumps(self.fingerprint), info=json.dumps(self.info))
         content = to_safetensors({'values': self.values}, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
@@ -675,16 +696,17 @@ class ItemTable:
         path # File that `save` wrote
     ):
         "Read what `save` wrote"
-        path,mend = Path(path),f'Make it anew and save it with `{cls.__name__}.save`.'
+        path,name,mend = Path(path),cls.__name__,f'Make it anew and save it with `{cls.__name__}.save`.'
         path.stat()
         try:
             with safe_open(path, 'pt') as f:
                 metadata,names = f.metadata() or {},list(f.keys())
-                if 'kind' not in metadata or names != ['values']: raise ValueError(f'{path} is a safetensors file, but not a {cls.__name__}: it holds {names}. {mend}')
-                if metadata['kind'] != cls.__name__: raise ValueError(f"{path} holds {metadata['kind']}, not {cls.__name__}. Load it with `{metadata['kind']}.load`.")
+                kind = metadata.get('kind')
+                if kind is None or names != ['values']:
+                    raise ValueError(f'{path} is a safetensors file, but holds no {name}: it holds {names}. {mend}')
+                if kind != name: raise ValueError(f'{path} holds {kind}, not {name}. Load it with `{kind}.load`.')
                 if metadata['format'] != str(cls.format):
-                    raise ValueError(f"{path} has format {metadata['format']}, this version reads {cls.format}. Update the package, or make the file anew.")
-                values,fingerprint,info = f.get_tensor('values').clone(),json.loads(metadata['fingerprint']),json.loads(metadata['info'])
+                    raise ValueError(f"{path} has format {metadata['format']}, but this version reads {cls.format}. {mend}")
+                return cls(f.get_tensor('values').clone(), json.loads(metadata['fingerprint']), json.loads(metadata['info']))
         except (SafetensorError, KeyError, json.JSONDecodeError) as e:
             raise ValueError(f'{path} is truncated, corrupt or no safetensors file at all ({e}). {mend}') from e
-        return cls(values, fingerprint, info)

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
+from .items import track_rows
 from .irreducible import IrreducibleLosses, crossfit_irreducible, learner_copies
 from .picks import Pick, TopFraction
 from .scores import reducible_loss
@@ -77,6 +78,7 @@ class RhoLossCallback(BatchSelector):
                   "this Learner. Keep them with learn.selector.il.save(path), use them again with learn.rho_loss(il=path).")
             self.il = crossfit_irreducible(self.make_learner or learner_copies(learn), learn.dls, **self.il_settings)
             self.make_learner = None
+        track_rows(dl) # raises where rows can't be known
         if isinstance(self.il, Tensor): self.il = IrreducibleLosses.of(self.il, dl)
         self.il.check(dl)
         if not getattr(self.il, 'booked', False): # a table serves many runs, and was paid for once
