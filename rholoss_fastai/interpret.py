@@ -32,11 +32,12 @@ def plot(self:SelectionRecord,
     bottom = 0*loading
     for name,seconds,colour in (('training', ledger.seconds_training, 'C2'), ('scoring', ledger.seconds_scoring, 'C3'), ('loading', loading, '0.75'),
                                 ('irreducible losses', ledger.seconds_il, 'C4')):
-        if seconds.sum() == 0: continue
+        if seconds.sum() < 0.01*bottom.sum(): continue # nothing that could be seen
         axs[2].bar(epochs, seconds, bottom=bottom, label=name, color=colour)
         bottom = bottom + seconds
     axs[2].set(title='where the time goes', ylabel='seconds')
-    axs[2].legend(fontsize='small')
+    axs[2].set_ylim(top=1.3*bottom.max())
+    axs[2].legend(fontsize='small', ncols=2)
     for ax in axs:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)

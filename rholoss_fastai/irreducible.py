@@ -7,9 +7,9 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/irreducible.html.md"""
 # %% auto #0
 __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossfit_irreducible', 'learner_copies']
 
-# %% ../nbs/20_irreducible.ipynb #ff503694
+# %% ../nbs/20_irreducible.ipynb #bf3148ad
 import gc, os, pickle, sys, time, weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import partial
 from numbers import Integral
@@ -18,7 +18,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import TrackerCallback
@@ -33,6 +33,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .items import ItemTable, dataset_size, fingerprint, preserve_rng, restrict_rows, scoring_loader, track_rows
 from .losses import ItemLosses, plain, prediction
+from .scoring import autocast, learner_precision, scoring_mode
 
 # %% ../nbs/20_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -56,23 +57,7 @@ def _info(learn, values, start, n_epoch=0, best_epoch=(), n_folds=1):
     return dict(model=_name(model), loss=_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch), n_folds=n_folds,
                 seconds=time.perf_counter()-start, mean=values.mean().item())
 
-# %% ../nbs/20_irreducible.ipynb #25f75fed
-@contextmanager
-def _eval_mode(model):
-    "Every module of `model` in eval mode; afterwards each in its own mode again"
-    training = [m for m in model.modules() if m.training]
-    try: # the flags themselves: models override `eval()`, and it can't restore a mixture of modes
-        for m in training: m.training = False
-        yield
-    finally:
-        for m in training: m.training = True
-
-def _autocast(learn, device):
-    "The precision that `learn` trains in: fastai's mixed precision is CUDA's alone"
-    amp = learn._grab_cbs(MixedPrecision)
-    if not amp or device.type != 'cuda': return nullcontext()
-    return torch.autocast('cuda', dtype=torch.bfloat16 if amp[0].amp_mode==AMPMode.BF16 else torch.float16)
-
+# %% ../nbs/20_irreducible.ipynb #9f798e42
 def _split(batch, n_inp):
     "Inputs and targets of a batch, as `Learner._split`"
     if not isinstance(batch, (tuple, list)): batch = (batch,)
@@ -87,13 +72,13 @@ def _score(learn, dl, rows=None, item_losses=None, step=noop):
     model,losses,seen = get_model(learn.model),[],[]
     device,reset = next(model.parameters()).device,getattr(model, 'reset', noop) # of a recurrent model's state, as fastai does
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
-    with preserve_rng(), _eval_mode(model), torch.no_grad():
+    with preserve_rng(), scoring_mode(model, device):
         loader = track_rows(scoring_loader(dl, rows))
         n_inp = getattr(dl, 'n_inp', None) or getattr(learn.dls, 'n_inp', None)
         reset()
         for i,batch in enumerate(loader):
             xb,yb = _split(plain(to_device(batch, device)), n_inp)
-            with _autocast(learn, device): losses.append(item_losses(model(*xb), *yb))
+            with autocast(device, learner_precision(learn, device)): losses.append(item_losses(model(*xb), *yb))
             seen.append(loader.rows(i))
             step()
         reset()

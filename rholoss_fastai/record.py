@@ -56,28 +56,29 @@ class Stopwatch:
         self._collect(wait=True)
         return dict(self.seconds)
 
-# %% ../nbs/05_record.ipynb #811faa85
-_COLUMNS = ['epoch', 'loaded', 'scored', 'trained', 'selected', 'loss_share', 'seconds', 'seconds_scoring',
+# %% ../nbs/05_record.ipynb #00970b40
+_COLUMNS = ['epoch', 'loaded', 'scored', 'trained', 'selected', 'loss_share', 'top20_share', 'forward', 'seconds', 'seconds_scoring',
                   'seconds_training', 'seconds_il']
 
 def _n_processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 class SelectionRecord:
     "What selection did and cost: a ledger with one line an epoch, and counts for each row of the data set"
-    def __init__(self): self.lines,self.seconds_il,self._counts,self._line = [],0.,None,None
+    def __init__(self): self.lines,self.seconds_il,self.figures,self._counts,self._line = [],0.,None,None,None
 
     def start_epoch(self,
         device:torch.device, # Where the sums are kept
-        n_rows:int=None # Rows of the data set; None where the rows of a batch aren't known
+        n_rows:int=None, # Rows of the data set; None where the rows of a batch aren't known
+        forward:str='twice' # How it is scored: 'twice', 'reuse' or 'none'
     ):
         "Begin a line of the ledger; a line that an interrupted fit left open is closed first"
         self.end_epoch(interrupted=True)
         if n_rows and (self._counts is None or self._counts.shape[1] != n_rows or self._counts.device != device):
             self._counts = torch.zeros(2, n_rows, dtype=torch.int32, device=device)
         if n_rows: self._new_counts = self._counts if _n_processes() == 1 else torch.zeros_like(self._counts)
-        self._line = dict(loaded=0, scored=0, trained=0)
-        # loss of all scored candidates, loss of the selected among them, batches without a single score that is a number
-        self._sums,self.watch = torch.zeros(3, device=device),Stopwatch(device)
+        self._line,self.forward = dict(loaded=0, scored=0, trained=0),forward
+        # loss of all scored candidates, of the selected among them, of the hardest fifth; batches without a single score that is a number
+        self._sums,self.watch = torch.zeros(4, device=device),Stopwatch(device)
         self._began = self._last = time.perf_counter()
 
     def batch(self,
@@ -85,6 +86,7 @@ class SelectionRecord:
         scored:int, # Items that went through a scoring forward
         trained:int, # n_b, items in the selected batch
         rows:Tensor=None, # `(n_B,)`, rows of the candidates
+        trained_rows:Tensor=None, # `(n_b,)`, rows of the items trained on
         idxs:Tensor=None, # `(n_b,)`, positions of the selected; None: all
         scores:Tensor=None, # `(n_B,)`
         losses:Tensor=None # `(n_B,)`, item losses
@@ -95,11 +97,13 @@ class SelectionRecord:
         if rows is not None:
             seen,selected = self._new_counts
             seen.index_add_(0, rows, seen.new_ones(loaded))
-            selected.index_add_(0, rows if idxs is None else rows[idxs], seen.new_ones(trained))
+            if trained: selected.index_add_(0, trained_rows, seen.new_ones(trained))
         if losses is not None:
-            self._sums[0] += losses.nansum()
-            self._sums[1] += (losses if idxs is None else losses[idxs]).nansum()
-        if scores is not None: self._sums[2] += scores.isnan().all()
+            losses = losses.where(losses.isfinite(), 0.)
+            self._sums[0] += losses.sum()
+            self._sums[1] += (losses if idxs is None else losses[idxs]).sum()
+            self._sums[2] += losses.topk(-(-loaded//5), sorted=False).values.sum()
+        if scores is not None: self._sums[3] += scores.isnan().all()
         self._last = time.perf_counter()
 
     def end_epoch(self,
@@ -119,9 +123,11 @@ class SelectionRecord:
             if self._counts is not None:
                 dist.all_reduce(self._new_counts)
                 self._counts += self._new_counts
-        loaded,scored,trained,loss_all,loss_selected,nan_batches = counts.tolist()
-        self.lines.append(dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained),
-            trained/loaded if loaded else math.nan, loss_selected/loss_all if loss_all else math.nan, *seconds.tolist()])))
+        loaded,scored,trained,loss_all,loss_selected,loss_top,nan_batches = counts.tolist()
+        share = lambda part, whole: part/whole if whole else math.nan
+        line = dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained), share(trained, loaded), share(loss_selected, loss_all),
+                                   share(loss_top, loss_all), self.forward, *seconds.tolist()]))
+        self.lines.append({**line, **(self.figures() if self.figures else {})})
         self.seconds_il = 0.
         if nan_batches and not interrupted:
             warnings.warn(f"In {int(nan_batches)} batches of this epoch every score was NaN, so the items trained on were arbitrary. "
@@ -130,7 +136,7 @@ class SelectionRecord:
     @property
     def ledger(self)->pd.DataFrame: # A line an epoch
         "What each epoch loaded, scored and trained on, and the seconds it took"
-        return pd.DataFrame(self.lines, columns=_COLUMNS)
+        return pd.DataFrame(self.lines, columns=_COLUMNS if not self.lines else None)
 
     @property
     def seen(self)->Tensor: # `(n,)` int32, or None where rows aren't known
@@ -154,10 +160,15 @@ class SelectionRecord:
         "`column` in the newest line"
         return self.lines[-1][column] if self.lines else math.nan
 
-    def __getstate__(self): return dict(lines=self.lines, seconds_il=self.seconds_il, _counts=None, _line=None)
+    @property
+    def kept(self)->float: # Share, or None
+        "Share of the candidates that the newest epoch trained on"
+        return self.lines[-1]['selected'] if self.lines else None
+
+    def __getstate__(self): return dict(lines=self.lines, seconds_il=self.seconds_il, figures=None, _counts=None, _line=None)
     def __repr__(self):
         if not self.lines: return 'SelectionRecord: nothing trained yet'
-        total = self.ledger.sum()
+        total = self.ledger.sum(numeric_only=True)
         return (f"SelectionRecord: {len(self.lines)} epochs, {total.loaded:.0f} items loaded, {total.scored:.0f} scored, "
                 f"{total.trained:.0f} trained on; {total.seconds:.1f} s, of these {total.seconds_scoring:.1f} s scoring and "
                 f"{total.seconds_training:.1f} s training; {total.seconds_il:.1f} s for irreducible losses beside them")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .items import track_rows
 from .irreducible import IrreducibleLosses, crossfit_irreducible, learner_copies
-from .picks import Pick, TopFraction
+from .picks import Pick, TopFraction, check_count
 from .scores import reducible_loss
-from .selector import BatchSelector, _check_count, add_selector, scoring, unwrapped
+from .scoring import scoring_mode, unwrapped
+from .selector import BatchSelector, add_selector
 
 # %% ../nbs/21_rho_loss.ipynb #36a4af82
 class RhoLossCallback(BatchSelector):
@@ -40,7 +41,7 @@ class RhoLossCallback(BatchSelector):
         **kwargs
     ):
         self.il,self.make_learner,self.exported = _irreducible_source(il),None,False
-        _check_count('il_epochs', il_epochs, 1); _check_count('il_folds', il_folds, 2)
+        check_count('il_epochs', il_epochs, 1); check_count('il_folds', il_folds, 2)
         self.il_settings = dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed)
         super().__init__(score=score, pick=TopFraction(frac) if pick is None else pick, enlarge=enlarge, **kwargs)
 
@@ -50,7 +51,7 @@ class RhoLossCallback(BatchSelector):
     def input_il(self, batch):
         fit = self._fit
         if isinstance(self.il, nn.Module):
-            with scoring(self.il, fit.device, modules=fit.il_modules): return fit.item_losses(self.il(*batch.xb), *batch.yb)
+            with scoring_mode(self.il, fit.device, modules=fit.il_modules): return fit.item_losses(self.il(*batch.xb), *batch.yb)
         return fit.il[batch.rows]
 
     def before_fit(self):

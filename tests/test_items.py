@@ -152,6 +152,14 @@ def test_tracking_twice_and_own_functions():
     assert again.bs == 4 and check_rows(again) == 14
     assert same(epochs(make('tfmd', shuffle=True)), epochs(track_rows(track_rows(make('tfmd', shuffle=True)))))
 
+def test_methods_given_to_the_loader():
+    "fastai binds them to the loader, so a copy's are the copy's"
+    class Given:
+        def shuffle_fn(self, idxs): return idxs[::-1][:2*self.bs]
+    loader = DataLoader(Rows(), bs=8, shuffle=True, shuffle_fn=Given().shuffle_fn)
+    assert [len(list(o)) for o in (loader, track_rows(loader), track_rows(loader, bs=3))] == [2, 2, 2]
+    assert check_rows(track_rows(loader, bs=3)) == 2
+
 def test_tracking_leaves_the_original_alone():
     for kind in fastai_loaders:
         loader = make(kind, shuffle=True)

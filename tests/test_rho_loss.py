@@ -20,7 +20,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 
-from rholoss_fastai.all import Uniform, irreducible_losses
+from rholoss_fastai.all import Uniform, irreducible_losses, learner_precision
 
 N, BS, FRAC = 240, 8, 0.25
 
@@ -406,7 +406,7 @@ def test_mixed_precision(half):
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
     fit(learn, 1)
     assert (learn.selection.ledger.selected == FRAC).all()
-    assert learn.selector._dtype(torch.device('cuda')) == (torch.float16 if half == 'to_fp16' else torch.bfloat16)
+    assert learner_precision(learn, torch.device('cuda')) == (torch.float16 if half == 'to_fp16' else torch.bfloat16)
 
 
 @pytest.mark.cuda
