@@ -44,7 +44,7 @@ def flipped(images): return torch.where(torch.rand(len(images), 1, 1, 1, device=
 
 def image_loader(rows, bs, shuffle=True, augment=False, device=None):
     "A fastai DataLoader that takes whole batches from memory"
-    def prepare(b): return (flipped if augment else noop)(normalized(b[0])), b[1]
+    def prepare(b): return (flipped if augment else noop)(normalized(b[0])).contiguous(memory_format=torch.channels_last), b[1]
     return DataLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, create_item=noop, create_batch=rows.batch, retain=lambda b,_: b,
                       after_batch=prepare, device=device)
 

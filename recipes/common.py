@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastprogress.fastprogress import progress_bar
 
 import rholoss_fastai
 
-if not hasattr(__builtins__, '__IPYTHON__'): matplotlib.use('Agg')
+matplotlib.use('Agg') # figures go to files
 
 COLUMNS = ['step', 'epoch', 'accuracy', 'seconds', 'items_scored', 'items_trained']
 
@@ -32,6 +33,11 @@ class TrainSteps(Callback):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()
 
+    def before_fit(self):
+        self.bar = progress_bar(range(self.n_steps), leave=False)
+        if not sys.stdout.isatty(): self.bar.update_every,self.bar.first_its = 30,1 # seconds: a log file keeps every update
+        self.bar.update(0)
+
     def before_train(self): self.resumed = self._clock()
     def after_train(self): self.spent += self._clock() - self.resumed
     def before_validate(self): raise CancelValidException # the test set is looked at in after_batch
@@ -40,6 +46,7 @@ class TrainSteps(Callback):
         if not self.training: return
         self.step += 1
         self.items += len(self.yb[0])
+        self.bar.update(self.step)
         if self.step % self.every and self.step < self.n_steps: return
         self.spent += self._clock() - self.resumed
         record = getattr(self.learn, 'selection', None)
@@ -63,7 +70,7 @@ def accept_underscores():
 def fit_steps(learn, n_steps, every, images, targets):
     "Fit `learn` at a constant rate for `n_steps` training steps; the history, a row each evaluation"
     steps = TrainSteps(n_steps, every, images, targets)
-    with learn.no_logging(): learn.fit(n_steps, cbs=steps) # an epoch has at least one step, so this is enough of them
+    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=steps) # an epoch has at least one step, so this is enough of them
     return steps.history
 
 

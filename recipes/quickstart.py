@@ -53,6 +53,7 @@ def main(
     out:str='runs/quickstart' # Folder for the plot
 ):
     "Uniform training, a random subset and RHO-LOSS at equal steps"
+    torch.set_num_threads(1) # too little work in a step to share it out
     images,labels,true,wrong = flipped_digits(noise)
     test,train,holdout = slice(0, 400),slice(400, 1100),slice(1100, None)
     clean = TensorDataset(images[test], true[test])
@@ -67,7 +68,7 @@ def main(
             learn = learner(train_data, clean, bs, seed)
             if method == 'random subset': learn.rho_loss(pick=Uniform(frac, seed=seed))
             if method == 'RHO-LOSS': learn.rho_loss(il, frac=frac)
-            with learn.no_bar(): histories[method].append(fit_steps(learn, steps, 20, images[test], true[test]))
+            histories[method].append(fit_steps(learn, steps, 20, images[test], true[test]))
             if method != 'uniform': selected.setdefault(method, []).append((learn.selection.selected[wrong[train]].sum()/learn.selection.selected.sum()).item())
 
     rows = []
