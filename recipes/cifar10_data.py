@@ -35,10 +35,18 @@ class ImageRows:
     def __len__(self): return len(self.targets)
     def __getitem__(self, i): return self.images[i],self.targets[i]
     def batch(self, rows): return self.images[rows],self.targets[rows]
+    def batches(self, device, bs=500):
+        "All rows, normalised, in batches on `device`"
+        return [(normalized(x).contiguous(memory_format=torch.channels_last).to(device), y.to(device))
+                for x,y in zip(self.images.split(bs), self.targets.split(bs))]
     def of(self, rows): return ImageRows(self.images[rows], self.targets[rows], [self.items[i] for i in rows.tolist()])
 
 
-def normalized(images): return (images.float()/255 - images.new_tensor(MEAN, dtype=torch.float)[:,None,None])/images.new_tensor(STD, dtype=torch.float)[:,None,None]
+def normalized(images):
+    mean,std = (images.new_tensor(o, dtype=torch.float)[:,None,None] for o in (MEAN, STD))
+    return (images.float()/255 - mean)/std
+
+
 def flipped(images): return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 

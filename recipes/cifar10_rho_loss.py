@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cifar10_data import ImageRows, image_loader, image_loaders, normalized, read_images, redraw_labels
+from cifar10_data import ImageRows, image_loader, image_loaders, read_images, redraw_labels
 from common import accept_underscores, best, fit_steps, last_five, machine, steps_to, write_run
 from fastai.data.external import URLs, untar_data
 from fastai.learner import Learner
@@ -90,14 +90,14 @@ def main(
         else:
             state = torch.get_rng_state()
             set_seed(noise_seed)
-            learn_il = make_learner(image_loaders(holdout, test, 320, augment=True, device=device), il_arch, 1e-3)
+            learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3)
             il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)
         learn.rho_loss(il, frac=frac, precision=getattr(torch, precision) if precision else None)
 
     began = time.perf_counter()
-    history = fit_steps(learn, steps, eval_every, normalized(test.images).to(device), test.targets.to(device))
+    history = fit_steps(learn, test.batches(device), steps, eval_every).history
     seconds = time.perf_counter() - began
     summary = dict(settings, best=best(history), steps_to_best=steps_to(history, best(history))[0], last_five=last_five(history),
                    seconds=history[-1][3], seconds_with_evaluations=round(seconds, 1), il=il.info if il else None, **machine())

@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastprogress.fastprogress import progress_bar
 
@@ -21,57 +22,76 @@ matplotlib.use('Agg') # figures go to files
 COLUMNS = ['step', 'epoch', 'accuracy', 'seconds', 'items_scored', 'items_trained']
 
 
-class TrainSteps(Callback):
-    "Train for `n_steps`, with the test accuracy every `every` steps; `seconds` leave the evaluations out"
+class Evaluations(Callback):
+    "The test accuracy on the way, every `every` steps or at each epoch's end; `seconds` leave the evaluations out"
     order = 70 # after everything else
 
-    def __init__(self, n_steps, every, images, targets, bs=500):
-        self.n_steps,self.every,self.images,self.targets,self.bs = n_steps,every,images,targets,bs
-        self.history,self.step,self.items,self.spent = [],0,0,0.
+    def __init__(self,
+        test, # Batches `(images, targets)` of the test set: a list or a DataLoader
+        n_steps=None, # Stop after so many training steps
+        every=None # Steps between evaluations; None: one at the end of each epoch
+    ):
+        self.test,self.n_steps,self.every = test,n_steps,every
+        self.history,self.losses,self.step,self.items,self.spent = [],[],0,0,0.
 
     def _clock(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()
 
     def before_fit(self):
-        self.bar = progress_bar(range(self.n_steps), leave=False)
-        if not sys.stdout.isatty(): self.bar.update_every,self.bar.first_its = 30,1 # seconds: a log file keeps every update
-        self.bar.update(0)
+        total = self.n_steps or self.n_epoch*len(self.dls.train)
+        self.bar = progress_bar(range(total), leave=False) if sys.stdout.isatty() else None
+        if self.bar: self.bar.update(0)
 
     def before_train(self): self.resumed = self._clock()
-    def after_train(self): self.spent += self._clock() - self.resumed
-    def before_validate(self): raise CancelValidException # the test set is looked at in after_batch
+    def before_validate(self): raise CancelValidException # the test set is looked at here
+
+    def after_train(self):
+        self.spent += self._clock() - self.resumed
+        if not self.every: self.evaluate()
 
     def after_batch(self):
-        if not self.training: return
+        if not self.training or not len(self.yb): return
         self.step += 1
         self.items += len(self.yb[0])
-        self.bar.update(self.step)
-        if self.step % self.every and self.step < self.n_steps: return
+        if self.bar: self.bar.update(self.step)
+        if not self.every or (self.step % self.every and self.step < self.n_steps): return
         self.spent += self._clock() - self.resumed
-        record = getattr(self.learn, 'selection', None)
-        self.history.append([self.step, self.epoch, self.accuracy(), round(self.spent, 3), record.total('scored') if record else 0, self.items])
+        self.evaluate()
         if self.step >= self.n_steps: raise CancelFitException
         self.resumed = self._clock()
 
-    def accuracy(self):
-        model = self.model.eval()
+    def evaluate(self):
+        "Append a row to `history`, and the mean test loss to `losses`"
+        model,right,loss,n = self.model.eval(),0,0.,0
         with torch.no_grad():
-            right = [(model(x).argmax(1) == y).sum() for x,y in zip(self.images.split(self.bs), self.targets.split(self.bs))]
+            for x,y in self.test:
+                pred = model(x)
+                right,loss,n = right + (pred.argmax(1) == y).sum(),loss + F.cross_entropy(pred, y, reduction='sum'),n + len(y)
         model.train()
-        return round(float(sum(right))/len(self.targets), 5)
+        record = getattr(self.learn, 'selection', None)
+        self.losses.append(round(float(loss)/n, 5))
+        self.history.append([self.step, self.epoch, round(float(right)/n, 5), round(self.spent, 3), record.total('scored') if record else 0, self.items])
+
+
+def fit_steps(learn, test, n_steps, every):
+    "Fit `learn` at a constant rate for `n_steps` training steps; its `Evaluations`"
+    evaluations = Evaluations(test, n_steps, every)
+    # an epoch has at least one step, so this is enough of them
+    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=evaluations)
+    return evaluations
+
+
+def fit_epochs(learn, test, n_epoch, lr=None):
+    "Fit `learn` for `n_epoch` epochs with fastai's one-cycle schedule; its `Evaluations`"
+    evaluations = Evaluations(test)
+    with learn.no_logging(), learn.no_bar(): learn.fit_one_cycle(n_epoch, lr, cbs=evaluations)
+    return evaluations
 
 
 def accept_underscores():
     "Let options be written with underscores as in Python, --eval_every, as well as with dashes"
     sys.argv[1:] = ['--' + a[2:].split('=')[0].replace('_', '-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in sys.argv[1:]]
-
-
-def fit_steps(learn, n_steps, every, images, targets):
-    "Fit `learn` at a constant rate for `n_steps` training steps; the history, a row each evaluation"
-    steps = TrainSteps(n_steps, every, images, targets)
-    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=steps) # an epoch has at least one step, so this is enough of them
-    return steps.history
 
 
 def steps_to(history, accuracy):

@@ -66,5 +66,6 @@ def main(
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     settings = runs[baseline][0][1]
-    (out/'comparison.json').write_text(json.dumps(dict(table=table, settings=settings, histories={m: [h for h,_ in r] for m,r in runs.items()})) + '\n')
-    plot_histories({m: [h for h,_ in r] for m,r in runs.items()}, out/'comparison.png', title)
+    histories = {method: [history for history,_ in results] for method,results in runs.items()}
+    (out/'comparison.json').write_text(json.dumps(dict(table=table, settings=settings, histories=histories)) + '\n')
+    plot_histories(histories, out/'comparison.png', title)

@@ -68,15 +68,18 @@ def main(
             learn = learner(train_data, clean, bs, seed)
             if method == 'random subset': learn.rho_loss(pick=Uniform(frac, seed=seed))
             if method == 'RHO-LOSS': learn.rho_loss(il, frac=frac)
-            histories[method].append(fit_steps(learn, steps, 20, images[test], true[test]))
-            if method != 'uniform': selected.setdefault(method, []).append((learn.selection.selected[wrong[train]].sum()/learn.selection.selected.sum()).item())
+            histories[method].append(fit_steps(learn, [(images[test], true[test])], steps, 20).history)
+            if method != 'uniform':
+                counts = learn.selection.selected
+                selected.setdefault(method, []).append((counts[wrong[train]].sum()/counts.sum()).item())
 
     rows = []
     for method,runs in histories.items():
         reached = [steps_to(run, best(base)) for run,base in zip(runs, histories['uniform'])]
-        mean = lambda column: f"{np.mean([r[column] for r in reached]):.4g}" if all(reached) else f"not in {steps}" if column==0 else '-'  # noqa: E731
+        steps_mean = f"{np.mean([r[0] for r in reached]):.0f}" if all(reached) else f"not in {steps}"
+        seconds_mean = f"{np.mean([r[3] for r in reached]):.2f}" if all(reached) else '-'
         share = np.mean(selected[method]) if method in selected else wrong[train].float().mean()
-        rows.append([method, f"{np.mean([best(r) for r in runs]):.3f}", f"{np.mean([last_five(r) for r in runs]):.3f}", mean(0), mean(3),
+        rows.append([method, f"{np.mean([best(r) for r in runs]):.3f}", f"{np.mean([last_five(r) for r in runs]):.3f}", steps_mean, seconds_mean,
                      f"{share:.1%}", f"{il.info['seconds']:.1f}" if method=='RHO-LOSS' else '-'])
     print(f"Digits with {wrong[train].float().mean():.0%} of the labels flipped, {len(train_data)} for training, {len(holdout_data)} holdout; "
           f"{steps} steps of {bs} items, mean of {seeds} runs.\n")

@@ -1,6 +1,7 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selector
+from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
+from .batch_loss_filter import *
 from .interpret import *
 from .irreducible import *
 from .items import *
@@ -10,6 +11,8 @@ from .record import *
 from .rho_loss import *
 from .scores import *
 from .scoring import *
+from .selective_backprop import *
 from .selector import *
 
-__all__ = [name for module in (losses, scores, picks, items, scoring, record, selector, irreducible, rho_loss, interpret) for name in module.__all__]
+_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
+__all__ = [name for module in _modules for name in module.__all__]

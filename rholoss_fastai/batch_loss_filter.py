@@ -42,7 +42,7 @@ class BatchLossFilter(BatchSelector):
         dl,multiple_of = self.learn.dls.train,self.pick.multiple_of
         bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
         if bs and multiple_of > bs:
-            raise ValueError(f"multiple_of={multiple_of} is larger than the batch of {bs} items, so nothing would ever be left out: use a smaller one, such as 8.")
+            raise ValueError(f"multiple_of={multiple_of} is larger than the batch of {bs} items, so nothing would ever be left out: use a smaller one.")
         if self.scale_lr and num_distrib() > 1:
             raise ValueError("scale_lr gives each process of a distributed run a rate of its own, and their weights would drift apart: use scale_lr=None.")
 

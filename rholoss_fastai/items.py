@@ -8,11 +8,12 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/items.html.md"""
 __all__ = ['batch_size', 'subset_batch', 'RowSubset', 'RowTracker', 'TorchRows', 'track_rows', 'dataset_size', 'epoch_size',
            'restrict_rows', 'scoring_loader', 'preserve_rng', 'fingerprint', 'ItemTable']
 
-# %% ../nbs/03_items.ipynb #553e4c09
+# %% ../nbs/03_items.ipynb #05de5351
 import copy, hashlib, json, os, random, uuid
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import MethodType
 from weakref import WeakKeyDictionary
@@ -35,11 +36,14 @@ from fastai.distributed import DistributedDL
 from fastai.tabular.core import Tabular
 from fastai.text.data import LMDataLoader, SortedDL
 
-# %% ../nbs/03_items.ipynb #afe35763
+# %% ../nbs/03_items.ipynb #5fe06631
+def _is_record(o): return is_dataclass(o) and not isinstance(o, type)
+
 def _size(o):
     "First dimension of the first tensor in `o` that has one, None without"
     if isinstance(o, Tensor): return o.shape[0] if o.ndim else None
     if isinstance(o, Mapping): o = o.values()
+    elif _is_record(o): o = [getattr(o, f.name) for f in fields(o)]
     elif not isinstance(o, (tuple, list, L)): return None
     return next((n for n in map(_size, o) if n is not None), None)
 
@@ -61,6 +65,7 @@ def _subset(o, idxs, bs):
         for k,v in items.items(): res[k] = v
         if getattr(res, '_encodings', None) is not None: res._encodings = None  # a BatchEncoding's tokens are of the whole batch
         return res
+    if _is_record(o): return replace(o, **{f.name: _subset(getattr(o, f.name), idxs, bs) for f in fields(o) if f.init})
     if isinstance(o, (tuple, list, L)):
         per_item = bs > 1 and len(o) == bs and _size(o) is None and any(v is not None for v in o)
         if per_item:
@@ -83,7 +88,7 @@ def batch_size(
     return bs
 
 def subset_batch(
-    batch, # Any nesting of tensors `(bs, ...)`, tuples, lists and mappings
+    batch, # Any nesting of tensors `(bs, ...)`, tuples, lists, mappings and dataclasses
     idxs:Tensor # `(k,)` int64, on the tensors' device
 ): # The same structure with tensors `(k, ...)`
     "The items `idxs` of `batch`, every type and its metadata kept"

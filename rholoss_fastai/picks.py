@@ -47,7 +47,7 @@ def check_number(
         if isinstance(number, bool) or not isinstance(number, Real):
             raise TypeError(f"{name} must be a number in {interval}, or a schedule (a function of pct_train) of such numbers; "
                             f"got {number!r}{at}.")
-        if math.isnan(number) or not (low <= number <= high) or (open_low and number == low):
+        if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):
             raise ValueError(f"{name} must lie in {interval}; got {number}{at}.")
     return value
 
@@ -162,9 +162,10 @@ class LossShare(Pick):
         order = rank_key(scores).argsort(descending=True)
         losses = scores[order] if scores.device.type == 'mps' else scores[order].double()
         finite = losses.isfinite()
-        summed = losses.where(finite, 0).cumsum(0)
+        lowest = losses.where(finite, 0).amin().clamp(max=0)
+        summed = (losses - lowest).where(finite, 0).cumsum(0)
         # a hair below the share, for a sum that reaches it but for rounding
-        enough = summed >= share*summed[-1] - 1e-12*summed[-1].abs()
+        enough = summed >= (share - 1e-12)*summed[-1]
         n_hard = enough.int().argmax() + 1 if share > 0 else torch.zeros((), dtype=torch.long, device=scores.device)
         if share >= 1: n_hard = torch.maximum(n_hard, ((losses != 0) & finite).int().mul(torch.arange(1, n+1, device=scores.device)).amax())
         n_hard = torch.maximum(n_hard, losses.isposinf().sum()) # an infinite loss is kept, but no share can be told from it
@@ -176,9 +177,9 @@ class LossShare(Pick):
         order = torch.cat([order[easiest:n_numbers], order[:easiest], order[n_numbers:]])
         return Selection(order[:size].sort().values)
 
-# %% ../nbs/02_picks.ipynb #f486e7c3
+# %% ../nbs/02_picks.ipynb #223c42c3
 class PercentileSample(Pick):
-    "Items drawn with probability `percentile ** beta` among the last losses (Jiang et al. 2019, section 3)"
+    "Items drawn with probability `percentile ** beta` among the last losses (Jiang et al. 2019, equation 1)"
     def __init__(self,
         beta:float=3., # Selectivity, at least 0, or a schedule; of a steady stream of losses a share of 1/(beta+1) is drawn
         history:int=1024, # Number of losses remembered
@@ -206,8 +207,8 @@ class PercentileSample(Pick):
         return (percentile ** scheduled(self.beta, pct_train)).clamp(min=scheduled(self.sampling_min, pct_train), max=1.)
 
     def past_losses(self)->Tensor: # `(min(n_seen, history),)`
-        "The history, ascending"
-        return self._losses[:min(self._n, self.history)].sort().values
+        "The history, ascending; empty before the first pick"
+        return torch.empty(0) if self._losses is None else self._losses[:min(self._n, self.history)].sort().values
 
     def __call__(self, scores, pct_train=0., size=None):
         if self._generator is None or self._generator.device != scores.device:
@@ -232,7 +233,7 @@ class RankSample(Pick):
         n = len(scores)
         if self._generator is None or self._generator.device != scores.device:
             self._generator = torch.Generator(scores.device).manual_seed(self.seed)
-        rank = rank_key(scores).argsort().argsort() + 1
+        rank = rank_key(scores).argsort().argsort() + 0.5 # the middle of each item's share of the ranks
         log_p = (1/self.fraction(pct_train) - 1)*(rank/n).log()
         # the largest of log p + Gumbel noise: drawn one after another without replacement (Efraimidis and Spirakis 2006)
         noise = -torch.empty_like(log_p).exponential_(generator=self._generator).log()

@@ -125,7 +125,8 @@ class SelectionRecord:
                 self._counts += self._new_counts
         loaded,scored,trained,loss_all,loss_selected,loss_top,nan_batches = counts.tolist()
         share = lambda part, whole: part/whole if whole else math.nan
-        line = dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained), share(trained, loaded), share(loss_selected, loss_all),
+        loss_share = 1. if not loss_all and 0 < trained == loaded else share(loss_selected, loss_all) # nothing left out, nothing to measure
+        line = dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained), share(trained, loaded), loss_share,
                                    share(loss_top, loss_all), self.forward, *seconds.tolist()]))
         self.lines.append({**line, **(self.figures() if self.figures else {})})
         self.seconds_il = 0.

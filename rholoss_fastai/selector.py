@@ -16,7 +16,6 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner, ValueMetric
-from fastai.torch_core import to_detach
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -84,6 +83,7 @@ class BatchSelector(Callback):
         self.warmup_epochs,self.mode,self.precision,self.min_items = warmup_epochs,mode,precision,min_items
         self.record,self.epochs_done,self.epochs_selected,self._fit = SelectionRecord(),0,0,None
         self._remembered = None # `(n,)`, the loss of each row when it was last scored
+        self.divides = None # can the model's prediction be narrowed to some items? Known after the first batch
 
     @property
     def needs_rows(self)->bool:
@@ -169,10 +169,10 @@ class BatchSelector(Callback):
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fit.modules)
         fit.min_items = self.min_items or (2 if batch_norm else 1)
         n_rows = dataset_size(source) if fit.loader is not None else None
-        if self.staleness > 1 and (self._remembered is None or len(self._remembered) != n_rows):
+        if self.staleness > 1 and (self._remembered is None or len(self._remembered) != n_rows or self._remembered.device != fit.device):
             # a row that was never scored ranks first
             self._remembered,self.epochs_selected = torch.full((n_rows,), torch.inf, device=fit.device),0
-        fit.stale = self.epochs_selected % self.staleness != 0
+        fit.stale,fit.selecting = self.epochs_selected % self.staleness != 0,False
         fit.reuse = not fit.warm and self._reuses()
         self.record.start_epoch(fit.device, n_rows, 'none' if fit.warm or fit.stale or not self.pick.needs_scores else 'reuse' if fit.reuse else 'twice')
 
@@ -181,7 +181,7 @@ class BatchSelector(Callback):
         if self.forward != 'auto': return self.forward == 'reuse'
         if self.scale_factor < 1 or self.staleness > 1 or any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return False
         # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's choice
-        if any(isinstance(m, (_BatchNorm, _DropoutNd)) for m in self._fit.modules): return False
+        if self.divides is False or any(_by_chance_or_batch(m) for m in self._fit.modules): return False
         # in units of a forward: twice costs 1 + 3f, one forward with gradients 3 (or less: the backward is of the selected alone)
         kept = self.record.kept if self.epochs_selected else self.pick.fraction(self.learn.pct_train)
         return kept is not None and kept > 2/3
@@ -209,10 +209,11 @@ class BatchSelector(Callback):
     def after_pred(self):
         "With one forward for both: score by the prediction, pick, and narrow prediction and batch"
         learn,fit,watch = self.learn,self._fit,self.record.watch
+        if self.forward == 'auto' and self.divides is None: self.divides = _divides(learn.pred, batch_size(learn.xb))
         if fit.pending is None: return
         started,batch = watch.mark(),fit.pending
         watch.add('training', fit.selected_at, started)
-        fit.pending,batch.pred = None,_detached(learn.pred)
+        fit.pending,batch.pred = None,plain(learn.pred)
         idxs = self._select(batch)
         if idxs is not None: self.learn.pred = subset_batch(learn.pred, idxs)
         self._deliver(batch, idxs)
@@ -242,6 +243,7 @@ class BatchSelector(Callback):
         size = fit.n_b or self.pick.size(n, pct_train)
         if size is not None: size = min(n, max(size, fit.min_items))
         if size == n and not self.pick.weighted: return # the batch as it came, bit for bit, and without scoring it
+        fit.selecting = True
         if self.pick.needs_scores:
             with scoring_mode(fit.model, fit.device, self.mode=='train', modules=fit.modules):
                 batch.scores = self.score(**{o: getattr(self, f'input_{o}')(batch) for o in self.inputs})
@@ -284,7 +286,7 @@ class BatchSelector(Callback):
         "Close the epoch's line in the ledger"
         self.record.end_epoch()
         self.epochs_done += 1
-        self.epochs_selected += not self._fit.warm
+        self.epochs_selected += self._fit.selecting # an epoch before `start` has scored nothing that a later one could remember
 
     def after_fit(self):
         "Take the columns out again"
@@ -309,9 +311,16 @@ class _Reading:
     def __init__(self, record, column): self.record,self.column = record,column
     def __call__(self): return self.record.last(self.column)
 
-def _detached(pred):
-    "A prediction without its graph, as plain tensors"
-    return plain(to_detach(pred, cpu=False, gather=False))
+def _divides(pred, n):
+    "Can a prediction of `n` items be narrowed to some of them?"
+    try: return batch_size(pred) == n and batch_size(subset_batch(pred, torch.zeros(1, dtype=torch.long, device=prediction(pred).device))) == 1
+    except (TypeError, ValueError): return False
+
+def _by_chance_or_batch(m):
+    "Does the module, in training mode, act on an item by chance or by the company that it is in: batch norm, and dropout of every kind"
+    dropout = getattr(m, 'dropout', 0.) # of a recurrent or attention layer
+    named = any(word in type(m).__name__.lower() for word in ('drop', 'stochastic')) # DropPath, RNNDropout, StochasticDepth
+    return named or isinstance(m, (_BatchNorm, _DropoutNd)) or (isinstance(dropout, float) and dropout > 0)
 
 def _check_scores(scores, n, score):
     if not isinstance(scores, Tensor) or scores.shape != (n,):
