@@ -7,14 +7,12 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/irreducible.html.md"""
 # %% auto #0
 __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossfit_irreducible', 'learner_copies']
 
-# %% ../nbs/20_irreducible.ipynb #bf3148ad
-import gc, os, pickle, sys, time, weakref
+# %% ../nbs/20_irreducible.ipynb #f41542f5
+import gc, os, sys, time, weakref
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import partial
-from numbers import Integral
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
@@ -33,6 +31,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .items import ItemTable, dataset_size, fingerprint, preserve_rng, restrict_rows, scoring_loader, track_rows
 from .losses import ItemLosses, plain, prediction
+from .picks import check_count
 from .scoring import autocast, learner_precision, scoring_mode
 
 # %% ../nbs/20_irreducible.ipynb #32fbc8d1
@@ -163,13 +162,6 @@ def _n_batches(holdout_dl, dl, n_epoch, rows=None):
     "Batches trained on and scored"
     return n_epoch * (len(holdout_dl) + len(scoring_loader(dl, rows)))
 
-def _check_whole(low, **numbers):
-    "Raise where a number is not a whole one from `low`"
-    for name,value in numbers.items():
-        message = f"{name} must be a whole number from {low}; got {value!r}."
-        if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(message)
-        if value < low: raise ValueError(message)
-
 # %% ../nbs/20_irreducible.ipynb #5acd3ae8
 def fit_irreducible(
     learn_il:Learner, # Learner whose `dls.train` is the holdout data
@@ -181,7 +173,7 @@ def fit_irreducible(
     progress:bool=True # Show a progress bar?
 )->IrreducibleLosses: # Losses of the epoch with the lowest mean
     "Fit `learn_il` on its own training data, score `train_dl` after each epoch, and keep the losses and weights of the best epoch"
-    _check_whole(1, n_epoch=n_epoch)
+    check_count('n_epoch', n_epoch, 1)
     start,marks,holdout_dl = time.perf_counter(),fingerprint(train_dl),learn_il.dls.train
     if holdout_dl.dataset is train_dl.dataset:
         raise ValueError("learn_il's own training data is train_dl's data set: its model would memorise the rows that it is to score. Fit "
@@ -227,7 +219,7 @@ def crossfit_irreducible(
     progress:bool=True # Show a progress bar?
 )->IrreducibleLosses: # Every row's loss by a model that didn't train on it, at the epoch with the lowest mean over its fold
     "Irreducible losses without holdout data: each fold of the training set is scored by a model that never saw it"
-    _check_whole(1, n_epoch=n_epoch); _check_whole(2, n_folds=n_folds); _check_whole(0, seed=seed)
+    check_count('n_epoch', n_epoch, 1); check_count('n_folds', n_folds, 2); check_count('seed', seed, 0)
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is split; got {type(dls).__name__}.")
     start,dl = time.perf_counter(),dls.train.dl if isinstance(dls.train, DistributedDL) else dls.train
     n,marks = dataset_size(dl),fingerprint(dl)
@@ -262,11 +254,14 @@ def crossfit_irreducible(
                 seconds=time.perf_counter()-start)
     return IrreducibleLosses(values, marks, info)
 
-# %% ../nbs/20_irreducible.ipynb #d694dc3b
-def _deepcopy(o):
-    "A deep copy, also of a model whose hooks hold on to activations"
-    try: return deepcopy(o)
-    except RuntimeError: return pickle.loads(cloudpickle.dumps(o)) # PyTorch doesn't deep-copy what is part of a graph
+# %% ../nbs/20_irreducible.ipynb #ef28287c
+def _deepcopy(
+    model, # A model, which may hold activations: PyTorch doesn't deep-copy what is part of a graph
+    opt # Its optimiser or None
+):
+    "Copies of both that belong together"
+    activations = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    return deepcopy((model, opt), {id(t): t.detach().clone() for t in activations})
 
 def _was_fitted(learn):
     "Has the model taken training steps that still count? (`lr_find` takes them back)"
@@ -295,9 +290,9 @@ def learner_copies(
     opt_func,arch = learn.opt_func,vars(learn).get('arch')
     precision = [(cb.amp_mode, cb.kwargs) for cb in learn._grab_cbs(MixedPrecision)]
     # an optimiser that is made already holds the parameters: it is copied with the model
-    snapshot = _deepcopy((get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None))
+    snapshot = _deepcopy(get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None)
     def make_learner(dls):
-        model,opt = _deepcopy(snapshot)
+        model,opt = _deepcopy(*snapshot)
         cbs = [TrainEvalCallback, Recorder, CastToTensor] + [MixedPrecision(mode, **kwargs) for mode,kwargs in precision]
         new = Learner(dls, model, opt_func=opt or opt_func, cbs=cbs, default_cbs=False, **settings)
         new.logger = noop

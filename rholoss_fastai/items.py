@@ -324,9 +324,8 @@ def track_rows(
     _check_rows_known(dl, bs)
     if not isinstance(dl, TorchDataLoader): return RowTracker(_copy_loader(dl, bs), dl, bs).loader
     if not (dl.persistent_workers and dl.num_workers): return TorchRows(dl, bs)
-    copies = _with_workers.setdefault(dl, {})
-    if bs not in copies: copies[bs] = TorchRows(dl, bs)
-    return copies[bs]
+    if dl not in _with_workers or _with_workers[dl].bs != bs: _with_workers[dl] = TorchRows(dl, bs) # the old one's workers end with it
+    return _with_workers[dl]
 
 # %% ../nbs/03_items.ipynb #7acd411c
 def dataset_size(

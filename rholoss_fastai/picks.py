@@ -36,9 +36,11 @@ def check_number(
     value:Real, # A number or a schedule; a schedule is probed at the start, the middle and the end of training
     low:float=0., # Smallest value
     high:float=1., # Largest value
-    open_low:bool=False # Is `low` itself excluded?
+    open_low:bool=False, # Is `low` itself excluded?
+    schedule:bool=True # May it be a schedule?
 ):
     "`value`, if it lies in the interval all through training; `TypeError` or `ValueError` if not"
+    if callable(value) and not schedule: raise TypeError(f"{name} must be a number, not a schedule; got {value!r}.")
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high==math.inf else ']'}"
     for pct_train in (0., 0.5, 1.) if callable(value) else (0.,):
         number = value(pct_train) if callable(value) else value
@@ -59,7 +61,7 @@ def check_count(
 )->int:
     "`value`, if it is a whole number of at least `low`; `TypeError` or `ValueError` if not"
     if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f"{name} must be a whole number of at least {low}; got {value!r}.")
-    if value < low: raise ValueError(f"{name} must be at least {low}; got {value}.")
+    if value < low: raise ValueError(f"{name} must be a whole number of at least {low}; got {value}.")
     return value
 
 # %% ../nbs/02_picks.ipynb #dfff0549

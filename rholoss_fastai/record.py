@@ -106,38 +106,49 @@ class SelectionRecord:
         if scores is not None: self._sums[3] += scores.isnan().all()
         self._last = time.perf_counter()
 
+    def _summed(self, counts, seconds):
+        "A line of the ledger out of the counts and sums of an epoch"
+        loaded,scored,trained,loss_all,loss_selected,loss_top,nan_batches = counts.tolist()
+        share = lambda part, whole: part/whole if whole else math.nan
+        loss_share = 1. if not loss_all and 0 < trained == loaded else share(loss_selected, loss_all) # nothing left out, nothing to measure
+        forward = 'none' if self.forward == 'twice' and not scored else self.forward
+        line = dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained), share(trained, loaded), loss_share,
+                                   share(loss_top, loss_all), forward, *seconds.tolist()]))
+        return {**line, **(self.figures() if self.figures else {})}
+
+    def _read(self, ended):
+        "Counts, sums and seconds of the epoch under way, read from the device"
+        counts = torch.cat([torch.tensor(list(self._line.values()), dtype=torch.float64), self._sums.double().cpu()])
+        spent = self.watch.read()
+        seconds = [ended-self._began, spent.get('scoring', 0.), spent.get('training', 0.), self.seconds_il]
+        return counts,torch.tensor(seconds, dtype=torch.float64)
+
     def end_epoch(self,
         interrupted:bool=False # Was the epoch cut short? Then processes don't wait for one another, and nothing is warned
     ):
         "Close the line; here, once an epoch, the device is read, and the processes of a distributed run are summed up"
         if self._line is None: return
-        line,spent,sums = self._line,self.watch.read(),self._sums
-        self._line = None
-        counts = torch.cat([torch.tensor(list(line.values()), dtype=torch.float64), sums.double().cpu()])
-        ended = self._last if interrupted else time.perf_counter()
-        seconds = torch.tensor([ended-self._began, spent.get('scoring', 0.), spent.get('training', 0.), self.seconds_il], dtype=torch.float64)
+        counts,seconds = self._read(self._last if interrupted else time.perf_counter())
         if not interrupted and _n_processes() > 1:
-            counts,seconds = counts.to(sums.device),seconds.to(sums.device)
+            device = self._sums.device
+            counts,seconds = counts.to(device),seconds.to(device)
             dist.all_reduce(counts)
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
             if self._counts is not None:
                 dist.all_reduce(self._new_counts)
                 self._counts += self._new_counts
-        loaded,scored,trained,loss_all,loss_selected,loss_top,nan_batches = counts.tolist()
-        share = lambda part, whole: part/whole if whole else math.nan
-        loss_share = 1. if not loss_all and 0 < trained == loaded else share(loss_selected, loss_all) # nothing left out, nothing to measure
-        line = dict(zip(_COLUMNS, [len(self.lines), int(loaded), int(scored), int(trained), share(trained, loaded), loss_share,
-                                   share(loss_top, loss_all), self.forward, *seconds.tolist()]))
-        self.lines.append({**line, **(self.figures() if self.figures else {})})
-        self.seconds_il = 0.
+        self.lines.append(self._summed(counts, seconds))
+        self._line,self.seconds_il = None,0.
+        nan_batches = int(counts[-1])
         if nan_batches and not interrupted:
-            warnings.warn(f"In {int(nan_batches)} batches of this epoch every score was NaN, so the items trained on were arbitrary. "
+            warnings.warn(f"In {nan_batches} batches of this epoch every score was NaN, so the items trained on were arbitrary. "
                           "The model has probably diverged: lower the learning rate, or add TerminateOnNaNCallback().")
 
     @property
     def ledger(self)->pd.DataFrame: # A line an epoch
-        "What each epoch loaded, scored and trained on, and the seconds it took"
-        return pd.DataFrame(self.lines, columns=_COLUMNS if not self.lines else None)
+        "What each epoch loaded, scored and trained on, and the seconds it took; the epoch under way, or cut short, comes last"
+        lines = self.lines if self._line is None or not self._line['loaded'] else [*self.lines, self._summed(*self._read(self._last))]
+        return pd.DataFrame(lines, columns=_COLUMNS if not lines else None)
 
     @property
     def seen(self)->Tensor: # `(n,)` int32, or None where rows aren't known

@@ -7,21 +7,24 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/rho_loss.html.md"""
 # %% auto #0
 __all__ = ['RhoLossCallback']
 
-# %% ../nbs/21_rho_loss.ipynb #298b44e9
+# %% ../nbs/21_rho_loss.ipynb #27aed02b
+import math
+from copy import copy, deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .items import track_rows
 from .irreducible import IrreducibleLosses, crossfit_irreducible, learner_copies
-from .picks import Pick, TopFraction, check_count
+from .picks import Pick, TopFraction, check_count, check_number
 from .scores import reducible_loss
-from .scoring import scoring_mode, unwrapped
+from .scoring import autocast, scoring_mode, unwrapped
 from .selector import BatchSelector, add_selector
 
 # %% ../nbs/21_rho_loss.ipynb #36a4af82
@@ -40,8 +43,10 @@ class RhoLossCallback(BatchSelector):
         il_seed:int=0, # Cross-fitting: seed of folds and training
         **kwargs
     ):
+        if pick is not None and frac != 0.1: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
+        check_count('il_epochs', il_epochs, 1); check_count('il_folds', il_folds, 2); check_count('il_seed', il_seed, 0)
+        if il_lr is not None and not isinstance(il_lr, slice): check_number('il_lr', il_lr, high=math.inf, open_low=True, schedule=False)
         self.il,self.make_learner,self.exported = _irreducible_source(il),None,False
-        check_count('il_epochs', il_epochs, 1); check_count('il_folds', il_folds, 2)
         self.il_settings = dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed)
         super().__init__(score=score, pick=TopFraction(frac) if pick is None else pick, enlarge=enlarge, **kwargs)
 
@@ -50,41 +55,53 @@ class RhoLossCallback(BatchSelector):
 
     def input_il(self, batch):
         fit = self._fit
-        if isinstance(self.il, nn.Module):
-            with scoring_mode(self.il, fit.device, modules=fit.il_modules): return fit.item_losses(self.il(*batch.xb), *batch.yb)
-        return fit.il[batch.rows]
+        if not isinstance(self.il, nn.Module): return fit.il[batch.rows]
+        with scoring_mode(self.il, fit.device, modules=fit.il_modules):
+            with autocast(fit.device, fit.dtype): pred = self.il(*batch.xb)
+            return fit.item_losses(pred, *batch.yb)
 
-    def before_fit(self):
-        "As the selector's; then the irreducible losses go to the model's device"
-        super().before_fit()
-        fit = self._fit
-        if fit is None or 'il' not in self.inputs: return
-        if isinstance(self.il, nn.Module): fit.il_modules = list(self.il.to(fit.device).modules())
-        else: fit.il = self.il.values.to(fit.device)
+    def before_train(self):
+        "Irreducible losses at hand, and of this epoch's training set; then as the selector's"
+        # here and not in before_fit, which fastai also calls outside of a fit (`summary`, `tta`)
+        fit,dl = self._fit,self.learn.dls.train
+        if 'il' in self.inputs and getattr(fit, 'il_of', None) is not dl:
+            if self.exported: raise ValueError("Irreducible losses are not exported with a Learner: give them again, learn.rho_loss(il=...).")
+            if self.il is None: self._crossfit()
+            self.check_il(self.learn)
+            fit.il_of = dl
+            if isinstance(self.il, nn.Module): fit.il_modules = list(self.il.to(fit.device).modules())
+            else:
+                fit.il = self.il.values.to(fit.device)
+                if not getattr(self.il, 'booked', False): # a table serves many runs, and was paid for once
+                    self.record.seconds_il += self.il.info.get('seconds', 0.)
+                    self.il.booked = True
+        super().before_train()
 
-    def preflight(self):
-        "Irreducible losses must be at hand and belong to the training set; cross-fits them if there are none"
-        super().preflight()
-        if 'il' in self.inputs: self.check_il(self.learn)
+    def _crossfit(self):
+        learn,settings = self.learn,self.il_settings
+        if learn.logger is not noop:
+            print(f"RHO-LOSS: cross-fitting irreducible losses, {settings['n_folds']} folds of {settings['n_epoch']} epochs, on copies of this Learner. "
+                  "Keep them with learn.selector.il.save(path), use them again with learn.rho_loss(il=path).")
+        bar = any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
+        self.il = crossfit_irreducible(self.make_learner or learner_copies(learn), learn.dls, progress=bar, **settings)
+        self.make_learner = None
 
     def check_il(self,
         learn:Learner # The target
     ):
-        "Raise if the irreducible losses given don't belong to `learn`; make them if none were given"
-        dl = learn.dls.train
-        if self.exported: raise ValueError("Irreducible losses are not exported with a Learner: give them again, learn.rho_loss(il=...).")
+        "Raise if the irreducible losses given don't belong to `learn`"
         if isinstance(self.il, nn.Module): return _check_il_model(self.il, learn)
-        if self.il is None:
-            print(f"RHO-LOSS: cross-fitting irreducible losses, {self.il_settings['n_folds']} folds of {self.il_settings['n_epoch']} epochs, on copies of "
-                  "this Learner. Keep them with learn.selector.il.save(path), use them again with learn.rho_loss(il=path).")
-            self.il = crossfit_irreducible(self.make_learner or learner_copies(learn), learn.dls, **self.il_settings)
-            self.make_learner = None
+        dl = learn.dls.train
         track_rows(dl) # raises where rows can't be known
         if isinstance(self.il, Tensor): self.il = IrreducibleLosses.of(self.il, dl)
         self.il.check(dl)
-        if not getattr(self.il, 'booked', False): # a table serves many runs, and was paid for once
-            self.record.seconds_il += self.il.info.get('seconds', 0.)
-            self.il.booked = True
+
+    def __deepcopy__(self, memo):
+        "A copy keeps the irreducible losses, which an export leaves out"
+        res = memo[id(self)] = copy(self)
+        shared = dict(il=self.il, make_learner=self.make_learner, _fit=None)
+        res.__dict__.update({k: deepcopy(v, memo) for k,v in self.__dict__.items() if k not in shared}, **shared)
+        return res
 
     def __getstate__(self): return dict(super().__getstate__(), il=None, make_learner=None, exported=True)
 
@@ -116,6 +133,6 @@ def rho_loss(self:Learner,
     if il is None and before: il = before[0].il # another `frac`, the same irreducible losses
     selector = RhoLossCallback(il, frac, **kwargs)
     if 'il' in selector.inputs:
-        if selector.il is None: selector.make_learner = before[0].make_learner if before and before[0].make_learner else learner_copies(self)
-        else: selector.check_il(self)
+        if selector.il is not None: selector.check_il(self)
+        else: selector.make_learner = before and before[0].make_learner or learner_copies(self)
     return add_selector(self, selector)

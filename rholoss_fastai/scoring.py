@@ -14,6 +14,7 @@ import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/04_scoring.ipynb #b23381d6
@@ -47,13 +48,15 @@ def _buffers_kept(
 def scoring_mode(
     model:nn.Module, # Model to run forward
     device:torch.device, # Where it is
-    training:bool=False, # Score in train mode, as some papers' code does?
+    training:bool=False, # Leave each module in its own mode, as it trains, rather than in eval mode?
     modules:list=None # `list(model.modules())`, if at hand
 ):
     "Forward passes in here leave no trace: no gradient, and mode, buffers and the global random state restored"
     if modules is None: modules = list(model.modules())
+    # in eval mode batch norm reads its statistics only
+    writers = modules if training else [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type=='cuda' else [], device_type='cuda'), \
-         modules_in_mode(modules, training), _buffers_kept(modules) if training else nullcontext():
+         nullcontext() if training else modules_in_mode(modules, False), _buffers_kept(writers):
         yield
 
 # %% ../nbs/04_scoring.ipynb #2827896e

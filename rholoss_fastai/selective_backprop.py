@@ -47,12 +47,14 @@ class SelectiveBackprop(BatchSelector):
         if queue: self._check_queue()
 
     def _check_queue(self):
-        if self.pick.weighted: raise ValueError(f"queue=True can't be used with {self.pick!r}, whose weights belong to the batch they were picked in: use queue=False.")
+        if self.pick.weighted:
+            raise ValueError(f"queue=True can't be used with {self.pick!r}, whose weights belong to the batch they were picked in: use queue=False.")
         if self.forward == 'reuse':
             raise ValueError("queue=True can't be used with forward='reuse': the weights have moved on since the forward pass of an item that waited, so its "
                              "gradient would be of an older model. Use forward='twice'.")
         if self.enlarge: raise ValueError("queue=True can't be used with enlarge=True, where every batch is full already: use one of them.")
-        if self.min_items is not None: raise ValueError(f"queue=True can't be used with min_items={self.min_items}: every step has a full batch. Leave min_items out.")
+        if self.min_items is not None:
+            raise ValueError(f"queue=True can't be used with min_items={self.min_items}: every step has a full batch. Leave min_items out.")
 
     @property
     def waiting(self)->int:

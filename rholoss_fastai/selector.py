@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, ValueMetric
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from .items import batch_size, dataset_size, epoch_size, subset_batch, track_rows
 from .losses import ItemLosses, plain, prediction
@@ -47,7 +49,7 @@ class BatchSelector(Callback):
         end:float=1., # Share of training after which it ends
         every:int=1, # Select in each `every`-th batch
         warmup_epochs:int=0, # Epochs, counted over the Learner's life, before selection begins
-        mode:str='eval', # Mode of the model while scoring: 'eval', or 'train' as in some papers' code
+        mode:str='eval', # Mode of the model while scoring: 'eval', or 'train', as it trains, which some papers' code does
         precision:torch.dtype=None, # Scoring precision; None: the Learner's own
         min_items:int=None, # Fewest items to train on; default 2 where batch norm is in train mode (it needs two), else 1
         forward:str='twice', # 'twice': score without gradients, then train on the selected; 'reuse': one forward with gradients; or 'auto'
@@ -56,13 +58,13 @@ class BatchSelector(Callback):
     ):
         pick = TopFraction(0.5) if pick is None else pick
         if not isinstance(pick, Pick): raise TypeError(f"pick must be a `Pick`, such as TopFraction(0.1) or Uniform(0.1); got {pick!r}.")
-        check_number('start', start); check_number('end', end)
+        check_number('start', start, schedule=False); check_number('end', end, schedule=False)
         if start >= end: raise ValueError(f"start must be smaller than end, or nothing is ever selected; got start={start}, end={end}.")
         check_count('every', every, 1); check_count('warmup_epochs', warmup_epochs, 0)
         if min_items is not None: check_count('min_items', min_items, 1)
         if mode not in ('eval', 'train'): raise ValueError(f"mode must be 'eval' or 'train'; got {mode!r}.")
         if forward not in ('twice', 'reuse', 'auto'): raise ValueError(f"forward must be 'twice', 'reuse' or 'auto'; got {forward!r}.")
-        check_number('scale_factor', scale_factor, open_low=True); check_count('staleness', staleness, 1)
+        check_number('scale_factor', scale_factor, open_low=True, schedule=False); check_count('staleness', staleness, 1)
         if precision not in (None, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"precision must be None (the Learner's own), torch.float32, torch.bfloat16 or torch.float16; got {precision!r}.")
         if enlarge and pick.fraction() is None:
@@ -75,6 +77,8 @@ class BatchSelector(Callback):
         if forward == 'reuse' and (scale_factor < 1 or staleness > 1):
             raise ValueError("forward='reuse' takes the scores from the training forward, so there is nothing that scale_factor or staleness could "
                              "make cheaper: use forward='twice' with them.")
+        if staleness > 1 and every > 1:
+            raise ValueError(f"staleness={staleness} remembers the losses of an epoch, of which every={every} would score only a part: use one or the other.")
         if staleness > 1 and 'pred' in self.inputs:
             raise ValueError(f"staleness={staleness} remembers each row's loss, but the score {getattr(score, '__name__', score)} needs the prediction: "
                              "use a score of the loss, or staleness=1.")
@@ -89,6 +93,14 @@ class BatchSelector(Callback):
     def needs_rows(self)->bool:
         "Must the dataset row of each item be known?"
         return self.staleness > 1
+
+    # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after a fit that was interrupted
+    @property
+    def learn(self): return self.__dict__.get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        if learn is None and self.learn is not None: self._tidy()
+        self.__dict__['_learn'] = learn
 
     # What a score may ask for, by its parameters' names. `batch` holds xb, yb, n, rows, and `pred` once it was computed
 
@@ -122,7 +134,7 @@ class BatchSelector(Callback):
         if learn.lock.locked(): return # `validate` and `get_preds` hold it, perhaps in the midst of a fit
         self._tidy()
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
-        if learn.opt is None or hasattr(learn, 'lr_finder'): return
+        if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
         self.learn.selection = self.record
         self.preflight()
         model = unwrapped(learn.model)
@@ -151,23 +163,20 @@ class BatchSelector(Callback):
         "Put a row-tracking copy of the training loader, enlarged if asked, in this epoch's place; `learn.dls` stays as it is"
         learn,fit,source = self.learn,self._fit,self.learn.dl
         fit.warm = max(self.epochs_done, learn.epoch) < self.warmup_epochs
-        fit.n_b = None
-        if self.enlarge and not fit.warm:
-            fit.n_b = getattr(source, 'bs', None) or source.batch_size
-            n_candidates = min(round(fit.n_b/self.pick.fraction(learn.pct_train)), epoch_size(source))
-        try: fit.loader = track_rows(source, max(fit.n_b, n_candidates) if fit.n_b else None)
-        except ValueError as e:
-            if self.needs_rows: raise
-            if fit.n_b: raise ValueError(f"This DataLoader's batches can't be enlarged: pass enlarge=False to select within them. ({e})") from e
-            fit.loader = None
-        if fit.loader is not None: self.learn.dl = fit.loader
-        if len(learn.dl) == 0:
-            raise ValueError("An epoch has no batches: the training set is smaller than a batch and drop_last is on. "
-                             "Use a smaller batch size, or drop_last=False.")
         fit.model = unwrapped(learn.model) # DistributedTrainer wraps it after our before_fit
         fit.modules = list(fit.model.modules())
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fit.modules)
         fit.min_items = self.min_items or (2 if batch_norm else 1)
+        try: fit.loader,fit.n_b = self._candidates(source) if self.enlarge and not fit.warm else (track_rows(source),None)
+        except ValueError as e:
+            if self.needs_rows: raise
+            if self.enlarge and not fit.warm:
+                raise ValueError(f"This DataLoader's batches can't be enlarged: pass enlarge=False to select within them. ({e})") from e
+            fit.loader = fit.n_b = None
+        if fit.loader is not None: self.learn.dl = fit.loader
+        if len(learn.dl) == 0:
+            raise ValueError("An epoch has no batches: the training set is smaller than a batch and drop_last is on. "
+                             "Use a smaller batch size, or drop_last=False.")
         n_rows = dataset_size(source) if fit.loader is not None else None
         if self.staleness > 1 and (self._remembered is None or len(self._remembered) != n_rows or self._remembered.device != fit.device):
             # a row that was never scored ranks first
@@ -176,13 +185,25 @@ class BatchSelector(Callback):
         fit.reuse = not fit.warm and self._reuses()
         self.record.start_epoch(fit.device, n_rows, 'none' if fit.warm or fit.stale or not self.pick.needs_scores else 'reuse' if fit.reuse else 'twice')
 
+    def _candidates(self, source):
+        "A row-tracking copy of `source` with candidate batches of n_b/frac, and n_b"
+        n_b = source.batch_size if isinstance(source, TorchDataLoader) else getattr(source, 'bs', None)
+        if n_b is None: raise ValueError(f"This {type(source).__name__} has no batch size that could be enlarged: pass enlarge=False to select "
+                                          "within its own batches.")
+        n,fraction,drop_last = epoch_size(source),self.pick.fraction(self.learn.pct_train),getattr(source, 'drop_last', False)
+        if not 0 < fraction <= 1: raise ValueError(f"the fraction of {self.pick!r} is {fraction}; it must lie in (0, 1] all through training.")
+        n_candidates = max(n_b, min(round(n_b/fraction), n))
+        # a last batch of a single item is more than batch norm can take
+        while not drop_last and n_candidates < n and 0 < n % n_candidates < self._fit.min_items: n_candidates += 1
+        return track_rows(source, n_candidates),n_b
+
     def _reuses(self):
         "Does one forward with gradients serve both scoring and training in this epoch?"
         if self.forward != 'auto': return self.forward == 'reuse'
         if self.scale_factor < 1 or self.staleness > 1 or any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return False
         # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's choice
         if self.divides is False or any(_by_chance_or_batch(m) for m in self._fit.modules): return False
-        # in units of a forward: twice costs 1 + 3f, one forward with gradients 3 (or less: the backward is of the selected alone)
+        # in units of a forward: twice costs 1 + 3f, one forward with gradients 3: its backward goes through the whole batch, with zeros for the rejected
         kept = self.record.kept if self.epochs_selected else self.pick.fraction(self.learn.pct_train)
         return kept is not None and kept > 2/3
 
@@ -249,6 +270,7 @@ class BatchSelector(Callback):
                 batch.scores = self.score(**{o: getattr(self, f'input_{o}')(batch) for o in self.inputs})
             if not fit.scores_checked: _check_scores(batch.scores, n, self.score)
             fit.scores_checked = True
+            if not batch.scores.is_floating_point(): batch.scores = batch.scores.float()
         scores = torch.empty(n, device=fit.device) if batch.scores is None else batch.scores
         idxs,fit.weights = self.pick(scores, pct_train, size)
         if len(idxs) < fit.min_items <= n:
@@ -328,7 +350,7 @@ def _check_scores(scores, n, score):
         raise ValueError(f"The score {getattr(score, '__name__', score)} must return one number an item, shape ({n},); got {got}.")
 
 def _two_selectors(old, new):
-    return (f"This Learner already selects with {type(old).__name__}, and {type(new).__name__} would select from its selection. "
+    return (f"This Learner already selects with {type(old).__name__}, and a second selector, {type(new).__name__}, would select from its selection. "
             "Remove the first with learn.no_selection().")
 
 # %% ../nbs/10_selector.ipynb #1fd45f69
@@ -338,6 +360,7 @@ def add_selector(
 )->Learner: # `learn`
     "Add `selector` to `learn`, with its record as `learn.selection`"
     others = [cb for cb in learn.cbs if isinstance(cb, BatchSelector)]
+    if not isinstance(selector, BatchSelector): raise TypeError(f"selector must be a BatchSelector; got {selector!r}.")
     for other in others:
         if type(other) is not type(selector): raise ValueError(_two_selectors(other, selector))
         selector.epochs_done = other.epochs_done # warm-up counts over the Learner's life

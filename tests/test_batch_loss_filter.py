@@ -26,6 +26,7 @@ from fastai.text.models.awdlstm import RNNDropout
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rholoss_fastai.batch_loss_filter as module
 from rholoss_fastai.all import BatchLossFilter, LossShare
@@ -552,10 +553,10 @@ BAD = [(dict(min_loss_perc=1.1), 'min_loss_perc must lie in [0, 1]; got 1.1'), (
        (dict(min_loss_perc=math.nan), 'got nan'), (dict(min_sample_perc=2), 'min_sample_perc must lie in [0, 1]; got 2'),
        (dict(min_sample_perc=math.nan), 'got nan'), (dict(min_sample_perc=-1), 'got -1'), (dict(keep_easiest=1.5), 'keep_easiest must lie in [0, 1]; got 1.5'),
        (dict(min_loss_perc=0, min_sample_perc=0), 'both 0'), (dict(min_loss_perc=SchedLin(0.5, 1.5)), 'got 1.5 at pct_train=1'),
-       (dict(multiple_of=0), 'multiple_of must be at least 1; got 0'), (dict(multiple_of=-8), 'got -8'),
+       (dict(multiple_of=0), 'multiple_of must be a whole number of at least 1; got 0'), (dict(multiple_of=-8), 'got -8'),
        (dict(scale_lr='cubic'), "scale_lr must be 'linear', 'sqrt' or None"), (dict(scale_lr=True), 'got True'),
        (dict(forward='once'), "'twice', 'reuse' or 'auto'"),
-       (dict(warmup_epochs=-1), 'warmup_epochs must be at least 0'), (dict(enlarge=True), 'enlarge=False'), (dict(start=0.5, end=0.2), 'start must be smaller')]
+       (dict(warmup_epochs=-1), 'warmup_epochs must be a whole number of at least 0'), (dict(enlarge=True), 'enlarge=False'), (dict(start=0.5, end=0.2), 'start must be smaller')]
 
 @pytest.mark.parametrize('kwargs,message', BAD)
 def test_bad_values(kwargs, message):
@@ -579,6 +580,41 @@ def test_every_event_exists():
     from fastai.callback.core import event
     names = [o for o in dir(BatchLossFilter) if o.startswith(('before_', 'after_'))]
     assert names and all(hasattr(event, o) for o in names)
+
+
+# What the host asks of the device
+
+class HostReads(TorchDispatchMode):
+    "Operations that need a number on the host: on a GPU each would wait for the device. (`tolist` of a CPU tensor isn't dispatched)"
+    ops = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
+    def __init__(self): super().__init__(); self.reads = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in self.ops
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('forward', ['twice', 'reuse'])
+def test_one_read_a_batch_without_a_gpu(forward, monkeypatch):
+    counts, lists, tolist = [], [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda o: (lists.append(o), tolist(o))[1])
+    class Count(Callback):
+        def __init__(self, order, event, begin): self.order, self.event, self.begin = order, event, begin
+        def toggle(self):
+            if not self.training or self.iter == 0: return
+            if self.begin:
+                lists.clear()
+                self.learn.reads = HostReads()
+                self.learn.reads.__enter__()
+            else:
+                self.learn.reads.__exit__(None, None, None)
+                counts.append((self.learn.reads.reads, len(lists)))
+        def before_batch(self):
+            if self.event == 'before_batch': self.toggle()
+        def after_pred(self):
+            if self.event == 'after_pred': self.toggle()
+    event = 'before_batch' if forward == 'twice' else 'after_pred'
+    learn = learner(model=usual_model).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
+    assert counts == [(0, 1)]*(2*(N//BS - 1))
 
 
 # On a GPU

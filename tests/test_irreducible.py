@@ -161,11 +161,11 @@ def test_make_learner_must_make_learners():
         with pytest.raises((ValueError, TypeError), match=message): crossfit_irreducible(make, dls, 1, **quiet)
 
 @pytest.mark.parametrize('kwargs, error, message', [
-    (dict(n_folds=1), ValueError, 'n_folds must be a whole number from 2; got 1'),
+    (dict(n_folds=1), ValueError, 'n_folds must be a whole number of at least 2; got 1'),
     (dict(n_folds=97), ValueError, 'n_folds=97, but the data set has 96 rows'),
-    (dict(n_folds=2.), TypeError, 'n_folds must be a whole number from 2; got 2.0'),
-    (dict(n_epoch=0), ValueError, 'n_epoch must be a whole number from 1; got 0'),
-    (dict(seed=-1), ValueError, 'seed must be a whole number from 0; got -1')])
+    (dict(n_folds=2.), TypeError, 'n_folds must be a whole number of at least 2; got 2.0'),
+    (dict(n_epoch=0), ValueError, 'n_epoch must be a whole number of at least 1; got 0'),
+    (dict(seed=-1), ValueError, 'seed must be a whole number of at least 0; got -1')])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message): crossfit_irreducible(make_learner, make_dls(), **{'n_epoch': 1, **quiet, **kwargs})
 

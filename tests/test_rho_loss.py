@@ -1,5 +1,6 @@
 """RHO-LOSS with everything else that a fit may have in it."""
 import warnings
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision  # noqa: F401  (patches to_fp16)
+from fastai.callback.hook import ActivationStats  # noqa: F401  (patches summary)
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SchedCos  # noqa: F401  (patches fit_one_cycle, fine_tune, lr_find)
@@ -20,7 +22,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 
-from rholoss_fastai.all import Uniform, irreducible_losses, learner_precision
+from rholoss_fastai.all import RhoLossCallback, Uniform, irreducible_losses, learner_precision
 
 N, BS, FRAC = 240, 8, 0.25
 
@@ -172,9 +174,68 @@ def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
     assert {len(o) for o in selected.rows} == {BS}
     assert learn.selector.il is None and 'cross-fitting' not in capsys.readouterr().out
     assert len(learn.selection.ledger) == 0
-    fit(learn, 1)
+    learn.fit(1)
     assert 'cross-fitting' in capsys.readouterr().out
     assert learn.selection.ledger.seconds_il[0] > 0
+
+
+def test_only_a_fit_cross_fits_or_checks_the_data(tmp_path):
+    "`summary`, `tta` and `with learn:` fire before_fit too"
+    learn = learner(tmp_path).rho_loss(frac=FRAC)
+    learn.freeze()
+    with learn.no_mbar():
+        learn.summary()
+        with learn: learn.get_preds(inner=True)
+    assert learn.selector.il is None and list(learn.metrics.attrgot('name')) == ['accuracy']
+
+
+@pytest.mark.parametrize('undo', ['no_selection', 'replace', 'temporary'])
+def test_nothing_stays_behind_after_an_interrupted_fit(undo):
+    learn = learner()
+    if undo == 'temporary':
+        with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[RhoLossCallback(il_values(), frac=FRAC), Interrupt()])
+    else:
+        learn.rho_loss(il_values(), frac=FRAC)
+        with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[MixUp(), Interrupt()])
+        assert learn.selection.ledger.trained.tolist() == [3*BS] # what was cut short was paid for
+        learn.no_selection() if undo == 'no_selection' else learn.rho_loss(frac=0.5)
+    assert list(learn.metrics.attrgot('name')) == ['accuracy']
+    fit(learn, 1, cbs=MixUp())
+    assert list(learn.metrics.attrgot('name')) == ['accuracy']
+
+
+def test_data_changed_in_the_midst_of_a_fit_is_noticed():
+    class Change(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.dls = learner(n=100).dls
+    with pytest.raises(ValueError, match='100'): fit(learner().rho_loss(il_values(), frac=FRAC), 2, cbs=Change())
+
+
+def test_no_last_batch_of_one_item():
+    "108 rows in candidate batches of 107 would leave one, which batch norm can't take"
+    learn = learner(drop_last=False, n=108)
+    learn.dls.train.bs = 32
+    fit(learn.rho_loss(il_values(108), frac=0.3), 1)
+    assert learn.selection.ledger.loaded.tolist() == [108]
+
+
+def test_deepcopy_keeps_irreducible_losses():
+    learn = fit(learner().rho_loss(il_values(), frac=FRAC), 1)
+    copied = deepcopy(learn)
+    copied.logger = learn.logger
+    fit(copied, 1)
+    assert len(copied.selection.ledger) == 2 and len(learn.selection.ledger) == 1
+
+
+def test_loaders_that_cannot_be_enlarged():
+    dataset = Rows()
+    sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), BS, True)
+    learn = learner()
+    learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler), torch.utils.data.DataLoader(Rows(48), batch_size=48))
+    with pytest.raises(ValueError, match='enlarge=False'): fit(learn.rho_loss(il_values(), frac=FRAC), 1)
+    learn.no_selection()
+    fit(learn.rho_loss(il_values(), frac=FRAC, enlarge=False), 1)
+    assert learn.selection.ledger.trained.tolist() == [2*N//BS]
 
 
 def test_an_interrupted_lr_find_leaves_selection_on(tmp_path):

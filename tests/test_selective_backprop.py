@@ -151,7 +151,8 @@ def test_the_batch_is_not_looped_over(monkeypatch):
 
 
 LOSSES = dict(zero=torch.zeros(64), equal=torch.full((64,), 2.5), infinite=torch.cat([torch.rand(63), torch.tensor([math.inf])]), negative=-torch.rand(64),
-              nan=torch.full((64,), math.nan), one_nan=torch.cat([torch.rand(63), torch.tensor([math.nan])]), minus_infinite=torch.cat([torch.rand(63), torch.tensor([-math.inf])]))
+              nan=torch.full((64,), math.nan), one_nan=torch.cat([torch.rand(63), torch.tensor([math.nan])]),
+              minus_infinite=torch.cat([torch.rand(63), torch.tensor([-math.inf])]))
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -273,7 +274,7 @@ def test_queue_outlives_an_interrupted_fit():
 
 def test_queue_is_carried_through_fine_tune():
     pick, candidates, steps = Draws(2.), Candidates(), Steps()
-    learn = fit(learner().selective_backprop(pick=pick, queue=True), 2, method='fine_tune', cbs=[candidates, steps])
+    fit(learner().selective_backprop(pick=pick, queue=True), 2, method='fine_tune', cbs=[candidates, steps])
     vanilla = {*range(N//BS)} # the warm-up epoch is the frozen one
     selected = drawn_rows(candidates, pick, {*vanilla, N//BS})
     assert torch.equal(torch.cat(steps.rows[N//BS + 1:]), selected[:len(selected)//BS*BS])
@@ -657,12 +658,12 @@ BAD = [
     (dict(keep=1.5), ValueError, 'got 1.5'),
     (dict(keep=math.nan), ValueError, 'got nan'),
     (dict(beta=3, keep=0.25), ValueError, 'beta=3 and keep=0.25 .* give one of them'),
-    (dict(history=0), ValueError, 'history must be at least 1; got 0'),
+    (dict(history=0), ValueError, 'history must be a whole number of at least 1; got 0'),
     (dict(history=10.5), TypeError, 'history must be a whole number of at least 1; got 10.5'),
     (dict(sampling_min=-0.1), ValueError, r'sampling_min must lie in \[0, 1\]; got -0.1'),
-    (dict(staleness=0), ValueError, 'staleness must be at least 1; got 0'),
+    (dict(staleness=0), ValueError, 'staleness must be a whole number of at least 1; got 0'),
     (dict(scale_factor=0), ValueError, r'scale_factor must lie in \(0, 1\]; got 0'),
-    (dict(warmup_epochs=-1), ValueError, 'warmup_epochs must be at least 0'),
+    (dict(warmup_epochs=-1), ValueError, 'warmup_epochs must be a whole number of at least 0'),
     (dict(beta=2., pick=RankSample(0.5)), ValueError, 'give its numbers to RankSample'),
     (dict(history=10, pick=RankSample(0.5)), ValueError, 'give its numbers to RankSample'),
     (dict(pick=0.5), TypeError, 'pick must be a `Pick`'),
