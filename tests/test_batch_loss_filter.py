@@ -556,7 +556,8 @@ BAD = [(dict(min_loss_perc=1.1), 'min_loss_perc must lie in [0, 1]; got 1.1'), (
        (dict(multiple_of=0), 'multiple_of must be a whole number of at least 1; got 0'), (dict(multiple_of=-8), 'got -8'),
        (dict(scale_lr='cubic'), "scale_lr must be 'linear', 'sqrt' or None"), (dict(scale_lr=True), 'got True'),
        (dict(forward='once'), "'twice', 'reuse' or 'auto'"),
-       (dict(warmup_epochs=-1), 'warmup_epochs must be a whole number of at least 0'), (dict(enlarge=True), 'enlarge=False'), (dict(start=0.5, end=0.2), 'start must be smaller')]
+       (dict(warmup_epochs=-1), 'warmup_epochs must be a whole number of at least 0'),
+       (dict(enlarge=True), 'enlarge=False'), (dict(start=0.5, end=0.2), 'start must be smaller')]
 
 @pytest.mark.parametrize('kwargs,message', BAD)
 def test_bad_values(kwargs, message):
