@@ -30,8 +30,9 @@ def plot(self:SelectionRecord,
     axs[1].set(title='loss of the selected', ylabel="share of the candidates' loss", ylim=(0, 1.05))
     loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
     bottom = 0*loading
-    for name,seconds,colour in (('training', ledger.seconds_training, 'C2'), ('scoring', ledger.seconds_scoring, 'C3'), ('loading and the rest', loading, '0.75'),
-                                ('irreducible losses', ledger.seconds_il, 'C4')):
+    parts = [('training', ledger.seconds_training, 'C2'), ('scoring', ledger.seconds_scoring, 'C3'), ('loading and the rest', loading, '0.75'),
+             ('irreducible losses', ledger.seconds_il, 'C4')]
+    for name,seconds,colour in parts:
         if seconds.sum() < 0.01*bottom.sum(): continue # nothing that could be seen
         axs[2].bar(epochs, seconds, bottom=bottom, label=name, color=colour)
         bottom = bottom + seconds
