@@ -205,7 +205,7 @@ def main(
                 [[r['arch'], r['milliseconds']['rho_loss'][0], r['milliseconds']['bare_rho'][0], r['rho_over_bare'], r['overhead_ms'],
                   r['fastai_overhead_ms'], r['rho_over_limit']] for r in rho])
     print()
-    filters = [filter_cost(arch, float(k), n[arch], device) for arch in n for k in kept.split(',')]
+    filters = [filter_cost(arch, float(k), n[arch], device) for arch in n for k in kept.split(',') if k]
     print_table(['model', 'kept', 'original ms', "'twice' ms", 'ratio', "'reuse' ms", 'ratio'],
                 [[r['arch'], r['kept'], r['milliseconds']['original'][0], r['milliseconds']['twice'][0], r['twice_over_original'],
                   r['milliseconds']['reuse'][0], r['reuse_over_original']] for r in filters])

@@ -21,7 +21,6 @@ from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
-from fastai.distributed import DistributedDL
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.torch_core import get_model, set_seed, to_device
@@ -29,7 +28,7 @@ from fastcore.basics import noop, store_attr
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
-from .items import ItemTable, dataset_size, fingerprint, preserve_rng, restrict_rows, scoring_loader, track_rows
+from .items import ItemTable, dataset_size, fingerprint, is_distributed, preserve_rng, restrict_rows, scoring_loader, track_rows
 from .losses import ItemLosses, plain, prediction
 from .picks import check_count
 from .scoring import autocast, learner_precision, scoring_mode
@@ -221,7 +220,7 @@ def crossfit_irreducible(
     "Irreducible losses without holdout data: each fold of the training set is scored by a model that never saw it"
     check_count('n_epoch', n_epoch, 1); check_count('n_folds', n_folds, 2); check_count('seed', seed, 0)
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is split; got {type(dls).__name__}.")
-    start,dl = time.perf_counter(),dls.train.dl if isinstance(dls.train, DistributedDL) else dls.train
+    start,dl = time.perf_counter(),dls.train.dl if is_distributed(dls.train) else dls.train
     n,marks = dataset_size(dl),fingerprint(dl)
     if n_folds > n: raise ValueError(f"n_folds={n_folds}, but the data set has {n} rows: a fold needs at least one.")
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

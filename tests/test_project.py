@@ -125,3 +125,9 @@ def test_no_path_of_one_machine():
         if not (ROOT/name).is_file(): continue
         found = re.search(r'''(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]+''', (ROOT/name).read_text(encoding='utf-8'))
         assert not found, f'{name} holds {found[0]}, a path of one machine'
+
+def test_the_package_needs_no_development_tool():
+    "What `pip install -e .` alone brings is enough: accelerate, nbdev and the testing tools are optional"
+    code = "import sys; sys.modules.update(dict.fromkeys(['accelerate', 'nbdev', 'pytest', 'hypothesis', 'transformers'])); import rholoss_fastai.all"
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
