@@ -1,5 +1,5 @@
 "What holds for the project as a whole: versions, floors, names, notebooks, the README"
-import ast, copy, importlib, json, re, subprocess
+import ast, copy, importlib, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
