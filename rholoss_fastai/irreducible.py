@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/irreducible.html.md"""
 # %% auto #0
 __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossfit_irreducible', 'learner_copies']
 
-# %% ../nbs/20_irreducible.ipynb #f41542f5
+# %% ../nbs/20_irreducible.ipynb #56793029
 import gc, os, sys, time, weakref
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
@@ -253,14 +254,16 @@ def crossfit_irreducible(
                 seconds=time.perf_counter()-start)
     return IrreducibleLosses(values, marks, info)
 
-# %% ../nbs/20_irreducible.ipynb #ef28287c
-def _deepcopy(
-    model, # A model, which may hold activations: PyTorch doesn't deep-copy what is part of a graph
-    opt # Its optimiser or None
-):
-    "Copies of both that belong together"
-    activations = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and t.grad_fn is not None]
-    return deepcopy((model, opt), {id(t): t.detach().clone() for t in activations})
+# %% ../nbs/20_irreducible.ipynb #a54a65a9
+class _GraphAsValues(TorchFunctionMode):
+    "Inside, deep copies of tensors that are part of a graph are their values: PyTorch refuses these, and models hold activations"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None: return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
+
+def _deepcopy(o):
+    "A deep copy, also of a model whose hooks hold on to activations"
+    with _GraphAsValues(): return deepcopy(o)
 
 def _was_fitted(learn):
     "Has the model taken training steps that still count? (`lr_find` takes them back)"
@@ -289,9 +292,9 @@ def learner_copies(
     opt_func,arch = learn.opt_func,vars(learn).get('arch')
     precision = [(cb.amp_mode, cb.kwargs) for cb in learn._grab_cbs(MixedPrecision)]
     # an optimiser that is made already holds the parameters: it is copied with the model
-    snapshot = _deepcopy(get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None)
+    snapshot = _deepcopy((get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None))
     def make_learner(dls):
-        model,opt = _deepcopy(*snapshot)
+        model,opt = _deepcopy(snapshot)
         cbs = [TrainEvalCallback, Recorder, CastToTensor] + [MixedPrecision(mode, **kwargs) for mode,kwargs in precision]
         new = Learner(dls, model, opt_func=opt or opt_func, cbs=cbs, default_cbs=False, **settings)
         new.logger = noop
