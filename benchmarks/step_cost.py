@@ -64,15 +64,13 @@ def fastai_learner(arch, images, targets, bs, device):
     return learn
 
 
-def bare_loop(arch, device):
-    "One no-grad forward over n_B in eval mode, the top n_b by loss minus a number, one training step over these"
+def bare_loop(arch, device, choose):
+    "A training step in bare PyTorch over the items that `choose(model, xb, yb, extra)` takes"
     model = ARCHITECTURES[arch]().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    def step(xb, yb, il):
-        model.eval()
-        with torch.no_grad(): idxs = (F.cross_entropy(model(xb), yb, reduction='none') - il).topk(N_SELECTED).indices
-        model.train()
+    def step(xb, yb, extra):
+        idxs = choose(model, xb, yb, extra)
         loss = F.cross_entropy(model(xb[idxs]), yb[idxs])
         loss.backward()
         optimizer.step()
@@ -80,35 +78,26 @@ def bare_loop(arch, device):
     return step
 
 
-def bare_training(arch, device):
-    "One training step over n_b, nothing scored"
-    model = ARCHITECTURES[arch]().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step(xb, yb, il):
-        loss = F.cross_entropy(model(xb[:N_SELECTED]), yb[:N_SELECTED])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
+def first_items(model, xb, yb, extra):
+    "The first n_b, nothing scored: plain training"
+    return slice(N_SELECTED)
 
 
-def bare_filter(arch, device):
+def most_reducible(model, xb, yb, il):
+    "One no-grad forward over n_B in eval mode, the top n_b by loss minus irreducible loss"
+    model.eval()
+    with torch.no_grad(): idxs = (F.cross_entropy(model(xb), yb, reduction='none') - il).topk(N_SELECTED).indices
+    model.train()
+    return idxs
+
+
+def largest_losses(model, xb, yb, kept):
     "BatchLossFilter as first published: scoring in train mode and float32, sorted and summed by NumPy on the host"
-    model = ARCHITECTURES[arch]().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step(xb, yb, kept):
-        with torch.no_grad(): losses = F.cross_entropy(model(xb), yb, reduction='none').cpu().numpy()
-        order = np.argsort(losses)[::-1]
-        share = np.cumsum(losses[order])/losses.sum()
-        n = max(int(np.argmax(share >= 0.01)) + 1, int(np.ceil(len(yb)*kept)))
-        idxs = torch.from_numpy(order[:n].copy()).to(device)
-        loss = F.cross_entropy(model(xb[idxs]), yb[idxs])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
+    with torch.no_grad(): losses = F.cross_entropy(model(xb), yb, reduction='none').cpu().numpy()
+    order = np.argsort(losses)[::-1]
+    share = np.cumsum(losses[order])/losses.sum()
+    n = max(int(np.argmax(share >= 0.01)) + 1, int(np.ceil(len(yb)*kept)))
+    return torch.from_numpy(order[:n].copy()).to(xb.device)
 
 
 def alternate(learners, bare, batches, repeats, device):
@@ -141,7 +130,7 @@ def rho_loss_cost(arch, repeats, device):
     uniform = fastai_learner(arch, images[:N_SELECTED*STEPS], targets[:N_SELECTED*STEPS], N_SELECTED, device)
 
     def batches(): return ([o[rows].to(device) for o in (images, targets, il)] for rows in torch.randperm(n).split(N_CANDIDATES))
-    bare = dict(bare_rho=bare_loop(arch, device), bare_uniform=bare_training(arch, device))
+    bare = dict(bare_rho=bare_loop(arch, device, most_reducible), bare_uniform=bare_loop(arch, device, first_items))
     times = in_milliseconds(alternate(dict(rho_loss=rho, uniform=uniform), bare, batches, repeats, device))
     median = {k: v[0] for k, v in times.items()}
     return dict(arch=arch, milliseconds=times, rho_over_bare=round(median['rho_loss']/median['bare_rho'], 3),
@@ -158,7 +147,7 @@ def filter_cost(arch, kept, repeats, device, bs=128):
                 for forward in ('twice', 'reuse')}
 
     def batches(): return ((images[rows].to(device), targets[rows].to(device), kept) for rows in torch.randperm(bs*STEPS).split(bs))
-    times = in_milliseconds(alternate(learners, dict(original=bare_filter(arch, device)), batches, repeats, device))
+    times = in_milliseconds(alternate(learners, dict(original=bare_loop(arch, device, largest_losses)), batches, repeats, device))
     for learn in learners.values(): assert abs(learn.selection.kept - kept) < 0.01
     return dict(arch=arch, kept=kept, milliseconds=times, twice_over_original=round(times['twice'][0]/times['original'][0], 3),
                 reuse_over_original=round(times['reuse'][0]/times['original'][0], 3))
