@@ -7,12 +7,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/batch_loss_filter.html.md"
 # %% auto #0
 __all__ = ['BatchLossFilter']
 
-# %% ../nbs/11_batch_loss_filter.ipynb #7cd3a0f0
+# %% ../nbs/11_batch_loss_filter.ipynb #f5a40f41
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
+from .items import loader_batch_size
 from .picks import LossShare
 from .selector import BatchSelector, add_selector
 
@@ -40,7 +41,7 @@ class BatchLossFilter(BatchSelector):
         "As the selector's; `multiple_of` must fit into a batch"
         super().preflight()
         dl,multiple_of = self.learn.dls.train,self.pick.multiple_of
-        bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+        bs = loader_batch_size(dl)
         if bs and multiple_of > bs:
             raise ValueError(f"multiple_of={multiple_of} is larger than the batch of {bs} items, so nothing would ever be left out: use a smaller one.")
         if self.scale_lr and num_distrib() > 1:

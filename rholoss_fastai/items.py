@@ -6,7 +6,8 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/items.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'subset_batch', 'RowSubset', 'is_distributed', 'RowTracker', 'TorchRows', 'track_rows', 'dataset_size',
-           'epoch_size', 'restrict_rows', 'scoring_loader', 'preserve_rng', 'fingerprint', 'ItemTable']
+           'loader_batch_size', 'epoch_size', 'restrict_rows', 'scoring_loader', 'preserve_rng', 'fingerprint',
+           'ItemTable']
 
 # %% ../nbs/03_items.ipynb #929c00dd
 import copy, hashlib, json, os, random, sys, uuid
@@ -342,6 +343,12 @@ def dataset_size(
     if isinstance(dl, LMDataLoader): return dl.n
     try: return len(_whole(dl.dataset))
     except (AttributeError, TypeError) as e: raise _unknown(dl, 'its data set has no length') from e
+
+def loader_batch_size(
+    dl # fastai or PyTorch `DataLoader`
+) -> int: # None where its data set or its own batch sampler decides
+    "Items in a batch of `dl`"
+    return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
 def epoch_size(
     dl # Any loader that `track_rows` takes

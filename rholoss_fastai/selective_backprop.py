@@ -20,7 +20,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .items import batch_size, subset_batch
+from .items import batch_size, subset_batch, loader_batch_size
 from .picks import PercentileSample, Pick, check_number
 from .selector import BatchSelector, add_selector
 
@@ -74,7 +74,7 @@ class SelectiveBackprop(BatchSelector):
         if num_distrib() > 1:
             raise ValueError("queue=True can't be used in a distributed run: each process's queue would be full at another time, and they must step "
                              "together. Use queue=False.")
-        if _loader_bs(self.learn.dls.train) is None:
+        if loader_batch_size(self.learn.dls.train) is None:
             raise ValueError("queue=True needs a training DataLoader with a batch size, to know when a batch is full, and this one has none. Use queue=False.")
 
     def before_fit(self):
@@ -84,7 +84,7 @@ class SelectiveBackprop(BatchSelector):
         if fit is None: return
         self.record.figures = self.history_percentiles
         if not self.queue: return
-        fit.full = _loader_bs(self.learn.dls.train)
+        fit.full = loader_batch_size(self.learn.dls.train)
         source = self.learn.dls.train,fit.full,fit.device
         if self._waits_for != source: self._waiting,self._waits_for = None,source
 
@@ -142,7 +142,6 @@ class _BetaOf:
     def __init__(self, keep): self.keep = keep
     def __call__(self, pct_train): return 1/self.keep(pct_train) - 1
 
-def _loader_bs(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
 def _joined(first, second):
     "The items of two batches in one, every type and its metadata kept"

@@ -21,9 +21,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import DataLoader as TorchDataLoader
 
-from .items import batch_size, dataset_size, epoch_size, subset_batch, track_rows
+from .items import batch_size, dataset_size, epoch_size, loader_batch_size, subset_batch, track_rows
 from .losses import ItemLosses, plain, prediction
 from .picks import Pick, TopFraction, check_count, check_number, top_items
 from .record import SelectionRecord
@@ -187,7 +186,7 @@ class BatchSelector(Callback):
 
     def _candidates(self, source):
         "A row-tracking copy of `source` with candidate batches of n_b/frac, and n_b"
-        n_b = source.batch_size if isinstance(source, TorchDataLoader) else getattr(source, 'bs', None)
+        n_b = loader_batch_size(source)
         if n_b is None: raise ValueError(f"This {type(source).__name__} has no batch size that could be enlarged: pass enlarge=False to select "
                                           "within its own batches.")
         n,fraction,drop_last = epoch_size(source),self.pick.fraction(self.learn.pct_train),getattr(source, 'drop_last', False)

@@ -22,28 +22,14 @@ from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
+from numbered_rows import N, Rows, rows_of
 from scipy import stats
 from torch import nn
 
 from rholoss_fastai.all import PercentileSample, Pick, RankSample, SelectiveBackprop, Selection, Stopwatch, Uniform
 from rholoss_fastai.selective_backprop import _joined
 
-N, BS = 240, 16
-
-
-class Rows:
-    "Images and targets made from the row's number, so that every batch tells which rows it holds"
-    def __init__(self, n=N):
-        generator = torch.Generator().manual_seed(3)
-        self.targets = torch.randint(0, 3, (n,), generator=generator)
-        self.images = torch.randn(n, 1, 6, 6, generator=generator) + self.targets[:, None, None, None]
-        self.images[:, 0, 0, 0] = torch.arange(n)/1024
-    def __len__(self): return len(self.targets)
-    def __getitem__(self, i): return self.images[i], self.targets[i]
-    def new_empty(self): return Rows(0) # for `export`
-
-
-def rows_of(xb): return (xb[:, 0, 0, 0]*1024).round().long()
+BS = 16
 
 
 def model():
