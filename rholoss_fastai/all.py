@@ -1,6 +1,6 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
+from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, report, rho_loss, scores, scoring, selective_backprop, selector
 from .batch_loss_filter import *
 from .interpret import *
 from .irreducible import *
@@ -8,11 +8,12 @@ from .items import *
 from .losses import *
 from .picks import *
 from .record import *
+from .report import *
 from .rho_loss import *
 from .scores import *
 from .scoring import *
 from .selective_backprop import *
 from .selector import *
 
-_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
+_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

@@ -8,6 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/selector.html.md"""
 __all__ = ['PATIENCE', 'SelectionColumn', 'BatchSelector', 'add_selector']
 
 # %% ../nbs/10_selector.ipynb #2308867b
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -382,10 +383,12 @@ class BatchSelector(Callback):
                           "fallback='uniform' asks; see learn.selection.report().")
 
     def _no_longer_pays(self):
-        "By counts and scores: does a step cost more plain steps than it holds of the score, in each of the last epochs?"
+        "By counts and scores: were the selected worth fewer plain items than a step costs plain steps, in each of the last epochs, and ever so?"
+        if self.epochs_selected < PATIENCE: return False
         lines = self.record.lines[-PATIENCE:]
-        return self.epochs_selected >= PATIENCE and all(line['forward'] == 'twice' and line['score_share'] < line['selected']*line['step_cost']
-                                                        for line in lines)
+        worth = [line['score_share']/line['selected'] if line['forward'] == 'twice' else math.nan for line in lines]
+        # what is rising may well pay later: losses spread as a model learns
+        return all(w < line['step_cost'] for w,line in zip(worth, lines)) and worth[-1] < 1.05*worth[0]
 
     def after_fit(self):
         "Take the columns out again"
