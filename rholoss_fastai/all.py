@@ -1,6 +1,6 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
+from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector, side_models
 from .batch_loss_filter import *
 from .interpret import *
 from .irreducible import *
@@ -13,6 +13,7 @@ from .scores import *
 from .scoring import *
 from .selective_backprop import *
 from .selector import *
+from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
+_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
 __all__ = [name for module in _modules for name in module.__all__]
