@@ -1,6 +1,21 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, report, rho_loss, scores, scoring, selective_backprop, selector
+from . import (
+    batch_loss_filter,
+    interpret,
+    irreducible,
+    items,
+    losses,
+    picks,
+    record,
+    report,
+    rho_loss,
+    scores,
+    scoring,
+    selective_backprop,
+    selector,
+    side_models,
+)
 from .batch_loss_filter import *
 from .interpret import *
 from .irreducible import *
@@ -14,6 +29,8 @@ from .scores import *
 from .scoring import *
 from .selective_backprop import *
 from .selector import *
+from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret, report)
+_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss,
+            interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

@@ -8,31 +8,25 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/irreducible.html.md"""
 __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossfit_irreducible', 'learner_copies']
 
 # %% ../nbs/20_irreducible.ipynb #56793029
-import gc, os, sys, time, weakref
-from contextlib import contextmanager
+import gc, time
 from copy import copy, deepcopy
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-from fastai.callback.core import Callback, CancelEpochException, TrainEvalCallback
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback, ShowGraphCallback
-from fastai.callback.schedule import ParamScheduler # noqa: F401 (patches `fit_one_cycle`)
-from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import Optimizer, OptimWrapper
-from fastai.torch_core import get_model, set_seed, to_device
+from fastai.torch_core import get_model
 from fastcore.basics import noop, store_attr
-from fastcore.imports import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 
-from .items import ItemTable, dataset_size, fingerprint, is_distributed, preserve_rng, restrict_rows, scoring_loader, track_rows
-from .losses import ItemLosses, plain, prediction
+from .items import ItemTable, dataset_size, fingerprint, is_distributed, preserve_rng, restrict_rows, scoring_loader
+from .losses import ItemLosses
 from .picks import check_count
-from .scoring import autocast, learner_precision, scoring_mode
+from .side_models import batch_progress, fit_quietly, new_learner, on_its_own, score_rows, shows_progress
 
 # %% ../nbs/20_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -56,58 +50,6 @@ def _info(learn, values, start, n_epoch=0, best_epoch=(), n_folds=1):
     return dict(model=_name(model), loss=_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch), n_folds=n_folds,
                 seconds=time.perf_counter()-start, mean=values.mean().item())
 
-# %% ../nbs/20_irreducible.ipynb #9f798e42
-def _split(batch, n_inp):
-    "Inputs and targets of a batch, as `Learner._split`"
-    if not isinstance(batch, (tuple, list)): batch = (batch,)
-    if n_inp is None: n_inp = max(len(batch)-1, 1)
-    if len(batch) <= n_inp:
-        raise ValueError(f"The batch has no targets: its {len(batch)} element(s) are all inputs (n_inp={n_inp}). Irreducible losses need "
-                         "every row's label: pass a labelled DataLoader, such as dls.train.")
-    return batch[:n_inp],batch[n_inp:]
-
-def _score(learn, dl, rows=None, item_losses=None, step=noop):
-    "Losses of all rows of `dl`, or of `rows` (ascending), on the model's device, leaving no trace on `learn`"
-    model,losses,seen = get_model(learn.model),[],[]
-    device,reset = next(model.parameters()).device,getattr(model, 'reset', noop) # of a recurrent model's state, as fastai does
-    if item_losses is None: item_losses = ItemLosses(learn.loss_func)
-    with preserve_rng(), scoring_mode(model, device):
-        loader = track_rows(scoring_loader(dl, rows))
-        n_inp = getattr(dl, 'n_inp', None) or getattr(learn.dls, 'n_inp', None)
-        reset()
-        for i,batch in enumerate(loader):
-            xb,yb = _split(plain(to_device(batch, device)), n_inp)
-            with autocast(device, learner_precision(learn, device)): losses.append(item_losses(model(*xb), *yb))
-            seen.append(loader.rows(i))
-            step()
-        reset()
-    seen,wanted = torch.cat(seen),torch.arange(dataset_size(dl)) if rows is None else rows
-    if not torch.equal(seen.sort().values, wanted):
-        raise ValueError(f"Every row must be scored exactly once: {len(wanted)} rows were wanted; {len(seen)} were scored, "
-                         f"{len(seen.unique())} of them different. Pass a loader of the whole training set, such as dls.train.")
-    return torch.cat(losses)[seen.argsort().to(device)]
-
-# %% ../nbs/20_irreducible.ipynb #e0677632
-def _has_bar(learn):
-    "Does `learn` show progress? Not inside `no_bar` and `no_mbar`"
-    return bool(learn._grab_cbs(ProgressCallback)) and learn.create_mbar
-
-@contextmanager
-def _progress(total, show):
-    "One bar for `total` batches; yields a function that moves it on or, given a comment, shows that beside it"
-    if not show: yield noop; return
-    bar,done = progress_bar(range(total), leave=False),0
-    if not (IN_NOTEBOOK or sys.stdout.isatty()): bar.update_every,bar.first_its = 30,1 # seconds: a log file keeps every update
-    def step(comment=None):
-        nonlocal done
-        if comment: bar.comment = comment
-        else: done += 1
-        if not comment and done < total: bar.update(done)
-    bar.update(0)
-    try: yield step
-    except BaseException: bar.on_interrupt(); raise
-    bar.update(total)
-
 # %% ../nbs/20_irreducible.ipynb #2d837242
 def irreducible_losses(
     learn:Learner, # A Learner whose model was trained on *other* data
@@ -116,23 +58,17 @@ def irreducible_losses(
 )->IrreducibleLosses: # One loss a row
     "The irreducible losses of `dl`'s data set, by a model that is already trained"
     start,marks = time.perf_counter(),fingerprint(dl)
-    with _progress(len(scoring_loader(dl)), progress and _has_bar(learn)) as step: values = _score(learn, dl, step=step).cpu()
+    with batch_progress(len(scoring_loader(dl)), progress and shows_progress(learn)) as step: values = score_rows(learn, dl, step=step).cpu()
     return IrreducibleLosses(values, marks, _info(learn, values, start))
 
 # %% ../nbs/20_irreducible.ipynb #e47ce5a7
-class _UnwrapPred(Callback):
-    "The tensor inside a prediction, for a loss function that wants one"
-    order = MixedPrecision.order-1 # after callbacks that look at the rest of the output
-    def after_pred(self): self.learn.pred = prediction(self.pred)
-
 class _EpochLosses(Callback):
     "Scores after each epoch and keeps the losses of the epoch with the lowest mean"
     order,run_valid = 100,False # last: other callbacks have done their part at the end of training, and MixUp has given the loss back
-    def __init__(self, score, step, validate, keep_weights):
+    def __init__(self, score, step, keep_weights):
         store_attr()
         self.lowest,self.best_epoch,self.best_losses,self.best_weights = float('inf'),None,None,None
 
-    def after_batch(self): self.step()
     def after_train(self):
         losses = self.score(self.learn)
         mean = losses.mean().item()
@@ -140,19 +76,12 @@ class _EpochLosses(Callback):
             self.lowest,self.best_epoch,self.best_losses = mean,self.epoch,losses
             if self.keep_weights: self.best_weights = deepcopy(get_model(self.model).state_dict())
         self.step(f'irreducible loss {mean:.4f}, lowest {self.lowest:.4f}')
-        if not self.validate: raise CancelEpochException # skips the validation
 
 def _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=None, validate=False, keep_weights=False, step=noop):
     "Fit `learn` and score all rows of `dl`, or `rows`, after each epoch: the `_EpochLosses`"
-    if not len(learn.dls.train):
-        raise ValueError("The training DataLoader delivers no batch: it has fewer rows than a batch, and drops the last one. "
-                         "Lower the batch size, or pass drop_last=False.")
     item_losses = ItemLosses(learn.loss_func)
-    validate = validate or bool(learn._grab_cbs(TrackerCallback)) # they read the validation's results
-    kept = _EpochLosses(partial(_score, dl=dl, rows=rows, item_losses=item_losses, step=step), step, validate, keep_weights)
-    cbs = [kept] + ([_UnwrapPred()] if item_losses.one_tensor else [])
-    display = learn._grab_cbs((ProgressCallback, ShowGraphCallback))
-    with learn.no_logging(), learn.removed_cbs(display): (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
+    kept = _EpochLosses(partial(score_rows, dl=dl, rows=rows, item_losses=item_losses, step=step), step, keep_weights)
+    fit_quietly(learn, n_epoch, lr, one_cycle, [kept], item_losses, validate, step)
     if kept.best_epoch is None:
         raise ValueError(f"After none of {n_epoch} epoch(s) was the mean irreducible loss a finite number: the model diverged. Fit with a "
                          f"learning rate lower than {learn.lr if lr is None else lr}, and check inputs and labels for NaN.")
@@ -178,34 +107,12 @@ def fit_irreducible(
     if holdout_dl.dataset is train_dl.dataset:
         raise ValueError("learn_il's own training data is train_dl's data set: its model would memorise the rows that it is to score. Fit "
                          "on other data, or use crossfit_irreducible(make_learner, dls, ...), which needs no holdout data.")
-    with _progress(_n_batches(holdout_dl, train_dl, n_epoch), progress and _has_bar(learn_il)) as step:
+    with batch_progress(_n_batches(holdout_dl, train_dl, n_epoch), progress and shows_progress(learn_il)) as step:
         kept = _fit_and_score(learn_il, train_dl, n_epoch, lr, one_cycle, validate=validate, keep_weights=True, step=step)
     get_model(learn_il.model).load_state_dict(kept.best_weights)
     learn_il.model.eval()
     values = kept.best_losses.cpu()
     return IrreducibleLosses(values, marks, _info(learn_il, values, start, n_epoch, [kept.best_epoch]))
-
-# %% ../nbs/20_irreducible.ipynb #0132dc36
-def _check_fresh(learn, dls, earlier):
-    "Raise unless `learn` is a new Learner on `dls`; `earlier` are weak references to the parameters of those before it"
-    if not isinstance(learn, Learner): raise TypeError(f"make_learner must return a Learner; got {type(learn).__name__}.")
-    if learn.dls is not dls:
-        raise ValueError("make_learner(dls) must return a Learner on the dls that it is given, which leave out the rows to be scored; "
-                         "this one has others, so it might train on them.")
-    params = [p for p in learn.model.parameters() if p.requires_grad]
-    known = {id(ref()) for ref in earlier}
-    if any(id(p) in known for p in params):
-        raise ValueError("make_learner must return a new Learner with a new model each time; this one shares parameters with that of an "
-                         "earlier fold, which trained on the rows that this one is to score. Make the model inside of make_learner.")
-    earlier += map(weakref.ref, params)
-
-@contextmanager
-def _on_its_own():
-    "fastai takes this process for the only one: else it gathers each batch's loss from all, though their folds differ in length"
-    world = os.environ.pop('WORLD_SIZE', None)
-    try: yield
-    finally:
-        if world is not None: os.environ['WORLD_SIZE'] = world
 
 # %% ../nbs/20_irreducible.ipynb #8264466a
 def crossfit_irreducible(
@@ -232,13 +139,11 @@ def crossfit_irreducible(
     folds = {k: ((fold_of==k).nonzero().flatten(), restrict_rows(dl, (fold_of!=k).nonzero().flatten(), seed=seeds[k]))
              for k in range(rank, n_folds, world)}
     total = sum(_n_batches(fold_dl, dl, n_epoch, rows) for rows,fold_dl in folds.values())
-    with preserve_rng(), _on_its_own(), _progress(total, progress and rank==0) as step:
+    with preserve_rng(), on_its_own(), batch_progress(total, progress and rank==0) as step:
         for k,(rows,fold_dl) in folds.items():
             fold_dls = copy(dls)
             fold_dls.loaders = [fold_dl, *dls.loaders[1:]]
-            set_seed(seeds[k])
-            learn = make_learner(fold_dls)
-            _check_fresh(learn, fold_dls, earlier)
+            learn = new_learner(make_learner, fold_dls, seeds[k], earlier)
             kept = _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=rows, step=step)
             values[rows],best[k] = kept.best_losses.cpu(),kept.best_epoch
             info = _info(learn, values, start)
