@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset, WeightedRandomSampler
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 
-from fastcore.basics import GetAttr
+from fastcore.basics import GetAttr, noop
 from fastcore.foundation import L
 from fasttransform import Pipeline
 from fastai.data.core import Datasets, TfmdLists
@@ -488,15 +488,17 @@ def _in_order(self): return list(range(self.n))
 def scoring_loader(
     dl, # Any loader that `track_rows` takes
     rows=None, # Row numbers to go through, None for all of `dl`'s
-    bs:int=None # Other batch size
+    bs:int=None, # Other batch size
+    augment:bool=False # Keep the transforms of training, which augment?
 ): # Copy of `dl` for `track_rows`
     "A copy of `dl` that goes through each row once, in order, nothing dropped, with the transforms of validation"
+    view = noop if augment else _validation_view
     dl,own_bs = _untracked(dl)
     dl,bs = _inner(dl),own_bs if bs is None else bs
     _check_bs(bs)
     if isinstance(dl, TorchDataLoader):
         _check_rows_known(dl)
-        dataset = _validation_view(dl.dataset if rows is None else _restricted(dl.dataset, rows)[0])
+        dataset = view(dl.dataset if rows is None else _restricted(dl.dataset, rows)[0])
         sampler = SequentialSampler(dataset)
         bs = bs or dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
         batches = BatchSampler(sampler, bs, False)
@@ -506,7 +508,7 @@ def scoring_loader(
     res.__dict__.pop('get_idxs', None)
     if 'wgts' in vars(res): res.wgts = np.full(len(res.wgts), 1/len(res.wgts))
     if rows is not None: res = restrict_rows(res, rows)
-    res.dataset = _validation_view(res.dataset)
+    res.dataset = view(res.dataset)
     if not isinstance(res, LMDataLoader): res.n = len(res.dataset)
     res.shuffle,res.drop_last,res.rng = False,False,copy.copy(dl.rng)
     if 'partial_n' in vars(res): res.partial_n = None
@@ -662,12 +664,27 @@ def _identity(dataset):
         items,targets = (a if b is None else b for a,b in zip(read, (items, targets)))
     return targets, items
 
+def _first_rows(dataset, n):
+    "A data set of the same kind, of the first `n` rows"
+    if isinstance(dataset, (list, tuple)): return dataset[:n]
+    if isinstance(dataset, TensorDataset): return TensorDataset(*(o[:n] for o in dataset.tensors))
+    if isinstance(dataset, Tabular): return dataset.new(dataset.items.iloc[:n])
+    if not isinstance(dataset, (Datasets, TfmdLists)): return Subset(dataset, range(n))
+    res = copy.copy(dataset)
+    if isinstance(dataset, Datasets): res.tls = L(_first_rows(o, n) for o in dataset.tls)
+    else: res.items = _at(dataset.items, list(range(n)))
+    return res
+
 def fingerprint(
-    dl # Any loader that `track_rows` takes
+    dl, # Any loader that `track_rows` takes
+    n:int=None # Of the first so many rows only: what a data set was before it grew
 ) -> dict: # `n`, `targets` and `items`
     "What tells the data set of `dl`, the whole one, from others of its kind: its length and digests of its targets and inputs"
-    n,dl = dataset_size(dl),_inner(_untracked(dl)[0])
-    with preserve_rng(): targets,items = _identity(_whole(dl.dataset))
+    n_all,dl = dataset_size(dl),_inner(_untracked(dl)[0])
+    n = n_all if n is None else n
+    if not 0 <= n <= n_all: raise ValueError(f"n={n}, but the data set has {n_all} rows.")
+    dataset = _whole(dl.dataset)
+    with preserve_rng(): targets,items = _identity(dataset if n == n_all else _first_rows(dataset, n))
     if isinstance(dl, LMDataLoader): items = _digest([items, dl.bs, dl.seq_len])  # its rows depend on how it cuts
     return dict(n=n, targets=targets, items=items)
 
@@ -707,10 +724,11 @@ class ItemTable:
         return f'{type(self).__name__}(n={len(self)}, mean={self.values.mean():.4g}, std={self.values.std(correction=0):.4g}{info})'
 
     def check(self,
-        dl # Loader of the data set that the values are to be used for
+        dl, # Loader of the data set that the values are to be used for
+        n:int=None # Compare with its first so many rows only: what it was before it grew
     ):
         "Raise unless `dl` goes through the data set that the values were made for, else return the table"
-        name,here = type(self).__name__,fingerprint(dl)
+        name,here = type(self).__name__,fingerprint(dl, n)
         mend = f'Load the {name} of this data set, or make it anew; where the two should be the same, sort the files and seed the split.'
         if here['n'] != self.fingerprint['n']:
             raise ValueError(f"{name} for {self.fingerprint['n']} rows, but this data set has {here['n']} (length). {mend}")

@@ -35,13 +35,14 @@ def map_rows(
     dl, # `DataLoader` that `track_rows` takes: of the data set, un-augmented whatever its transforms
     func, # Function of `(model, xb, yb, rows)` that returns one value an item, `(bs, ...)`
     rows:Tensor=None, # Ascending row numbers to go through; None for all
-    step=noop # Called after each batch
+    step=noop, # Called after each batch
+    augment:bool=False # With the transforms of training?
 )->Tensor: # `(n, ...)`, on the model's device, in the order of the data set, or of `rows`
     "What `func` says of every row of `dl`'s data set"
     model,values,seen = get_model(learn.model),[],[]
     device,reset = next(model.parameters()).device,getattr(model, 'reset', noop) # of a recurrent model's state, as fastai does
     with preserve_rng(), scoring_mode(model, device):
-        loader = track_rows(scoring_loader(dl, rows))
+        loader = track_rows(scoring_loader(dl, rows, augment=augment))
         n_inp = getattr(dl, 'n_inp', None) or getattr(learn.dls, 'n_inp', None)
         reset()
         for i,batch in enumerate(loader):
@@ -66,7 +67,8 @@ def score_rows(
     il:Tensor=None, # `(n,)` irreducible losses, for a score that needs them
     rows:Tensor=None, # Ascending row numbers to score; None for all
     item_losses:ItemLosses=None, # The loss; default of `learn`'s own loss function
-    step=noop # Called after each batch
+    step=noop, # Called after each batch
+    augment:bool=False # With the transforms of training?
 )->Tensor: # `(n,)`, on the model's device, in the order of the data set, or of `rows`
     "The score of every row of `dl`'s data set"
     inputs = score_inputs(score)
@@ -80,7 +82,7 @@ def score_rows(
         values = dict(pred=lambda: prediction(pred).float(), targ=lambda: yb[0] if len(yb)==1 else yb, loss=lambda: item_losses(pred, *yb),
                       il=lambda: il[idxs].to(prediction(pred).device))
         return score(**{o: values[o]() for o in inputs})
-    return map_rows(learn, dl, of_batch, rows, step)
+    return map_rows(learn, dl, of_batch, rows, step, augment)
 
 # %% ../nbs/06_side_models.ipynb #150bec9f
 def shows_progress(
