@@ -12,6 +12,7 @@ from . import (
     rho_loss,
     scores,
     scoring,
+    select,
     selective_backprop,
     selector,
     side_models,
@@ -27,10 +28,11 @@ from .report import *
 from .rho_loss import *
 from .scores import *
 from .scoring import *
+from .select import *
 from .selective_backprop import *
 from .selector import *
 from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss,
-            interpret, report)
+_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, select, irreducible,
+            rho_loss, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
