@@ -97,7 +97,7 @@ class SelectionRecord:
         if n_rows:
             self._new_counts = self._counts if _n_processes() == 1 else torch.zeros_like(self._counts)
             self._history <<= 1
-        self._line,self.forward,self._scoring_cost = dict(loaded=0, scored=0, trained=0, judged=0, known=0),forward,scoring_cost
+        self._line,self.forward,self.scoring_cost = dict(loaded=0, scored=0, trained=0, judged=0, known=0),forward,scoring_cost
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self._sums = {name: torch.zeros((), dtype=dtype, device=device) for name in (*_SUMS, *self.track)}
         self._sample,self._stride,self._groups,self._pending,self._n_pending,self.watch = [],1,0,[],0,Stopwatch(device)
@@ -192,7 +192,7 @@ class SelectionRecord:
         loss_share,score_share = (1. if not o[k] and 0 < trained == loaded else _share(o[f'{k}_selected'], o[k]) for k in ('loss', 'score'))
         forward = 'none' if self.forward == 'twice' and not scored else self.forward
         if forward == 'reuse': step_cost = _share(loaded, trained) # a whole step for every candidate
-        else: step_cost = 1 + _share(self._scoring_cost*scored, STEP_COST*trained) if scored else 1.
+        else: step_cost = 1 + _share(self.scoring_cost*scored, STEP_COST*trained) if scored else 1.
         line = dict(zip(LEDGER_COLUMNS, [len(self.lines), loaded, scored, trained, _share(trained, loaded), loss_share, score_share,
                                    _share(o['loss_top20'], o['loss']), _share(o['correct'], o['judged']), *[_share(o[f'again_{k}'], known) for k in _AGAIN],
                                    forward, step_cost, *seconds.tolist()]))
