@@ -237,13 +237,15 @@ def test_rates_of_odd_scores():
 # PerClass
 
 @quick
-@given(st.lists(st.integers(-2, 5), min_size=1, max_size=60), st.integers(1, 60), st.booleans(), st.integers(0, 2**31))
-def test_quotas_equal_an_election(classes, size, equal, seed):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 100), st.booleans(), st.randoms(use_true_random=False))
+def test_quotas_equal_an_election(counts, size, equal, random):
     "Seat after seat, as Sainte-Lague has it; of classes with an equal claim the one with the more wanted candidate"
-    targ, scores = torch.tensor(classes), torch.randn(len(classes), generator=torch.Generator().manual_seed(seed))
+    classes = [c for c, count in enumerate(counts) for _ in range(count)]
+    ranks = list(range(len(classes)))
+    random.shuffle(classes), random.shuffle(ranks)
+    targ, scores = torch.tensor(classes), torch.tensor(ranks)/8
     size, left, expected, got = min(size, len(classes)), {}, [], Counter()
     for c in sorted(set(classes)): left[c] = sorted((i for i, o in enumerate(classes) if o == c), key=lambda i: -scores[i])
-    counts = {c: len(o) for c, o in left.items()}
     for _ in range(size):
         def claim(c): return got[c] == 0, -got[c] if equal else Fraction(counts[c])/(2*got[c] + 1) if got[c] else 0, scores[left[c][0]]
         best = max((c for c in left if left[c]), key=claim)
@@ -282,13 +284,14 @@ def test_stratified_random_subset_needs_no_scores():
     assert not pick.needs_scores
     assert torch.bincount(targ[pick(torch.empty(100), targ=targ).idxs]).tolist() == [2]*5
 
-@pytest.mark.parametrize('make', [lambda o: o, lambda o: o[:, None], lambda o: o.float(), lambda o: o == 1, lambda o: o.to(torch.uint8), lambda o: o - 100],
-                         ids=['int64', 'column', 'float', 'bool', 'uint8', 'negative'])
+@pytest.mark.parametrize('make', [lambda o: o, lambda o: o[:, None], lambda o: o.float(), lambda o: o.half(), lambda o: o == 1, lambda o: o.to(torch.uint8),
+                                  lambda o: o - 100], ids=['int64', 'column', 'float', 'half', 'bool', 'uint8', 'negative'])
 def test_targets_of_other_kinds(make):
     targ, scores = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([6., 5., 4., 1., 2., 3.])
     assert PerClass()(scores, size=3, targ=make(targ)).idxs.tolist() == [0, 1, 4]
 
-@pytest.mark.parametrize('targ', [None, (torch.zeros(4), torch.zeros(4)), torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)], ids=['none', 'two', 'soft', 'more'])
+@pytest.mark.parametrize('targ', [None, (torch.zeros(4), torch.zeros(4)), torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)],
+                         ids=['none', 'two', 'soft', 'more'])
 def test_what_is_no_class_is_refused(targ):
     with pytest.raises(ValueError, match=r'one class an item as the target, shape \(4,\); got'): PerClass()(torch.rand(4), targ=targ)
 
@@ -339,7 +342,7 @@ def test_a_pick_of_ones_own_needs_no_more_than_a_call():
 
 def test_every_name_makes_a_pick():
     for name, cls in PICKS.items(): assert type(find_pick(name)) is cls
-    for name, cls in SIZED.items(): assert find_pick(name, 0.3).fraction() == 0.3 and find_pick(name, SchedLin(0.2, 0.4)).fraction(0.5) == pytest.approx(0.3)
+    for name in SIZED: assert find_pick(name, 0.3).fraction() == 0.3 and find_pick(name, SchedLin(0.2, 0.4)).fraction(0.5) == pytest.approx(0.3)
     assert {type(find_pick(name)) for name in PICKS} - set(SIZED.values()) == {LossShare, PercentileSample}
     own = RankSample(0.7)
     assert find_pick(own) is own
@@ -348,12 +351,14 @@ def test_every_name_makes_a_pick():
     (lambda: find_pick('topp'), ValueError, "pick is 'topp', expected one of top, uniform, .* Did you mean 'top'"),
     (lambda: find_pick('percentile', 0.2), ValueError, r"frac=0.2 doesn't apply.*pick=PercentileSample\("),
     (lambda: find_pick(TopFraction(0.2), 0.2), ValueError, 'give one of them'), (lambda: find_pick(TopFraction), TypeError, 'must be a name'),
-    (lambda: find_pick(None), TypeError, r'such as TopFraction\(0.1\); got None'), (lambda: find_pick('top', 1.5), ValueError, r'frac must lie in \(0, 1\]; got 1.5'),
-    (lambda: Boltzmann(T=0), ValueError, r'T must lie in \(0, inf\]; got 0|T must lie in \(0, inf\); got 0'),
+    (lambda: find_pick(None), TypeError, r'such as TopFraction\(0.1\); got None'),
+    (lambda: find_pick('top', 1.5), ValueError, r'frac must lie in \(0, 1\]; got 1.5'),
+    (lambda: Boltzmann(T=0), ValueError, r'T must lie in \(0, inf\); got 0'),
     (lambda: Boltzmann(T=SchedLin(1., 0.)), ValueError, 'at pct_train=1'), (lambda: Boltzmann(T='cold'), TypeError, "got 'cold'"),
     (lambda: Boltzmann(0.), ValueError, 'frac must lie'), (lambda: ImportanceSample(uniform_share=1.1), ValueError, r'uniform_share must lie in \[0, 1\]'),
     (lambda: ImportanceSample(2), ValueError, 'frac must lie'), (lambda: PerClass(pick=LossShare()), TypeError, 'one that ranks the items'),
-    (lambda: PerClass(pick=ImportanceSample()), TypeError, 'one that ranks the items'), (lambda: PerClass(0.2, pick=TopFraction()), ValueError, 'give one of them'),
+    (lambda: PerClass(pick=ImportanceSample()), TypeError, 'one that ranks the items'),
+    (lambda: PerClass(0.2, pick=TopFraction()), ValueError, 'give one of them'),
     (lambda: PerClass(pick='top'), TypeError, 'one that ranks the items'), (lambda: ThenUniform(pick=LossShare()), TypeError, 'one of fixed size'),
     (lambda: ThenUniform(pick='top'), TypeError, 'one of fixed size'), (lambda: ThenUniform(at=25), ValueError, r'at must lie in \[0, 1\]; got 25'),
     (lambda: ThenUniform(at=SchedLin(0., 1.)), TypeError, 'not a schedule')])
