@@ -11,6 +11,7 @@ __all__ = ['Stopwatch', 'SelectionRecord']
 import math
 import time
 import warnings
+import weakref
 from collections import defaultdict, deque
 
 import pandas as pd
@@ -64,7 +65,7 @@ def _n_processes(): return dist.get_world_size() if dist.is_available() and dist
 
 class SelectionRecord:
     "What selection did and cost: a ledger with one line an epoch, and counts for each row of the data set"
-    def __init__(self): self.lines,self.seconds_il,self.figures,self._counts,self._line = [],0.,None,None,None
+    def __init__(self): self.lines,self.seconds_il,self.figures,self._counts,self._line,self._learner = [],0.,None,None,None,None
 
     def start_epoch(self,
         device:torch.device, # Where the sums are kept
@@ -160,6 +161,13 @@ class SelectionRecord:
         "How often each row of the data set was trained on"
         return None if self._counts is None else self._counts[1]
 
+    @property
+    def learner(self): # A Learner, or None where it is gone or has not been fitted
+        "The Learner whose training is recorded"
+        return self._learner and self._learner()
+    @learner.setter
+    def learner(self, learn): self._learner = weakref.ref(learn) # its callback holds the record: no reference back, or both would linger
+
     def total(self,
         column:str # 'loaded', 'scored' or 'trained'
     )->int: # Items
@@ -177,7 +185,7 @@ class SelectionRecord:
         "Share of the candidates that the newest epoch trained on"
         return self.lines[-1]['selected'] if self.lines else None
 
-    def __getstate__(self): return dict(lines=self.lines, seconds_il=self.seconds_il, figures=None, _counts=None, _line=None)
+    def __getstate__(self): return dict(lines=self.lines, seconds_il=self.seconds_il, figures=None, _counts=None, _line=None, _learner=None)
     def __repr__(self):
         if not self.lines: return 'SelectionRecord: nothing trained yet'
         total = self.ledger.sum(numeric_only=True)
