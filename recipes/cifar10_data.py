@@ -19,7 +19,7 @@ def read_images(folder, size=32):
     # CIFAR-100's folders are <superclass>/<class>, as fastai unpacks it
     files = sorted(f.relative_to(folder) for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
     if not files or len(files[0].parts) < 2:
-        raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold a folder of training images and one of test images, with a folder for each class.")
+        raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold folders of training and test images, in a folder for each class.")
     classes = sorted({f.parts[-2] for f in files})
     images = np.empty((len(files), size, size, 3), np.uint8)
     for i,f in enumerate(files):

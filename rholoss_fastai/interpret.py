@@ -18,7 +18,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 
 from .irreducible import IrreducibleLosses, irreducible_losses
 from .items import dataset_size, preserve_rng, scoring_loader, track_rows, whole_dataset
@@ -65,8 +65,8 @@ class _Reader(Callback):
     order = 11 # after mixed precision has cast the prediction back
     def before_validate(self): self.item_losses,self.parts = ItemLosses(self.loss_func),[]
     def after_pred(self):
-        pred,targ = prediction(plain(self.pred)),plain(self.yb[-1])
-        classes = pred.ndim == 2 and pred.shape[1] > 1 and targ.ndim == 1 and not targ.is_floating_point()
+        pred,targ = (o[:,0] if o.ndim == 2 and o.shape[1] == 1 else o for o in (prediction(plain(self.pred)), plain(self.yb[-1])))
+        classes = pred.ndim == 2 and targ.ndim == 1 and not targ.is_floating_point()
         if classes: pred = pred.argmax(1)
         losses = self.item_losses(self.learn.pred, *self.yb)
         self.parts.append([self.learn.dl.rows(self.iter), *(o.detach().cpu() for o in (pred, targ, losses))])
@@ -82,11 +82,12 @@ def _of(record, learn):
     "The Learner of `record`, checked"
     learn = record.learner if learn is None else learn
     if record.seen is None:
-        raise ValueError("Nothing was counted row by row: fit with selection first. (Counts are not exported, and loaders whose rows can't be known have none.)")
+        raise ValueError("Nothing was counted row by row: fit with selection first. (Counts aren't exported, and loaders whose rows can't be known have none.)")
     if learn is None: raise ValueError("The Learner of this record is gone: pass it, or one like it, as learn=.")
     if not isinstance(learn, Learner): raise TypeError(f"learn must be a Learner; got {type(learn).__name__}.")
     n = dataset_size(learn.dls.train)
-    if n != len(record.seen): raise ValueError(f"The record counts {len(record.seen)} rows, but this Learner's training set has {n}: pass the one that was trained.")
+    if n != len(record.seen):
+        raise ValueError(f"The record counts {len(record.seen)} rows, but this Learner's training set has {n}: pass the one that was trained.")
     return learn
 
 def _files(dataset, rows):
@@ -104,7 +105,6 @@ def _table(record, learn, rows, **columns):
     names = class_names(learn.dls.train)
     def named(values):
         values = values[order]
-        if values.ndim > 1 and values.shape[1:].numel() == 1: values = values.flatten()
         if names is None or values.is_floating_point() or values.ndim > 1: return values.tolist()
         return [names[i] for i in values.tolist()]
     table = dict(row=rows.tolist(), file=_files(whole_dataset(learn.dls.train), rows), label=named(targ), predicted=named(pred),

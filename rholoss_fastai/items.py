@@ -458,8 +458,8 @@ def replace_dataset(
     own,whole = dl.dataset,_whole(dl.dataset)
     if len(dataset) != len(whole): raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(whole)}: expected the same rows.')
     if 'create_item' in vars(dl) or getattr(type(dl), 'create_item', None) not in (None, DataLoader.create_item, TabDataLoader.create_item):
-        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not read another data set. Change the data set "
-                         "first, and make the loader of the changed one.")
+        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not read another data set. Change the "
+                         "data set first, and make the loader of the changed one.")
     if isinstance(own, RowSubset): dataset = RowSubset(dataset, own.row_numbers)
     if isinstance(dl, TorchDataLoader): return _copy_torch_loader(dl, dataset=dataset)
     res = _copy_loader(dl, bs)

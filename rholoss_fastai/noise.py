@@ -73,7 +73,8 @@ def _confusion_matrix(confusion, n_classes):
             matrix[a] = torch.eye(n_classes)[b]
         return matrix
     matrix = torch.as_tensor(confusion, dtype=torch.float)
-    if matrix.shape != (n_classes, n_classes): raise ValueError(f"confusion of shape {tuple(matrix.shape)}: expected ({n_classes}, {n_classes}), a row for each class.")
+    if matrix.shape != (n_classes, n_classes):
+        raise ValueError(f"confusion of shape {tuple(matrix.shape)}: expected ({n_classes}, {n_classes}), a row for each class.")
     if not (matrix >= 0).all() or not torch.allclose(matrix.sum(1), torch.ones(n_classes), atol=1e-4):
         raise ValueError("confusion: each row holds the chances of the classes that may be drawn for one class, from 0 and 1 in sum.")
     return matrix

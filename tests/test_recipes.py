@@ -90,7 +90,7 @@ def test_loaders_in_memory_go_through_the_rows_asked_for():
     dl = image_loader(ImageRows(images, torch.arange(40), list(range(40))), 8)
     for loader, rows in ((dl, range(40)), (restrict_rows(dl, range(3, 33, 2)), range(3, 33, 2))):
         tracked, seen = track_rows(loader), []
-        for i, (x, y) in enumerate(tracked):
+        for i, (_, y) in enumerate(tracked):
             assert y.tolist() == tracked.rows(i).tolist()
             seen += y.tolist()
         assert set(seen) <= set(rows) and len(seen) == len(rows)//8*8
