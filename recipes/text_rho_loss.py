@@ -27,7 +27,7 @@ from fastcore.script import call_parse, store_true
 from sklearn.metrics import matthews_corrcoef
 from torch import nn
 
-from rholoss_fastai.all import Uniform, noisy_labels
+from rholoss_fastai.all import Uniform, noisy_labels, plain
 
 COLUMNS = dict(cola=['source', 'label', 'mark', 'text'], sst2=['text', 'label'])
 SMALL_LSTM = dict(emb_sz=128, n_hid=128, n_layers=1) # of 400, 1152 and 3
@@ -104,7 +104,7 @@ accept_underscores()
 
 @call_parse
 def main(
-    path:str, # Folder of the data
+    path:str=None, # Folder of the data
     data:str='cola', # cola or sst2
     model:str='fastai', # fastai (AWD-LSTM) or hf (ALBERT)
     pretrained:store_true=False, # Download pretrained weights and fine-tune them?
@@ -121,6 +121,7 @@ def main(
     out:str='runs/text_rho_loss', # Folder for history.csv, summary.json and accuracy.png
 ):
     "Train a classifier of sentences, uniformly or with RHO-LOSS, for a given number of steps"
+    if path is None: raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this recipe say.')
     for name,value,known in (('method', method, ('uniform', 'random', 'rho_loss')), ('data', data, COLUMNS), ('model', model, MODELS)):
         if value not in known: raise SystemExit(f"--{name} must be one of {', '.join(known)}; got {value!r}.")
     lr = lr or LEARNING_RATE[model,pretrained]
@@ -133,7 +134,7 @@ def main(
     if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
     if method == 'rho_loss': learn.rho_loss(il_file if il_file and Path(il_file).exists() else None, frac=frac, il_epochs=il_epochs)
 
-    test,began = list(learn.dls.valid),time.perf_counter()
+    test,began = plain(list(learn.dls.valid)),time.perf_counter()
     evaluations = fit_steps(learn, test, steps, eval_every)
     history,seconds = evaluations.history,time.perf_counter() - began
     il = learn.selector.il if method == 'rho_loss' else None

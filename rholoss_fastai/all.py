@@ -6,6 +6,7 @@ from . import (
     irreducible,
     items,
     losses,
+    noise,
     picks,
     record,
     report,
@@ -22,6 +23,7 @@ from .interpret import *
 from .irreducible import *
 from .items import *
 from .losses import *
+from .noise import *
 from .picks import *
 from .record import *
 from .report import *
@@ -33,6 +35,6 @@ from .selective_backprop import *
 from .selector import *
 from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, select, irreducible,
+_modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
             rho_loss, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

@@ -33,7 +33,7 @@ from fastcore.foundation import L
 from fasttransform import Pipeline
 from fastai.data.core import Datasets, TfmdLists
 from fastai.data.load import DataLoader
-from fastai.tabular.core import Tabular
+from fastai.tabular.core import TabDataLoader, Tabular
 from fastai.text.data import LMDataLoader, SortedDL
 
 # %% ../nbs/03_items.ipynb #5fe06631
@@ -457,9 +457,9 @@ def replace_dataset(
         return res
     own,whole = dl.dataset,_whole(dl.dataset)
     if len(dataset) != len(whole): raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(whole)}: expected the same rows.')
-    bound = [k for k,v in vars(dl).items() if isinstance(v, MethodType) and (v.__self__ is own or v.__self__ is whole)]
-    if bound: raise ValueError(f"This loader's `{bound[0]}` is a method of its data set {type(whole).__name__}, which would go on to read that: change the "
-                               "data set first, and make the loader of the changed one.")
+    if 'create_item' in vars(dl) or getattr(type(dl), 'create_item', None) not in (None, DataLoader.create_item, TabDataLoader.create_item):
+        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not read another data set. Change the "
+                         "data set first, and make the loader of the changed one.")
     if isinstance(own, RowSubset): dataset = RowSubset(dataset, own.row_numbers)
     if isinstance(dl, TorchDataLoader): return _copy_torch_loader(dl, dataset=dataset)
     res = _copy_loader(dl, bs)

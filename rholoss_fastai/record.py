@@ -11,6 +11,7 @@ __all__ = ['STEP_COST', 'PERCENTILES', 'LEDGER_COLUMNS', 'Stopwatch', 'Selection
 import math
 import time
 import warnings
+import weakref
 from collections import defaultdict, deque, namedtuple
 from itertools import groupby
 
@@ -81,7 +82,14 @@ class SelectionRecord:
     "What selection did and cost: a ledger with one line an epoch, and counts for each row of the data set"
     def __init__(self):
         self.lines,self.seconds_il,self.figures,self.track,self._percentiles = [],0.,None,{},[]
-        self._counts,self._history,self._line = None,None,None
+        self._counts,self._history,self._line,self._learner = None,None,None,None
+
+    @property
+    def learner(self): # A Learner, or None where it is gone or has not been fitted
+        "The Learner whose training is recorded"
+        return self._learner and self._learner()
+    @learner.setter
+    def learner(self, learn): self._learner = weakref.ref(learn) # its callback holds the record: no reference back, or both would linger
 
     def start_epoch(self,
         device:torch.device, # Where the sums are kept
@@ -273,7 +281,7 @@ class SelectionRecord:
 
     def __getstate__(self):
         return dict(lines=self.lines, seconds_il=self.seconds_il, figures=None, track={}, _percentiles=self._percentiles, _counts=None, _history=None,
-                    _line=None)
+                    _line=None, _learner=None)
 
     def __repr__(self):
         if not self.lines: return 'SelectionRecord: nothing trained yet'

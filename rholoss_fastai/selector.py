@@ -187,7 +187,7 @@ class BatchSelector(Callback):
         self._tidy()
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
-        self.learn.selection = self.record
+        self.learn.selection,self.record.learner = self.record,learn
         self.preflight()
         model = unwrapped(learn.model)
         device = next(model.parameters()).device
