@@ -1,7 +1,9 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector, side_models
+from . import batch_loss_filter, importance, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
+from . import side_models
 from .batch_loss_filter import *
+from .importance import *
 from .interpret import *
 from .irreducible import *
 from .items import *
@@ -15,5 +17,6 @@ from .selective_backprop import *
 from .selector import *
 from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
+_modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss,
+            importance, interpret)
 __all__ = [name for module in _modules for name in module.__all__]
