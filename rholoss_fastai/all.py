@@ -1,7 +1,7 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, importance, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
-from . import side_models
+from . import batch_loss_filter, importance, interpret, irreducible, items, losses, picks, pruning, record, rho_loss, scores, scoring, selective_backprop
+from . import selector, side_models
 from .batch_loss_filter import *
 from .importance import *
 from .interpret import *
@@ -9,6 +9,7 @@ from .irreducible import *
 from .items import *
 from .losses import *
 from .picks import *
+from .pruning import *
 from .record import *
 from .rho_loss import *
 from .scores import *
@@ -18,5 +19,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss,
-            importance, interpret)
+            importance, pruning, interpret)
 __all__ = [name for module in _modules for name in module.__all__]

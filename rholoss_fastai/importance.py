@@ -105,12 +105,6 @@ def _name(o):
     if isinstance(o, partial): o = o.func
     return o if isinstance(o, str) else getattr(o, '__name__', None) or type(o).__name__
 
-def _il_values(il, dl):
-    "Irreducible losses as a tensor, once they are known to be of `dl`'s data set"
-    if il is None: return
-    if isinstance(il, (str, Path)): il = IrreducibleLosses.load(il)
-    return (il if isinstance(il, IrreducibleLosses) else IrreducibleLosses.of(il, dl)).check(dl).values
-
 def _values(learn, dl, score, il, max_bytes, step):
     "A score of every row by one model, `(n,)` on the CPU"
     item_losses = ItemLosses(learn.loss_func)
@@ -133,7 +127,7 @@ def dataset_scores(
     "The mean score of every row by models that are already trained; in eval mode and un-augmented"
     start,learns,function = time.perf_counter(),L(learns),_find(score)
     if not learns or not all(isinstance(o, Learner) for o in learns): raise TypeError(f"learns must be a Learner or several; got {learns}.")
-    marks,il = fingerprint(dl),_il_values(il, dl)
+    marks,il = fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
     with batch_progress(len(learns)*len(scoring_loader(dl)), progress and shows_progress(learns[0])) as step:
         values = torch.stack([_values(learn, dl, function, il, max_bytes, step) for learn in learns]).mean(0)
     return DatasetScores(values, marks, _info(learns[0], score, len(learns), start))
@@ -276,7 +270,7 @@ def score_dataset(
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is scored; got {type(dls).__name__}.")
     function,dl = _find(score, ('forgetting', 'loss_variance')),dls.train.dl if is_distributed(dls.train) else dls.train
     if score == 'loss_variance': check_count("epochs (with score='loss_variance')", epochs, 2)
-    n,marks,il = dataset_size(dl),fingerprint(dl),_il_values(il, dl)
+    n,marks,il = dataset_size(dl),fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
     settings = dict(score=_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr), one_cycle=one_cycle,
                     mean_il=None if il is None else il.mean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None
