@@ -25,11 +25,15 @@ METHODS = ('uniform', 'batch_loss_filter', 'selective_backprop', 'composer')
 FOLDERS = dict(imagenette=URLs.IMAGENETTE_160, imagewoof=URLs.IMAGEWOOF_160)
 
 
-def cifar10(path, rows, bs, device):
-    "In memory; `rows` of the training images, evenly spaced"
+def evenly_spaced(images, n):
+    "`n` of the images, of all classes alike, as they are sorted by class; 0: all"
+    return images.of(torch.arange(0, len(images), max(1, len(images)//n))[:n]) if n else images
+
+
+def cifar10(path, rows, test_rows, bs, device):
+    "In memory; `rows` of the training images and `test_rows` of the test images"
     path = Path(path or untar_data(URLs.CIFAR))
-    train,test = ImageRows(*read_images(path/'train')),ImageRows(*read_images(path/'test'))
-    if rows: train = train.of(torch.arange(0, len(train), max(1, len(train)//rows))[:rows])
+    train,test = evenly_spaced(ImageRows(*read_images(path/'train')), rows),evenly_spaced(ImageRows(*read_images(path/'test')), test_rows)
     return image_loaders(train, test, bs, augment=True, device=device),test.batches(device)
 
 
@@ -60,6 +64,7 @@ def main(
     lr:float=3e-3, # Highest learning rate
     arch:str='small_cnn', # small_cnn or resnet18 (CIFAR-10), xresnet18 (folders)
     rows:int=0, # CIFAR-10: use so many training rows; 0: all
+    test_rows:int=0, # CIFAR-10: test on so many rows; 0: all
     warmup_epochs:int=1, # Epochs on everything first
     precision:str=None, # Scoring precision: float32, bfloat16 or float16; default: as training
     seed:int=0, # Seed of weights and batches
@@ -71,7 +76,7 @@ def main(
     settings = {k: v for k,v in locals().items() if k not in ('path', 'out')}
     set_seed(seed)
     device = default_device()
-    dls,test = cifar10(path, rows, bs, device) if data == 'cifar10' else image_folder(path, data, bs)
+    dls,test = cifar10(path, rows, test_rows, bs, device) if data == 'cifar10' else image_folder(path, data, bs)
     model = xresnet18(n_out=10) if arch == 'xresnet18' else ARCHITECTURES[arch]()
     learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), lr=lr,
                     opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))

@@ -1,7 +1,23 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, importance, interpret, irreducible, items, losses, picks, pruning, record, rho_loss, scores, scoring, selective_backprop
-from . import selector, side_models
+from . import (
+    batch_loss_filter,
+    importance,
+    interpret,
+    irreducible,
+    items,
+    losses,
+    picks,
+    pruning,
+    record,
+    report,
+    rho_loss,
+    scores,
+    scoring,
+    selective_backprop,
+    selector,
+    side_models,
+)
 from .batch_loss_filter import *
 from .importance import *
 from .interpret import *
@@ -11,6 +27,7 @@ from .losses import *
 from .picks import *
 from .pruning import *
 from .record import *
+from .report import *
 from .rho_loss import *
 from .scores import *
 from .scoring import *
@@ -19,5 +36,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss,
-            importance, pruning, interpret)
+            importance, pruning, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

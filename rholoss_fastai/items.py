@@ -6,8 +6,8 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/items.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'subset_batch', 'RowSubset', 'is_distributed', 'RowTracker', 'TorchRows', 'track_rows', 'dataset_size',
-           'loader_batch_size', 'epoch_size', 'restrict_rows', 'scoring_loader', 'preserve_rng', 'fingerprint',
-           'ItemTable']
+           'loader_batch_size', 'epoch_size', 'restrict_rows', 'whole_dataset', 'replace_dataset', 'scoring_loader',
+           'preserve_rng', 'fingerprint', 'ItemTable']
 
 # %% ../nbs/03_items.ipynb #929c00dd
 import copy, hashlib, json, os, random, sys, uuid
@@ -436,13 +436,43 @@ def restrict_rows(
     if vars(dl).get('partial_n'): res.partial_n = min(dl.partial_n, res.n)
     return res
 
+# %% ../nbs/03_items.ipynb #b61c0a5b
+def whole_dataset(
+    dl # Any loader that `track_rows` takes
+): # Data set
+    "The data set whose rows `dl` numbers: the whole one, where `dl` is restricted"
+    return _whole(_inner(_untracked(dl)[0]).dataset)
+
+def replace_dataset(
+    dl, # Any loader that `track_rows` takes
+    dataset # Another one with the same rows, such as a wrapper of `whole_dataset(dl)`
+): # Copy of `dl`, restricted to the same rows
+    "A copy of `dl` that reads `dataset`, in the order that `dl` would have gone through its own"
+    dl,bs = _untracked(dl)
+    _check_rows_known(dl)
+    if is_distributed(dl):
+        res = _copy_loader(dl, bs)
+        res.dl = replace_dataset(res.dl, dataset)
+        res.dataset = res.dl.dataset
+        return res
+    own,whole = dl.dataset,_whole(dl.dataset)
+    if len(dataset) != len(whole): raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(whole)}: expected the same rows.')
+    bound = [k for k,v in vars(dl).items() if isinstance(v, MethodType) and (v.__self__ is own or v.__self__ is whole)]
+    if bound: raise ValueError(f"This loader's `{bound[0]}` is a method of its data set {type(whole).__name__}, which would go on to read that: change the "
+                               "data set first, and make the loader of the changed one.")
+    if isinstance(own, RowSubset): dataset = RowSubset(dataset, own.row_numbers)
+    if isinstance(dl, TorchDataLoader): return _copy_torch_loader(dl, dataset=dataset)
+    res = _copy_loader(dl, bs)
+    res.dataset,res.rng = dataset,copy.copy(dl.rng)
+    return res
+
 # %% ../nbs/03_items.ipynb #14ac6f33
 def _validation_view(dataset):
     "`dataset` with the transforms of validation (`split_idx` 1): a shallow copy, so that the original stays in training"
-    if isinstance(dataset, RowSubset): return RowSubset(_validation_view(dataset.dataset), dataset.row_numbers)
     if getattr(dataset, 'split_idx', None) is None: return dataset
     res = copy.copy(dataset)
-    if isinstance(dataset, Datasets): res.tls = L(map(_validation_view, dataset.tls))
+    if getattr(dataset, '_default', None) == 'dataset': res.dataset = _validation_view(dataset.dataset)  # a `RowSubset` or another wrapper
+    elif isinstance(dataset, Datasets): res.tls = L(map(_validation_view, dataset.tls))
     else:
         if isinstance(dataset, TfmdLists): res.tfms = _validation_pipeline(dataset.tfms)
         res.split_idx = 1
@@ -621,7 +651,8 @@ def _identity(dataset):
         return _digest(targets) if targets.shape[1] else '', _digest_items(dataset.items)
     if isinstance(dataset, (Datasets, TfmdLists)):
         lists,n_inp = (dataset.tls, dataset.n_inp) if isinstance(dataset, Datasets) else ([dataset], 1)
-        items,targets = _digest_items(dataset.items),[_digest_first_transform(o) for o in lists[n_inp:]]
+        items = _digest_items(dataset.items)
+        targets = [_digest_targets(o.targets) if 'targets' in vars(o) else _digest_first_transform(o) for o in lists[n_inp:]]
         if isinstance(_first(dataset.items), (int, np.integer)): items = _digest([items, _digest_first_transform(lists[0])])  # of an array
         return _digest(targets) if targets and all(targets) else '', items
     found = _per_row(dataset)

@@ -24,7 +24,7 @@ from .items import track_rows
 from .irreducible import IrreducibleLosses, crossfit_irreducible, learner_copies
 from .picks import Pick, TopFraction, check_count, check_number
 from .scores import reducible_loss
-from .scoring import autocast, scoring_mode, unwrapped
+from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
 from .selector import BatchSelector, add_selector
 
 # %% ../nbs/21_rho_loss.ipynb #36a4af82
@@ -51,14 +51,15 @@ class RhoLossCallback(BatchSelector):
         super().__init__(score=score, pick=TopFraction(frac) if pick is None else pick, enlarge=enlarge, **kwargs)
 
     @property
-    def needs_rows(self): return 'il' in self.inputs and not isinstance(self.il, nn.Module)
+    def needs_rows(self): return super().needs_rows or 'il' in self.inputs and not isinstance(self.il, nn.Module)
 
     def input_il(self, batch):
         fit = self._fit
-        if not isinstance(self.il, nn.Module): return fit.il[batch.rows]
-        with scoring_mode(self.il, fit.device, modules=fit.il_modules):
-            with autocast(fit.device, fit.dtype): pred = self.il(*batch.xb)
-            return fit.item_losses(pred, *batch.yb)
+        if not isinstance(self.il, nn.Module): batch.il = fit.il[batch.rows]
+        else:
+            with scoring_mode(self.il, fit.device, modules=fit.il_modules):
+                batch.il = torch.cat([fit.item_losses(fit.il_scorer(*xb), *yb) for xb,yb in self._chunks((batch.xb, batch.yb), batch.n)])
+        return batch.il
 
     def before_train(self):
         "Irreducible losses at hand, and of this epoch's training set; then as the selector's"
@@ -69,7 +70,9 @@ class RhoLossCallback(BatchSelector):
             if self.il is None: self._crossfit()
             self.check_il(self.learn)
             fit.il_of = dl
-            if isinstance(self.il, nn.Module): fit.il_modules = list(self.il.to(fit.device).modules())
+            if isinstance(self.il, nn.Module):
+                fit.il_modules = list(self.il.to(fit.device).modules())
+                fit.il_scorer = ScoringForward(self.il, fit.device, self.precision, learner_precision(self.learn, fit.device))
             else:
                 fit.il = self.il.values.to(fit.device)
                 if not getattr(self.il, 'booked', False): # a table serves many runs, and was paid for once
