@@ -2,12 +2,14 @@
 
 from . import (
     batch_loss_filter,
+    importance,
     interpret,
     irreducible,
     items,
     losses,
     noise,
     picks,
+    pruning,
     record,
     report,
     rho_loss,
@@ -19,12 +21,14 @@ from . import (
     side_models,
 )
 from .batch_loss_filter import *
+from .importance import *
 from .interpret import *
 from .irreducible import *
 from .items import *
 from .losses import *
 from .noise import *
 from .picks import *
+from .pruning import *
 from .record import *
 from .report import *
 from .rho_loss import *
@@ -36,5 +40,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, interpret, report)
+            rho_loss, importance, pruning, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

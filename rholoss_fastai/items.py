@@ -10,7 +10,7 @@ __all__ = ['batch_size', 'subset_batch', 'RowSubset', 'is_distributed', 'RowTrac
            'preserve_rng', 'fingerprint', 'ItemTable']
 
 # %% ../nbs/03_items.ipynb #929c00dd
-import copy, hashlib, json, os, random, sys, uuid
+import copy, functools, hashlib, json, os, random, sys, uuid
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -408,6 +408,8 @@ def _restrict_weights(weights, positions):
     if not weights.sum() > 0: raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none would ever be drawn.')
     return weights/weights.sum()
 
+def _at_position(read_row, row_numbers, i): return read_row(row_numbers[i].tolist())
+
 def restrict_rows(
     dl, # Any loader that `track_rows` takes, but an `LMDataLoader`
     rows, # Row numbers of the whole data set: list, array or tensor, each at most once
@@ -428,6 +430,9 @@ def restrict_rows(
         raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what that returns instead.')
     res.dataset,positions = _restricted(dl.dataset, rows)
     res.n = len(res.dataset)
+    read_row = vars(dl).get('read_row', vars(dl).get('create_item')) # a function of the row that was passed in knows nothing of the subset
+    if read_row is not None and getattr(read_row, '__self__', None) is not dl:
+        res.__dict__.update(read_row=read_row, create_item=functools.partial(_at_position, read_row, res.dataset.row_numbers))
     res.rng = copy.copy(dl.rng) if seed is None else random.Random(seed)
     if isinstance(dl, SortedDL):
         res.res = [dl.res[i] for i in positions]
