@@ -167,3 +167,20 @@ def test_on_real_cifar10(shared_data, tmp_path):
     run('cifar10_rho_loss', path=tmp_path/'cifar10', method='random', steps=10, eval_every=10, out=tmp_path/'out')
     rows, summary = check(tmp_path/'out', 10, 'random')
     assert abs(summary['noisy_candidates'] - 0.18) < 0.01 # a tenth of the redrawn labels stay the same
+
+
+def test_compare_selectors_and_resume(folder, tmp_path, capsys):
+    settings = dict(path=folder, folder=tmp_path, bs=8, steps=4, mc_steps=2, eval_every=2, test_rows=20, il_epochs=1)
+    run('compare_selectors', **settings, selectors='rho_loss,bald')
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['bald-0', 'rho_loss-0', 'uniform-0']
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/history.csv')}
+    run('compare_selectors', **settings)
+    assert {p: p.stat().st_mtime_ns for p in written} == written, 'a run that was there was run again'
+    result = json.loads((tmp_path/'comparison.json').read_text())
+    names = importlib.import_module('compare_selectors').SELECTORS
+    assert [row[0] for row in result['table']] == ['uniform', *names]
+    assert dict(row[:2] for row in result['table'])['bald'] == 2
+    assert len(json.loads((tmp_path/'proxy-0'/'summary.json').read_text())['spearman']) == 2 # epochs
+    assert (tmp_path/'comparison.png').stat().st_size > 5000
+    assert 'wrong labels among selected' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='got nonsense'): run('compare_selectors', **settings, selectors='nonsense')
