@@ -21,7 +21,6 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .items import track_rows
 from .irreducible import IrreducibleLosses, crossfit_irreducible, learner_copies
 from .losses import plain
 from .picks import Pick, TopFraction, check_count, check_number, find_pick
@@ -33,6 +32,8 @@ from .side_models import Companion
 # %% ../nbs/21_rho_loss.ipynb #36a4af82
 class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
+    finds_il = True
+
     @delegates(BatchSelector.__init__)
     def __init__(self,
         il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, one number a row, or a model to compute them on the fly; None: cross-fit
@@ -53,8 +54,9 @@ class RhoLossCallback(BatchSelector):
         if pick is not None and frac != 0.1: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
         check_count('il_epochs', il_epochs, 1); check_count('il_folds', il_folds, 2); check_count('il_seed', il_seed, 0)
         if il_lr is not None and not isinstance(il_lr, slice): check_number('il_lr', il_lr, high=math.inf, open_low=True, schedule=False)
-        self.il,self.make_learner,self.exported,self.il_arch = _irreducible_source(il),None,False,il_arch
-        if update_il and not isinstance(self.il, nn.Module):
+        il = _irreducible_source(il)
+        self.make_learner,self.exported,self.il_arch = None,False,il_arch
+        if update_il and not isinstance(il, nn.Module):
             raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a Learner, not its losses.")
         if proxy is not None and not isinstance(proxy, Learner):
             raise TypeError(f"proxy must be a Learner, whose model, loss function and optimiser are used; got {type(proxy).__name__}.")
@@ -62,41 +64,21 @@ class RhoLossCallback(BatchSelector):
             raise ValueError("forward='reuse' takes the scores from the target's own forward, so a proxy would have nothing to do: use forward='twice'.")
         self.update_il,self.proxy = update_il,proxy
         self.il_settings = dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed)
-        super().__init__(score=score, pick=TopFraction(frac) if pick is None else pick, enlarge=enlarge, **kwargs)
+        super().__init__(score=score, pick=TopFraction(frac) if pick is None else pick, enlarge=enlarge, il=il, **kwargs)
 
     def _scoring_model(self): return super()._scoring_model() if self.proxy is None else unwrapped(self.proxy.model)
 
-    @property
-    def needs_rows(self): return super().needs_rows or 'il' in self.inputs and not isinstance(self.il, nn.Module)
-
     def input_il(self, batch):
         fit = self._fit
-        if not isinstance(self.il, nn.Module): batch.il = fit.il[batch.rows]
-        else:
-            with scoring_mode(self.il, fit.device, modules=fit.il_modules):
-                batch.il = torch.cat([fit.item_losses(fit.il_scorer(*xb), *yb) for xb,yb in self._chunks((batch.xb, batch.yb), batch.n)])
+        if not isinstance(self.il, nn.Module): return super().input_il(batch)
+        with scoring_mode(self.il, fit.device, modules=fit.il_modules):
+            batch.il = torch.cat([fit.item_losses(fit.il_scorer(*xb), *yb) for xb,yb in self._chunks((batch.xb, batch.yb), batch.n)])
         return batch.il
 
     def before_train(self):
         "Irreducible losses at hand, and of this epoch's training set; then as the selector's"
         # here and not in before_fit, which fastai also calls outside of a fit (`summary`, `tta`)
-        fit,dl = self._fit,self.learn.dls.train
-        if 'il' in self.inputs and getattr(fit, 'il_of', None) is not dl:
-            if self.exported: raise ValueError("Irreducible losses are not exported with a Learner: give them again, learn.rho_loss(il=...).")
-            if self.il is None: self._crossfit()
-            self.check_il(self.learn)
-            fit.il_of = dl
-            if isinstance(self.il, nn.Module):
-                fit.il_modules = list(self.il.to(fit.device).modules())
-                fit.il_scorer = ScoringForward(self.il, fit.device, self.precision, learner_precision(self.learn, fit.device))
-                if self.update_il:
-                    learn_il = Learner(self.learn.dls, self.il, loss_func=fit.loss_func, opt_func=self.learn.opt_func)
-                    fit.companions.append((Companion(learn_il, fit.device), 0.01))
-            else:
-                fit.il = self.il.values.to(fit.device)
-                if not getattr(self.il, 'booked', False): # a table serves many runs, and was paid for once
-                    self.record.seconds_il += self.il.info.get('seconds', 0.)
-                    self.il.booked = True
+        fit = self._fit
         if self.proxy is not None and fit.own_scorer is None:
             fit.companions.append((Companion(self.proxy, fit.device), None))
             fit.own_scorer = ScoringForward(unwrapped(self.learn.model), fit.device, self.precision, learner_precision(self.learn, fit.device))
@@ -158,10 +140,20 @@ class RhoLossCallback(BatchSelector):
     ):
         "Raise if the irreducible losses given don't belong to `learn`"
         if isinstance(self.il, nn.Module): return _check_other_model(self.il, learn, 'given as il')
-        dl = learn.dls.train
-        track_rows(dl) # raises where rows can't be known
-        if isinstance(self.il, Tensor): self.il = IrreducibleLosses.of(self.il, dl)
-        self.il.check(dl)
+        if isinstance(self.il, Tensor): self.il = IrreducibleLosses.of(self.il, learn.dls.train)
+        super().check_il(learn)
+
+    def _take_il(self):
+        "As the selector's; made first where none were given"
+        fit,learn = self._fit,self.learn
+        if self.il is None and not self.exported: self._crossfit()
+        if not isinstance(self.il, nn.Module): return super()._take_il()
+        self.check_il(learn)
+        fit.il_modules = list(self.il.to(fit.device).modules())
+        fit.il_scorer = ScoringForward(self.il, fit.device, self.precision, learner_precision(learn, fit.device))
+        if self.update_il:
+            learn_il = Learner(learn.dls, self.il, loss_func=fit.loss_func, opt_func=learn.opt_func)
+            fit.companions.append((Companion(learn_il, fit.device), 0.01))
 
     def __deepcopy__(self, memo):
         "A copy keeps the irreducible losses, which an export leaves out"

@@ -12,6 +12,7 @@ import math
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -20,15 +21,15 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, ValueMetric
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .items import batch_size, dataset_size, epoch_size, loader_batch_size, subset_batch, track_rows
+from .items import ItemTable, batch_size, dataset_size, epoch_size, loader_batch_size, subset_batch, track_rows
 from .losses import ItemLosses, plain, prediction
 from .picks import Pick, TopFraction, check_count, check_number, find_pick, top_items
 from .record import LEDGER_COLUMNS, STEP_COST, SelectionRecord
-from .scores import find_score, score_inputs, training_loss
+from .scores import find_score, reducible_part, score_inputs, training_loss
 from .scoring import ScoringForward, learner_precision, modules_in_mode, scoring_mode, unwrapped
 
 # %% ../nbs/10_selector.ipynb #46a91f32
@@ -43,6 +44,7 @@ class BatchSelector(Callback):
     run_valid = False
     name = 'selector' # whatever the class: fastai's default would shadow the patched methods of the same name
     columns = dict(selected='selected') # name in the training table -> column of the ledger
+    finds_il = False # does it make irreducible losses where none are given?
 
     def __init__(self,
         score=training_loss, # How much an item is wanted: a function of any of `loss`, `pred`, `targ`, `log_probs`, or its name (see `scores`)
@@ -63,7 +65,8 @@ class BatchSelector(Callback):
         fallback:str=None, # 'uniform': train without selection once the record says that it no longer pays
         track:dict=None, # Named subsets of the rows, a mask `(n,)` each: the ledger says how much of what is trained on belongs to them
         track_columns:bool=False, # Show these shares in the training table too?
-        n_mc:int=10 # Forward passes with dropout for a score that needs `log_probs`
+        n_mc:int=10, # Forward passes with dropout for a score that needs `log_probs`
+        il=None # Irreducible losses, an `ItemTable` or one number a row: then the loss counts only as far as it is reducible
     ):
         score,pick = find_score(score),find_pick(TopFraction(0.5) if pick is None else pick)
         check_number('start', start, schedule=False); check_number('end', end, schedule=False)
@@ -82,10 +85,13 @@ class BatchSelector(Callback):
         if enlarge and pick.fraction() is None:
             raise ValueError(f"enlarge=True needs a pick of fixed size, to know how many candidates to draw; {pick!r} picks a varying number. "
                              "Pass enlarge=False to select within the DataLoader's own batches.")
-        self.inputs = score_inputs(score) if pick.needs_scores else ()
-        unknown = [o for o in (*self.inputs, *pick.needs) if not hasattr(type(self), f'input_{o}')]
+        if not self.finds_il and il is not None and not isinstance(il, (ItemTable, Tensor, np.ndarray, list, tuple)):
+            raise TypeError(f"il must be IrreducibleLosses (of a file, IrreducibleLosses.load(path)), or one number a row; got {il!r}.")
+        if il is not None and score is training_loss: score = reducible_part
+        self.il,self.inputs = il,score_inputs(score) if pick.needs_scores else ()
+        unknown = [o for o in (*self.inputs, *pick.needs) if not hasattr(type(self), f'input_{o}') or o == 'il' and il is None and not self.finds_il]
         if unknown: raise ValueError(f"The score {_name(score)} needs {unknown}, which {type(self).__name__} does not have: "
-                                     "scores with irreducible losses (`il`) belong to learn.rho_loss().")
+                                     "scores with irreducible losses (`il`) belong to learn.rho_loss(), or are given them, il=...")
         if forward == 'reuse' and (scale_factor < 1 or staleness > 1 or score_bs or compile):
             raise ValueError("forward='reuse' takes the scores from the training forward, so there is nothing that scale_factor, staleness, score_bs or "
                              "compile could make cheaper: use forward='twice' with them.")
@@ -109,7 +115,7 @@ class BatchSelector(Callback):
     @property
     def needs_rows(self)->bool:
         "Must the dataset row of each item be known?"
-        return self.staleness > 1 or bool(self.track)
+        return self.staleness > 1 or bool(self.track) or 'il' in self.inputs and not isinstance(self.il, nn.Module)
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after a fit that was interrupted
     @property
@@ -133,6 +139,10 @@ class BatchSelector(Callback):
             else: self._forward(batch)
             if self.staleness > 1 and not self._fit.stale: self._remembered[batch.rows] = batch.losses
         return batch.losses
+
+    def input_il(self, batch):
+        batch.il = self._fit.il[batch.rows]
+        return batch.il
 
     def _forward(self, batch):
         "One forward over the candidates, `score_bs` at a time"
@@ -193,7 +203,7 @@ class BatchSelector(Callback):
         device = next(model.parameters()).device
         self._fit = SimpleNamespace(loss_func=learn.loss_func, item_losses=ItemLosses(learn.loss_func), device=device,
                                     checked=False, scores_checked=False, loader=None, classifies=None,
-                                    weights=None, pending=None, selected_at=None)
+                                    weights=None, pending=None, selected_at=None, il=None, il_of=None)
         self.learn.metrics = learn.metrics + [SelectionColumn(_Reading(self.record, column), name) for name,column in self.columns.items()]
 
     def preflight(self):
@@ -214,6 +224,9 @@ class BatchSelector(Callback):
     def before_train(self):
         "Put a row-tracking copy of the training loader, enlarged if asked, in this epoch's place; `learn.dls` stays as it is"
         learn,fit,source = self.learn,self._fit,self.learn.dl
+        if 'il' in self.inputs and fit.il_of is not learn.dls.train:
+            self._take_il()
+            fit.il_of = learn.dls.train
         fit.warm = self.fell_back or max(self.epochs_done, learn.epoch) < self.warmup_epochs
         fit.model = unwrapped(learn.model) # DistributedTrainer wraps it after our before_fit
         fit.modules,fit.scorer = list(fit.model.modules()),self._scoring_forward(fit)
@@ -240,6 +253,24 @@ class BatchSelector(Callback):
         self.record.track = {name: self._mask(name, mask, n_rows) for name,mask in self.track.items()}
         self.record.start_epoch(fit.device, n_rows, 'none' if fit.warm or fit.stale or not self.pick.needs_scores else 'reuse' if fit.reuse else 'twice',
                                 fit.scorer.relative_cost)
+
+    def check_il(self,
+        learn:Learner # The target
+    ):
+        "Raise if the irreducible losses given don't belong to `learn`'s training set"
+        dl = learn.dls.train
+        track_rows(dl) # raises where rows can't be known
+        if not isinstance(self.il, ItemTable): self.il = ItemTable.of(self.il, dl)
+        self.il.check(dl)
+
+    def _take_il(self):
+        "Irreducible losses of this training set, on the device, and their cost into the ledger of the first run that uses them"
+        if self.il is None: raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the method that selects.")
+        self.check_il(self.learn)
+        self._fit.il = self.il.values.to(self._fit.device)
+        if not getattr(self.il, 'booked', False):
+            self.record.seconds_il += self.il.info.get('seconds', 0.)
+            self.il.booked = True
 
     def _mask(self, name, mask, n_rows):
         if len(mask) != n_rows: raise ValueError(f"track[{name!r}] is a mask of {len(mask)} rows, but the training set has {n_rows}.")
@@ -412,7 +443,7 @@ class BatchSelector(Callback):
         if self._fit is not None and isinstance(getattr(learn.loss_func, '__self__', None), MixHandler): self.learn.loss_func = self._fit.loss_func
         self._fit = None
 
-    def __getstate__(self): return dict(self.__dict__, _fit=None, _remembered=None, _scorer=None)
+    def __getstate__(self): return dict(self.__dict__, _fit=None, _remembered=None, _scorer=None, il=None)
     def __repr__(self): return f"{type(self).__name__}(score={_name(self.score)}, pick={self.pick!r})"
 
 class _Reading:
