@@ -172,8 +172,8 @@ def score_inputs(
 
 # %% ../nbs/01_scores.ipynb #2d8e779e
 SCORES = dict(loss=training_loss, reducible=reducible_loss, reducible_part=reducible_part, negative_il=negative_irreducible_loss,
-              gradient_norm=gradient_norm_bound, entropy=entropy, margin=margin, least_confidence=least_confidence, mc_entropy=mc_entropy, conditional_entropy=conditional_entropy,
-              bald=bald, loss_minus_conditional_entropy=loss_minus_conditional_entropy,
+              gradient_norm=gradient_norm_bound, entropy=entropy, margin=margin, least_confidence=least_confidence, mc_entropy=mc_entropy,
+              conditional_entropy=conditional_entropy, bald=bald, loss_minus_conditional_entropy=loss_minus_conditional_entropy,
               loss_plus_conditional_entropy=loss_plus_conditional_entropy) # name -> function
 
 # %% ../nbs/01_scores.ipynb #17bcdddd

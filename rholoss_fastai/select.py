@@ -28,5 +28,6 @@ def select(self:Learner,
     func,pick = find_score(score),find_pick(pick, frac)
     if pick.needs_scores and 'il' in score_inputs(func) and kwargs.get('il') is None:
         name = repr(score) if isinstance(score, str) else getattr(score, '__name__', score)
-        raise ValueError(f"The score {name} needs irreducible losses (`il`): use learn.rho_loss(score={name}), which makes or loads them, or pass them as il=...")
+        raise ValueError(f"The score {name} needs irreducible losses (`il`): use learn.rho_loss(score={name}), which makes or loads them, or pass them "
+                         "as il=...")
     return add_selector(self, BatchSelector(func, pick, **kwargs))
