@@ -40,7 +40,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
-from common import accept_underscores, machine, print_table  # noqa: E402
+from common import accept_underscores, machine, print_table, same_machine  # noqa: E402
 
 from rholoss_fastai.all import RankSample, ScoringForward, top_items  # noqa: E402
 
@@ -275,8 +275,7 @@ def read(out):
     "The cases of a file, which must be of this machine"
     if not out or not Path(out).exists(): return []
     content = json.loads(Path(out).read_text())
-    different = {k: v for k,v in content['machine'].items() if k in ('device', 'cpu', 'torch') and v != machine()[k]}
-    if different: raise SystemExit(f"{out} was measured on another machine ({different}): name another file with --out.")
+    same_machine(content['machine'], machine(), out)
     return content['cases']
 
 

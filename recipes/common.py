@@ -121,6 +121,12 @@ def machine():
                 fastai=fastai.__version__, rholoss_fastai=rholoss_fastai.__version__)
 
 
+def same_machine(a, b, what):
+    "End with an error where `what` was measured on machine `a`, which is not `b`: their seconds can't be compared"
+    differ = {k: (a[k], b[k]) for k in ('device', 'cpu', 'torch') if a[k] != b[k]}
+    if differ: raise SystemExit(f"{what} was measured on another machine, {differ}: keep the results of each in a place of their own.")
+
+
 def write_run(out, history, summary):
     "Write history.csv, summary.json and accuracy.png to the folder `out`"
     out = Path(out)
