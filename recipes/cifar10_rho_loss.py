@@ -29,13 +29,7 @@ from fastcore.script import call_parse
 from torch import nn
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible, redraw_labels
-
-
-def small_cnn(n_classes=10, size=32):
-    "Three blocks of convolution, batch norm, ReLU and max-pooling"
-    def block(n_in, n_out): return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128*(size//8)**2, n_classes))
+from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible, redraw_labels, small_cnn
 
 
 def resnet18_32px(n_classes=10, size=32):

@@ -16,7 +16,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from fastprogress.fastprogress import progress_bar
 
 import rholoss_fastai
-from rholoss_fastai.losses import prediction
+from rholoss_fastai.all import native_bfloat16, prediction
 
 matplotlib.use('Agg') # figures go to files
 
@@ -24,7 +24,7 @@ COLUMNS = ['step', 'epoch', 'accuracy', 'seconds', 'items_scored', 'items_traine
 
 
 class Evaluations(Callback):
-    "The test accuracy on the way, every `every` steps or at each epoch's end; `seconds` leave the evaluations out"
+    "The test accuracy on the way, every `every` steps or at each epoch's end; seconds, on the clock and of the processor, leave the evaluations out"
     order = 70 # after everything else
 
     def __init__(self,
@@ -33,11 +33,11 @@ class Evaluations(Callback):
         every=None # Steps between evaluations; None: one at the end of each epoch
     ):
         self.test,self.n_steps,self.every = test,n_steps,every
-        self.history,self.losses,self.predictions,self.step,self.items,self.spent = [],[],[],0,0,0.
+        self.history,self.losses,self.predictions,self.cpu_seconds,self.step,self.items,self.spent = [],[],[],[],0,0,np.zeros(2)
 
     def _clock(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter()
+        return np.array([time.perf_counter(), time.process_time()])
 
     def before_fit(self):
         total = self.n_steps or self.n_epoch*len(self.dls.train)
@@ -73,15 +73,17 @@ class Evaluations(Callback):
         self.predictions.append(torch.cat(classes).cpu())
         model.train()
         record = getattr(self.learn, 'selection', None)
+        seconds,cpu_seconds = self.spent.round(3).tolist()
         self.losses.append(round(float(loss)/n, 5))
-        self.history.append([self.step, self.epoch, round(float(right)/n, 5), round(self.spent, 3), record.total('scored') if record else 0, self.items])
+        self.cpu_seconds.append(cpu_seconds)
+        self.history.append([self.step, self.epoch, round(float(right)/n, 5), seconds, record.total('scored') if record else 0, self.items])
 
 
-def fit_steps(learn, test, n_steps, every):
-    "Fit `learn` at a constant rate for `n_steps` training steps; its `Evaluations`"
+def fit_steps(learn, test, n_steps, every, cbs=()):
+    "Fit `learn` at a constant rate, unless one of `cbs` changes it, for `n_steps` training steps; its `Evaluations`"
     evaluations = Evaluations(test, n_steps, every)
     # an epoch has at least one step, so this is enough of them
-    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=evaluations)
+    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=[evaluations, *cbs])
     return evaluations
 
 
@@ -106,11 +108,25 @@ def best(history): return max(row[COLUMNS.index('accuracy')] for row in history)
 def last_five(history): return float(np.mean([row[COLUMNS.index('accuracy')] for row in history[-5:]]))
 
 
+def cpu_name():
+    "The processor's name, as the system tells it"
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine():
     "What the figures were measured on"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(device=device, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
-                rholoss_fastai=rholoss_fastai.__version__)
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return dict(device=device, cpu=cpu_name(), threads=threads, amx=native_bfloat16(torch.device('cpu')), python=platform.python_version(), torch=torch.__version__,
+                fastai=fastai.__version__, rholoss_fastai=rholoss_fastai.__version__)
+
+
+def same_machine(a, b, what):
+    "End with an error where `what` was measured on machine `a`, which is not `b`: their seconds can't be compared"
+    differ = {k: (a[k], b[k]) for k in ('device', 'cpu', 'torch') if a[k] != b[k]}
+    if differ: raise SystemExit(f"{what} was measured on another machine, {differ}: keep the results of each in a place of their own.")
 
 
 def write_run(out, history, summary):
