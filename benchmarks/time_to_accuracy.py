@@ -212,7 +212,8 @@ def decayed_table(results):
         table.append(dict(run=run, budget=budget, seeds=len(own), steps=own[0]['steps'], seconds=mean([seconds_of(o)[-1] for o in own]),
                           seconds_share=mean([seconds_of(o)[-1]/seconds_of(b)[-1] for o,b in zip(own, others)]),
                           final=mean([o['final'] for o in own]), finals=[o['final'] for o in own],
-                          gain=mean([o['final'] - b['final'] for o,b in zip(own, others)]), gains=[round(o['final'] - b['final'], 4) for o,b in zip(own, others)]))
+                          gain=mean([o['final'] - b['final'] for o,b in zip(own, others)]),
+                          gains=[round(o['final'] - b['final'], 4) for o,b in zip(own, others)]))
     return table
 
 
@@ -223,8 +224,8 @@ def show(groups):
         if group['constant']:
             print_table(['constant rate', 'seeds', 'best', "reached uniform's", 'steps', 'share', 'seconds', 'share', 'of the clock', 'with IL',
                          'amortised', 'noisy among selected'],
-                        [[o['run'], o['seeds'], f"{o['best']:.4f}", o['reached'], number(o, 'steps', '.0f'), number(o, 'steps_share'), number(o, 'seconds', '.0f'),
-                          number(o, 'seconds_share'), number(o, 'clock_share'), number(o, 'with_il'), number(o, 'amortised'),
+                        [[o['run'], o['seeds'], f"{o['best']:.4f}", o['reached'], number(o, 'steps', '.0f'), number(o, 'steps_share'),
+                          number(o, 'seconds', '.0f'), number(o, 'seconds_share'), number(o, 'clock_share'), number(o, 'with_il'), number(o, 'amortised'),
                           number(o, 'noisy_selected', '.3f')] for o in group['constant']])
             print()
         if group['decayed']:

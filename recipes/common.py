@@ -119,8 +119,8 @@ def machine():
     "What the figures were measured on"
     threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return dict(device=device, cpu=cpu_name(), threads=threads, amx=native_bfloat16(torch.device('cpu')), python=platform.python_version(), torch=torch.__version__,
-                fastai=fastai.__version__, rholoss_fastai=rholoss_fastai.__version__)
+    return dict(device=device, cpu=cpu_name(), threads=threads, amx=native_bfloat16(torch.device('cpu')), python=platform.python_version(),
+                torch=torch.__version__, fastai=fastai.__version__, rholoss_fastai=rholoss_fastai.__version__)
 
 
 def same_machine(a, b, what):

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from cifar10_data import ImageRows, image_loaders, read_images, redraw_labels
+from cifar10_data import ImageRows, image_loaders, read_images
 from cifar10_rho_loss import ARCHITECTURES
 from common import Evaluations, accept_underscores, best, last_five, machine, plot_histories, print_table, read_run, steps_to, write_run
 from fastai.data.external import URLs, untar_data
@@ -21,7 +21,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, set_seed
 from fastcore.script import call_parse
 
-from rholoss_fastai.all import IrreducibleLosses, crossfit_irreducible, prune, score_dataset
+from rholoss_fastai.all import IrreducibleLosses, crossfit_irreducible, prune, redraw_labels, score_dataset
 
 # method -> the score that it goes by (None: no score), and how `prune` uses it
 PRUNING = dict(all=None, random=('el2n', dict(strategy='random')), el2n=('el2n', {}), stratified=('el2n', dict(strategy='stratified')),
@@ -43,7 +43,8 @@ class Scores:
     "Scores and irreducible losses of the training set, made when they are first asked for and kept in files"
     def __init__(self, folder, make_learner, dls, epochs, runs, forgetting_epochs, il_epochs, seed):
         self.folder,self.make_learner,self.dls,self.seed = folder,make_learner,dls,seed
-        self.settings = dict(el2n=dict(epochs=epochs, n_runs=runs), reducible=dict(epochs=epochs, n_runs=runs), forgetting=dict(epochs=forgetting_epochs, n_runs=1))
+        self.settings = dict(el2n=dict(epochs=epochs, n_runs=runs), reducible=dict(epochs=epochs, n_runs=runs),
+                             forgetting=dict(epochs=forgetting_epochs, n_runs=1))
         self.il_epochs,self.made = il_epochs,{}
 
     def __call__(self, name):
@@ -129,7 +130,7 @@ def main(
     (out/'scores').mkdir(parents=True, exist_ok=True)
     path = Path(path or untar_data(URLs.CIFAR))
     images,targets,files = read_images(path/'train')
-    labels,noisy = redraw_labels(targets, noise, score_seed)
+    labels,noisy = redraw_labels(targets, noise, seed=score_seed)
     train,test = ImageRows(images, labels, files),ImageRows(*read_images(path/'test')).batches(device)
     if rows:
         some = torch.arange(0, len(train), max(1, len(train)//rows))[:rows]
@@ -170,7 +171,8 @@ def main(
                 summary['noisy_trained'] = round((times[noisy].sum()/times.sum()).item(), 4)
             write_run(folder, history, summary)
             runs.append((history, summary))
-            print(f"{method}, {share:.0%} kept, seed {seed}: accuracy {summary['accuracy']:.4f}, {summary['items_trained']} items, {summary['seconds']:.0f} s", flush=True)
+            print(f"{method}, {share:.0%} kept, seed {seed}: accuracy {summary['accuracy']:.4f}, {summary['items_trained']} items, "
+                  f"{summary['seconds']:.0f} s", flush=True)
 
     table = table_of(runs)
     print_table(list(table[0]), [[row.get(k, '-') for k in table[0]] for row in table])
@@ -178,8 +180,8 @@ def main(
                   scores={name: o.info for name,o in scores.made.items()})
     if noise:
         kept = np.linspace(0.02, 1, 50)
-        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=[round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4)
-                                                                            for k in kept]) for name,o in scores.made.items()}
+        def found(values, share): return round((noisy[values.topk(round(share*len(noisy))).indices].sum()/noisy.sum()).item(), 4)
+        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=[found(o.values, share) for share in kept]) for name,o in scores.made.items()}
     (out/'comparison.json').write_text(json.dumps(result) + '\n')
     plot(runs, table, out/'comparison.png')
     print(f"Written to {out}")
