@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from cifar10_data import ImageRows, image_loaders, read_images
 from cifar10_rho_loss import ARCHITECTURES
-from common import accept_underscores, best, fit_epochs, last_five, machine, steps_to, write_run
+from common import accept_underscores, best, fit_epochs, last_five, machine, read_precision, steps_to, write_run
 from fastai.data.external import URLs, untar_data
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -66,7 +66,8 @@ def main(
     rows:int=0, # CIFAR-10: use so many training rows; 0: all
     test_rows:int=0, # CIFAR-10: test on so many rows; 0: all
     warmup_epochs:int=1, # Epochs on everything first
-    precision:str=None, # Scoring precision: float32, bfloat16 or float16; default: as training
+    precision:str='auto', # Scoring precision: auto (bfloat16 where it is native), own (as training), float32, bfloat16 or float16
+    compile:bool=False, # Compile the scoring forward
     seed:int=0, # Seed of weights and batches
     out:str='runs/batch_selection', # Folder for history.csv, summary.json and accuracy.png
 ):
@@ -83,7 +84,7 @@ def main(
     if mixup:
         from fastai.callback.mixup import MixUp
         learn.add_cb(MixUp(0.4))
-    shared = dict(warmup_epochs=warmup_epochs, precision=getattr(torch, precision) if precision else None)
+    shared = dict(warmup_epochs=warmup_epochs, precision=read_precision(precision), compile=compile)
     if method == 'batch_loss_filter': learn.batch_loss_filter(min_loss_perc, **shared)
     if method == 'selective_backprop': learn.selective_backprop(beta, queue=queue, staleness=staleness, seed=seed, **shared)
     if method == 'composer': learn.selective_backprop(pick=RankSample(keep, seed=seed), **shared)
@@ -92,7 +93,8 @@ def main(
     history = evaluations.history
     summary = dict(settings, best=best(history), steps_to_best=steps_to(history, best(history))[0], last_five=last_five(history),
                    accuracy=history[-1][2], valid_loss=evaluations.losses[-1], valid_losses=evaluations.losses, seconds=history[-1][3],
-                   items_trained=history[-1][5], ledger=learn.selection.ledger.to_dict('list') if method != 'uniform' else None, **machine())
+                   cpu_seconds=evaluations.cpu_seconds[-1], items_trained=history[-1][5],
+                   ledger=learn.selection.ledger.to_dict('list') if method != 'uniform' else None, **machine())
     write_run(out, history, summary)
     trained = summary['items_trained']/(epochs*len(dls.train_ds))
     print(f"{method}: accuracy {summary['accuracy']:.4f}, validation loss {summary['valid_loss']:.4f}, {summary['seconds']:.0f} s, "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from cifar10_data import ImageRows, image_loader, image_loaders, read_images
-from common import accept_underscores, best, fit_steps, last_five, machine, steps_to, write_run
+from common import accept_underscores, best, fit_steps, last_five, machine, read_precision, steps_to, write_run
 from fastai.data.external import URLs, untar_data
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -69,7 +69,8 @@ def main(
     il_arch:str='small_cnn', # Architecture of the irreducible-loss model
     il_epochs:int=10, # Its epochs; the best one's losses are kept
     il_file:str=None, # Irreducible losses: loaded from here if the file exists, else fitted and saved here
-    precision:str=None, # Scoring precision: float32, bfloat16 (several times as fast where the hardware has it) or float16; default: as training
+    precision:str='auto', # Scoring precision: auto (bfloat16 where it is native), own (as training), float32, bfloat16 or float16
+    compile:bool=False, # Compile the scoring forward
     seed:int=0, # Seed of weights and batches
     noise_seed:int=0, # Seed of the labels and of the irreducible-loss model, which runs with other seeds may share
     out:str='runs/cifar10_rho_loss', # Folder for history.csv, summary.json and accuracy.png
@@ -107,7 +108,7 @@ def main(
             il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)
-        learn.rho_loss(il, frac=frac, precision=getattr(torch, precision) if precision else None)
+        learn.rho_loss(il, frac=frac, precision=read_precision(precision), compile=compile)
 
     began = time.perf_counter()
     history = fit_steps(learn, test.batches(device), steps, eval_every).history

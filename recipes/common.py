@@ -99,6 +99,11 @@ def accept_underscores():
     sys.argv[1:] = ['--' + a[2:].split('=')[0].replace('_', '-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in sys.argv[1:]]
 
 
+def read_precision(name):
+    "What the selectors' `precision` wants: 'auto', None for 'own', or the dtype of that name"
+    return name if name == 'auto' else None if name == 'own' else getattr(torch, name)
+
+
 def steps_to(history, accuracy):
     "Row of `history` in which `accuracy` was first reached, or None"
     return next((row for row in history if row[COLUMNS.index('accuracy')] >= accuracy), None)
