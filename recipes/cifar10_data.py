@@ -1,4 +1,4 @@
-"""CIFAR-10 in memory: decoded once, so that decoding on a few cores doesn't hide what training costs."""
+"""CIFAR-10 and its like in memory: decoded once, so that decoding on a few cores doesn't hide what training costs."""
 from pathlib import Path
 
 import numpy as np
@@ -8,25 +8,24 @@ from fastai.data.load import DataLoader
 from fastcore.basics import noop
 from PIL import Image
 
+from rholoss_fastai.all import RowSubset
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def read_images(folder):
-    "uint8 images `(n,3,32,32)`, targets `(n,)` and relative paths of the files `<class>/<name>` in `folder`, sorted by path"
+def read_images(folder, size=32):
+    "uint8 images `(n,3,size,size)`, targets `(n,)` and relative paths of the files `<class>/<name>` in `folder`, sorted by path"
     folder = Path(folder)
-    files = sorted(f.relative_to(folder) for f in folder.glob('*/*') if f.suffix in ('.jpg', '.png'))
-    if not files: raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold the folders train and test of CIFAR-10.")
-    classes = sorted({f.parts[0] for f in files})
-    images = np.stack([np.asarray(Image.open(folder/f).convert('RGB')) for f in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([classes.index(f.parts[0]) for f in files]), files
-
-
-def redraw_labels(targets, share, seed=0):
-    "`targets` with a share of them redrawn uniformly over all classes, and which of them changed"
-    generator = torch.Generator().manual_seed(seed)
-    redrawn = torch.rand(len(targets), generator=generator) < share
-    labels = torch.where(redrawn, torch.randint(0, 10, targets.shape, generator=generator), targets)
-    return labels, labels != targets
+    # CIFAR-100's folders are <superclass>/<class>, as fastai unpacks it
+    files = sorted(f.relative_to(folder) for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
+    if not files or len(files[0].parts) < 2:
+        raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold folders of training and test images, in a folder for each class.")
+    classes = sorted({f.parts[-2] for f in files})
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    for i,f in enumerate(files):
+        image = Image.open(folder/f).convert('RGB')
+        images[i] = image if image.size == (size, size) else image.resize((size, size))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([classes.index(f.parts[-2]) for f in files]), files
 
 
 class ImageRows:
@@ -50,11 +49,16 @@ def normalized(images):
 def flipped(images): return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
+class MemoryLoader(DataLoader):
+    "Takes whole batches from an `ImageRows`, or from some of its rows"
+    def create_item(self, i): return self.dataset.row_numbers[i].item() if isinstance(self.dataset, RowSubset) else i
+    def create_batch(self, rows): return self.dataset.batch(rows)
+
+
 def image_loader(rows, bs, shuffle=True, augment=False, device=None):
     "A fastai DataLoader that takes whole batches from memory"
     def prepare(b): return (flipped if augment else noop)(normalized(b[0])).contiguous(memory_format=torch.channels_last), b[1]
-    return DataLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, create_item=noop, create_batch=rows.batch, retain=lambda b,_: b,
-                      after_batch=prepare, device=device)
+    return MemoryLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, retain=lambda b,_: b, after_batch=prepare, device=device)
 
 
 def image_loaders(train, test, bs, augment=False, device=None):

@@ -3,13 +3,22 @@
 python recipes/cifar10_rho_loss.py --path <folder> --method rho_loss --noise 0.2 --out runs/rho_loss-0
 python recipes/cifar10_rho_loss.py --path <folder> --method uniform  --noise 0.2 --out runs/uniform-0
 python recipes/compare_runs.py runs
+
+Other folders of images, <train>/<class>/ and <test>/<class>/ (CIFAR-100's may be <superclass>/<class>/), take the same commands, with more options:
+
+CIFAR-100     --path <folder> --arch resnet18                             fastai's URLs.CIFAR_100 unpacks so
+CINIC-10      --path <folder> --bs 64 --holdout_folder valid              its folders are train, valid and test
+Clothing-1M   --path <folder> --noise 0 --arch resnet18 --size 64 --test_folder clean_test
+              The folder must hold train/<class>/ with the million images of noisy labels and clean_test/<class>/ with the 10 526 of clean ones, classes named
+              alike, sorted into folders after the lists noisy_label_kv.txt, clean_label_kv.txt and clean_test_key_list.txt that come with the data (from its
+              authors, on request). All of it is held in memory, twice while it is split: 25 GB at 64 pixels.
 """
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from cifar10_data import ImageRows, image_loader, image_loaders, read_images, redraw_labels
+from cifar10_data import ImageRows, image_loader, image_loaders, read_images
 from common import accept_underscores, best, fit_steps, last_five, machine, steps_to, write_run
 from fastai.data.external import URLs, untar_data
 from fastai.learner import Learner
@@ -20,16 +29,16 @@ from fastcore.script import call_parse
 from torch import nn
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible
+from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible, redraw_labels
 
 
-def small_cnn(n_classes=10):
+def small_cnn(n_classes=10, size=32):
     "Three blocks of convolution, batch norm, ReLU and max-pooling"
     def block(n_in, n_out): return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128*4*4, n_classes))
+    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128*(size//8)**2, n_classes))
 
 
-def resnet18_32px(n_classes=10):
+def resnet18_32px(n_classes=10, size=32):
     "ResNet-18 with the stem for 32-pixel images: a 3x3 convolution, no pooling"
     model = resnet18(num_classes=n_classes)
     model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False),nn.Identity()
@@ -39,9 +48,9 @@ def resnet18_32px(n_classes=10):
 ARCHITECTURES = dict(small_cnn=small_cnn, resnet18=resnet18_32px)
 
 
-def make_learner(dls, arch, lr):
+def make_learner(dls, arch, lr, **kwargs):
     # torch's AdamW: fastai's Adam has other betas and eps than the published runs
-    model = ARCHITECTURES[arch]().to(memory_format=torch.channels_last) # convolutions are faster so
+    model = ARCHITECTURES[arch](**kwargs).to(memory_format=torch.channels_last) # convolutions are faster so
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
 
 
@@ -51,6 +60,10 @@ accept_underscores()
 @call_parse
 def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/; default: fastai's URLs.CIFAR
+    train_folder:str='train', # Its folder of training images
+    test_folder:str='test', # Its folder of test images
+    holdout_folder:str=None, # Its folder of holdout images; then all rows of the training folder train. Default: the training folder's odd rows
+    size:int=32, # Height and width that images are brought to
     method:str='rho_loss', # uniform, uniform_all (both halves), random (a random subset of each candidate batch) or rho_loss
     noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes; the test set stays clean
     frac:float=0.1, # Selected share of each candidate batch
@@ -75,14 +88,20 @@ def main(
     settings = {k: v for k,v in locals().items() if k not in ('methods', 'name', 'path', 'out', 'il_file')}
     device = default_device()
     path = Path(path or untar_data(URLs.CIFAR))
-    images,targets,files = read_images(path/'train')
-    labels,noisy = redraw_labels(targets, noise, noise_seed)
-    everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/'test'))
-    even,odd = torch.arange(0, len(labels), 2),torch.arange(1, len(labels), 2)
+    images,targets,files = read_images(path/train_folder, size)
+    n = len(targets)
+    if holdout_folder:
+        more = read_images(path/holdout_folder, size)
+        images,targets,files = torch.cat([images, more[0]]),torch.cat([targets, more[1]]),files + more[2]
+    rows = torch.arange(len(targets))
+    even,odd = (rows[:n],rows[n:]) if holdout_folder else (rows[::2],rows[1::2])
+    labels,noisy = redraw_labels(targets, noise, seed=noise_seed)
+    everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/test_folder, size))
     train,holdout = everything if method=='uniform_all' else everything.of(even),everything.of(odd)
+    kind = dict(n_classes=int(targets.max()) + 1, size=size)
 
     set_seed(seed)
-    learn = make_learner(image_loaders(train, test, bs, device=device), arch, lr)
+    learn = make_learner(image_loaders(train, test, bs, device=device), arch, lr, **kind)
     il = None
     if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
     if method == 'rho_loss':
@@ -90,7 +109,7 @@ def main(
         else:
             state = torch.get_rng_state()
             set_seed(noise_seed)
-            learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3)
+            learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3, **kind)
             il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)

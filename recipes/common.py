@@ -16,7 +16,8 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from fastprogress.fastprogress import progress_bar
 
 import rholoss_fastai
-from rholoss_fastai.all import native_bfloat16
+from rholoss_fastai.losses import prediction
+from rholoss_fastai.scoring import native_bfloat16
 
 matplotlib.use('Agg') # figures go to files
 
@@ -33,7 +34,7 @@ class Evaluations(Callback):
         every=None # Steps between evaluations; None: one at the end of each epoch
     ):
         self.test,self.n_steps,self.every = test,n_steps,every
-        self.history,self.losses,self.cpu_seconds,self.step,self.items,self.spent = [],[],[],0,0,np.zeros(2)
+        self.history,self.losses,self.predictions,self.cpu_seconds,self.step,self.items,self.spent = [],[],[],[],0,0,np.zeros(2)
 
     def _clock(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -63,12 +64,14 @@ class Evaluations(Callback):
         self.resumed = self._clock()
 
     def evaluate(self):
-        "Append a row to `history`, and the mean test loss to `losses`"
-        model,right,loss,n = self.model.eval(),0,0.,0
+        "Append a row to `history`, the mean test loss to `losses`, and the predicted classes `(n,)` to `predictions`"
+        model,right,loss,n,classes = self.model.eval(),0,0.,0,[]
         with torch.no_grad():
             for x,y in self.test:
-                pred = model(x)
-                right,loss,n = right + (pred.argmax(1) == y).sum(),loss + F.cross_entropy(pred, y, reduction='sum'),n + len(y)
+                pred = prediction(model(x))
+                classes.append(pred.argmax(1))
+                right,loss,n = right + (classes[-1] == y).sum(),loss + F.cross_entropy(pred, y, reduction='sum'),n + len(y)
+        self.predictions.append(torch.cat(classes).cpu())
         model.train()
         record = getattr(self.learn, 'selection', None)
         seconds,cpu_seconds = self.spent.round(3).tolist()

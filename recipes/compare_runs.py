@@ -31,6 +31,8 @@ def compare(
         if il: row['seconds_il'] = np.mean(il)
         noisy = [s['noisy_selected'] for _,s in results if 'noisy_selected' in s]
         if noisy: row['noisy_selected'] = np.mean(noisy)
+        matthews = [s['matthews'] for _,s in results if 'matthews' in s]
+        if matthews: row['matthews'] = np.mean(matthews)
         table.append({k: v if isinstance(v, (str, int)) else float(v) for k,v in row.items()})
     return table
 

@@ -1,18 +1,44 @@
 "Everything public: `from rholoss_fastai.all import *`"
 
-from . import batch_loss_filter, interpret, irreducible, items, losses, picks, record, rho_loss, scores, scoring, selective_backprop, selector
+from . import (
+    batch_loss_filter,
+    importance,
+    interpret,
+    irreducible,
+    items,
+    losses,
+    noise,
+    picks,
+    pruning,
+    record,
+    report,
+    rho_loss,
+    scores,
+    scoring,
+    select,
+    selective_backprop,
+    selector,
+    side_models,
+)
 from .batch_loss_filter import *
+from .importance import *
 from .interpret import *
 from .irreducible import *
 from .items import *
 from .losses import *
+from .noise import *
 from .picks import *
+from .pruning import *
 from .record import *
+from .report import *
 from .rho_loss import *
 from .scores import *
 from .scoring import *
+from .select import *
 from .selective_backprop import *
 from .selector import *
+from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, selector, batch_loss_filter, selective_backprop, irreducible, rho_loss, interpret)
+_modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
+            rho_loss, importance, pruning, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

@@ -1,4 +1,4 @@
-"""Plots of what selection did and what it cost
+"""Plots and tables of what selection did and what it cost, the rows that it chose, and the labels that are likely wrong
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/interpret.html.md"""
 
@@ -8,9 +8,23 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/interpret.html.md"""
 __all__ = []
 
 # %% ../nbs/50_interpret.ipynb #8f28df80
-import matplotlib.pyplot as plt
-from fastcore.basics import patch
+import os
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastcore.basics import patch
+from torch import nn
+
+from .irreducible import IrreducibleLosses, irreducible_losses
+from .items import dataset_size, preserve_rng, scoring_loader, track_rows, whole_dataset
+from .losses import ItemLosses, plain, prediction
+from .noise import class_names
+from .picks import check_count
 from .record import SelectionRecord
 
 # %% ../nbs/50_interpret.ipynb #e571464d
@@ -44,3 +58,141 @@ def plot(self:SelectionRecord,
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[['top', 'right']].set_visible(False)
     return axs
+
+# %% ../nbs/50_interpret.ipynb #f3f092f0
+class _Reader(Callback):
+    "Rows, predictions, targets and losses of the items that go by, each loss by itself"
+    order = 11 # after mixed precision has cast the prediction back
+    def before_validate(self): self.item_losses,self.parts = ItemLosses(self.loss_func),[]
+    def after_pred(self):
+        pred,targ = (o[:,0] if o.ndim == 2 and o.shape[1] == 1 else o for o in (prediction(plain(self.pred)), plain(self.yb[-1])))
+        classes = pred.ndim == 2 and targ.ndim == 1 and not targ.is_floating_point()
+        if classes: pred = pred.argmax(1)
+        losses = self.item_losses(self.learn.pred, *self.yb)
+        self.parts.append([self.learn.dl.rows(self.iter), *(o.detach().cpu() for o in (pred, targ, losses))])
+
+def _read(learn, rows=None):
+    "Rows of the training set, all or `rows`, with predictions, targets and losses by the model as it is"
+    reader = _Reader()
+    with preserve_rng(), learn.no_bar(), learn.no_logging():
+        learn.get_preds(dl=track_rows(scoring_loader(learn.dls.train, rows)), with_preds=False, with_targs=False, reorder=False, cbs=reader)
+    return [torch.cat(o) for o in zip(*reader.parts)]
+
+def _of(record, learn):
+    "The Learner of `record`, checked"
+    learn = record.learner if learn is None else learn
+    if record.seen is None:
+        raise ValueError("Nothing was counted row by row: fit with selection first. (Counts aren't exported, and loaders whose rows can't be known have none.)")
+    if learn is None: raise ValueError("The Learner of this record is gone: pass it, or one like it, as learn=.")
+    if not isinstance(learn, Learner): raise TypeError(f"learn must be a Learner; got {type(learn).__name__}.")
+    n = dataset_size(learn.dls.train)
+    if n != len(record.seen):
+        raise ValueError(f"The record counts {len(record.seen)} rows, but this Learner's training set has {n}: pass the one that was trained.")
+    return learn
+
+def _files(dataset, rows):
+    "Files of `rows`, None where items aren't files"
+    for name in ('items', 'samples', 'imgs'):
+        items = getattr(dataset, name, None)
+        if items is None or not hasattr(items, '__len__') or len(items) != len(dataset) or hasattr(items, 'iloc'): continue
+        files = [o[0] if isinstance(o, tuple) else o for o in (items[i] for i in rows.tolist())]
+        if all(isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o) for o in files): return [Path(o) for o in files]
+
+def _table(record, learn, rows, **columns):
+    "A line for each of `rows`"
+    rows_read,pred,targ,_ = _read(learn, rows)
+    order = torch.empty(dataset_size(learn.dls.train), dtype=torch.long).index_copy_(0, rows_read, torch.arange(len(rows)))[rows]
+    names = class_names(learn.dls.train)
+    def named(values):
+        values = values[order]
+        if names is None or values.is_floating_point() or values.ndim > 1: return values.tolist()
+        return [names[i] for i in values.tolist()]
+    table = dict(row=rows.tolist(), file=_files(whole_dataset(learn.dls.train), rows), label=named(targ), predicted=named(pred),
+                 **{k: v.tolist() for k,v in columns.items()}, seen=record.seen.cpu()[rows].tolist(), selected=record.selected.cpu()[rows].tolist())
+    return pd.DataFrame({k: v for k,v in table.items() if v is not None})
+
+def _show(learn, rows, **kwargs):
+    "Pictures of `rows`, where fastai can draw a batch"
+    dl = scoring_loader(learn.dls.train, rows, bs=len(rows))
+    if hasattr(dl, 'show_batch'):
+        with preserve_rng(): dl.show_batch(max_n=len(rows), **kwargs)
+
+def _chosen(record, rows, n, show, learn, kwargs):
+    learn = _of(record, learn)
+    check_count('n', n, 1)
+    rows = rows(record.seen.cpu(), record.selected.cpu())[:n]
+    if not len(rows): raise ValueError("No row fits: every row that was a candidate was selected at least once.")
+    if show: _show(learn, rows, **kwargs)
+    return _table(record, learn, rows)
+
+@patch
+def top(self:SelectionRecord,
+    n:int=9, # Number of rows
+    show:bool=True, # Draw them, as `dls.show_batch` does?
+    learn:Learner=None, # Default: the Learner that was recorded
+    **kwargs # For `show_batch`
+)->pd.DataFrame: # A line each, the most often selected first
+    "The rows that were trained on most often"
+    # of two that were selected as often, first the one that was seen less often
+    def most(seen, selected): return torch.from_numpy(np.lexsort((seen, -selected)))[:int((selected > 0).sum())]
+    return _chosen(self, most, n, show, learn, kwargs)
+
+@patch
+def never(self:SelectionRecord,
+    n:int=9, # Number of rows, or fewer where there are fewer
+    show:bool=True, # Draw them, as `dls.show_batch` does?
+    learn:Learner=None, # Default: the Learner that was recorded
+    **kwargs # For `show_batch`
+)->pd.DataFrame: # A line each, the most often seen first
+    "The rows that were candidates most often without ever being trained on"
+    def refused(seen, selected): return torch.from_numpy(np.lexsort((-seen, selected)))[:int(((selected == 0) & (seen > 0)).sum())]
+    return _chosen(self, refused, n, show, learn, kwargs)
+
+# %% ../nbs/50_interpret.ipynb #9ebf2b72
+def _il_values(learn, il):
+    "`(n,)`, irreducible losses of the training set of `learn`"
+    if il is None: il = getattr(getattr(learn, 'selector', None), 'il', None)
+    if il is None: raise ValueError("There are no irreducible losses: train with learn.rho_loss(), or pass them as il= (crossfit_irreducible makes some).")
+    dl = learn.dls.train
+    if isinstance(il, nn.Module): il = irreducible_losses(Learner(learn.dls, il, loss_func=learn.loss_func), dl, progress=False)
+    if isinstance(il, (str, Path)): il = IrreducibleLosses.load(il)
+    return (il if isinstance(il, IrreducibleLosses) else IrreducibleLosses.of(il, dl)).check(dl).values
+
+@patch
+def suspects(self:SelectionRecord,
+    n:int=100, # Number of rows
+    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those of `learn.rho_loss`
+    learn:Learner=None # Default: the Learner that was recorded
+)->pd.DataFrame: # A line each, the most suspect first
+    "The rows that are most likely mislabelled: those with the highest sum of irreducible loss and loss"
+    learn = _of(self, learn)
+    check_count('n', n, 1)
+    il = _il_values(learn, il)
+    rows,_,_,losses = _read(learn)
+    loss = torch.full_like(il, torch.nan).index_copy_(0, rows, losses.float())
+    suspicion = (il + loss).nan_to_num(-torch.inf) # rows that the loader leaves out come last
+    rows = suspicion.argsort(descending=True, stable=True)[:min(n, len(rows))]
+    return _table(self, learn, rows, il=il[rows], loss=loss[rows])
+
+# %% ../nbs/50_interpret.ipynb #ba5d6a91
+@patch
+def plot_il(self:SelectionRecord,
+    n:int=2000, # Number of rows, evenly spaced over those that were candidates
+    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those of `learn.rho_loss`
+    learn:Learner=None, # Default: the Learner that was recorded
+    ax=None # A matplotlib axis to draw on
+):
+    "Irreducible loss against the loss by the model as it is, a dot a row, coloured by how often it was selected; returns the axis"
+    learn = _of(self, learn)
+    check_count('n', n, 1)
+    il,seen = _il_values(learn, il),self.seen.cpu()
+    rows = seen.nonzero().flatten()
+    rows = rows[torch.linspace(0, len(rows)-1, min(n, len(rows))).round().long()]
+    rows,_,_,losses = _read(learn, rows)
+    if ax is None: _,ax = plt.subplots(figsize=(5.5, 4), layout='constrained')
+    dots = ax.scatter(il[rows], losses, c=self.selected.cpu()[rows]/seen[rows], s=8, alpha=0.7, lw=0, vmin=0, cmap='viridis_r')
+    ax.figure.colorbar(dots, ax=ax, label='times selected / times seen')
+    ax.axline((0, 0), slope=1, color='0.5', ls=':', lw=1)
+    ax.set(xlabel='irreducible loss', ylabel='loss', title='above the line: reducible')
+    ax.spines[['top', 'right']].set_visible(False)
+    return ax

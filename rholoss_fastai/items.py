@@ -6,11 +6,11 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/items.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'subset_batch', 'RowSubset', 'is_distributed', 'RowTracker', 'TorchRows', 'track_rows', 'dataset_size',
-           'loader_batch_size', 'epoch_size', 'restrict_rows', 'scoring_loader', 'preserve_rng', 'fingerprint',
-           'ItemTable']
+           'loader_batch_size', 'epoch_size', 'restrict_rows', 'whole_dataset', 'replace_dataset', 'scoring_loader',
+           'preserve_rng', 'fingerprint', 'ItemTable']
 
 # %% ../nbs/03_items.ipynb #929c00dd
-import copy, hashlib, json, os, random, sys, uuid
+import copy, functools, hashlib, json, os, random, sys, uuid
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -28,12 +28,12 @@ from torch.utils.data import TensorDataset, WeightedRandomSampler
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 
-from fastcore.basics import GetAttr
+from fastcore.basics import GetAttr, noop
 from fastcore.foundation import L
 from fasttransform import Pipeline
 from fastai.data.core import Datasets, TfmdLists
 from fastai.data.load import DataLoader
-from fastai.tabular.core import Tabular
+from fastai.tabular.core import TabDataLoader, Tabular
 from fastai.text.data import LMDataLoader, SortedDL
 
 # %% ../nbs/03_items.ipynb #5fe06631
@@ -408,6 +408,8 @@ def _restrict_weights(weights, positions):
     if not weights.sum() > 0: raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none would ever be drawn.')
     return weights/weights.sum()
 
+def _at_position(read_row, row_numbers, i): return read_row(row_numbers[i].tolist())
+
 def restrict_rows(
     dl, # Any loader that `track_rows` takes, but an `LMDataLoader`
     rows, # Row numbers of the whole data set: list, array or tensor, each at most once
@@ -428,6 +430,9 @@ def restrict_rows(
         raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what that returns instead.')
     res.dataset,positions = _restricted(dl.dataset, rows)
     res.n = len(res.dataset)
+    read_row = vars(dl).get('read_row', vars(dl).get('create_item')) # a function of the row that was passed in knows nothing of the subset
+    if read_row is not None and getattr(read_row, '__self__', None) is not dl:
+        res.__dict__.update(read_row=read_row, create_item=functools.partial(_at_position, read_row, res.dataset.row_numbers))
     res.rng = copy.copy(dl.rng) if seed is None else random.Random(seed)
     if isinstance(dl, SortedDL):
         res.res = [dl.res[i] for i in positions]
@@ -436,13 +441,43 @@ def restrict_rows(
     if vars(dl).get('partial_n'): res.partial_n = min(dl.partial_n, res.n)
     return res
 
+# %% ../nbs/03_items.ipynb #b61c0a5b
+def whole_dataset(
+    dl # Any loader that `track_rows` takes
+): # Data set
+    "The data set whose rows `dl` numbers: the whole one, where `dl` is restricted"
+    return _whole(_inner(_untracked(dl)[0]).dataset)
+
+def replace_dataset(
+    dl, # Any loader that `track_rows` takes
+    dataset # Another one with the same rows, such as a wrapper of `whole_dataset(dl)`
+): # Copy of `dl`, restricted to the same rows
+    "A copy of `dl` that reads `dataset`, in the order that `dl` would have gone through its own"
+    dl,bs = _untracked(dl)
+    _check_rows_known(dl)
+    if is_distributed(dl):
+        res = _copy_loader(dl, bs)
+        res.dl = replace_dataset(res.dl, dataset)
+        res.dataset = res.dl.dataset
+        return res
+    own,whole = dl.dataset,_whole(dl.dataset)
+    if len(dataset) != len(whole): raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(whole)}: expected the same rows.')
+    if 'create_item' in vars(dl) or getattr(type(dl), 'create_item', None) not in (None, DataLoader.create_item, TabDataLoader.create_item):
+        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not read another data set. Change the "
+                         "data set first, and make the loader of the changed one.")
+    if isinstance(own, RowSubset): dataset = RowSubset(dataset, own.row_numbers)
+    if isinstance(dl, TorchDataLoader): return _copy_torch_loader(dl, dataset=dataset)
+    res = _copy_loader(dl, bs)
+    res.dataset,res.rng = dataset,copy.copy(dl.rng)
+    return res
+
 # %% ../nbs/03_items.ipynb #14ac6f33
 def _validation_view(dataset):
     "`dataset` with the transforms of validation (`split_idx` 1): a shallow copy, so that the original stays in training"
-    if isinstance(dataset, RowSubset): return RowSubset(_validation_view(dataset.dataset), dataset.row_numbers)
     if getattr(dataset, 'split_idx', None) is None: return dataset
     res = copy.copy(dataset)
-    if isinstance(dataset, Datasets): res.tls = L(map(_validation_view, dataset.tls))
+    if getattr(dataset, '_default', None) == 'dataset': res.dataset = _validation_view(dataset.dataset)  # a `RowSubset` or another wrapper
+    elif isinstance(dataset, Datasets): res.tls = L(map(_validation_view, dataset.tls))
     else:
         if isinstance(dataset, TfmdLists): res.tfms = _validation_pipeline(dataset.tfms)
         res.split_idx = 1
@@ -458,15 +493,17 @@ def _in_order(self): return list(range(self.n))
 def scoring_loader(
     dl, # Any loader that `track_rows` takes
     rows=None, # Row numbers to go through, None for all of `dl`'s
-    bs:int=None # Other batch size
+    bs:int=None, # Other batch size
+    augment:bool=False # Keep the transforms of training, which augment?
 ): # Copy of `dl` for `track_rows`
     "A copy of `dl` that goes through each row once, in order, nothing dropped, with the transforms of validation"
+    view = noop if augment else _validation_view
     dl,own_bs = _untracked(dl)
     dl,bs = _inner(dl),own_bs if bs is None else bs
     _check_bs(bs)
     if isinstance(dl, TorchDataLoader):
         _check_rows_known(dl)
-        dataset = _validation_view(dl.dataset if rows is None else _restricted(dl.dataset, rows)[0])
+        dataset = view(dl.dataset if rows is None else _restricted(dl.dataset, rows)[0])
         sampler = SequentialSampler(dataset)
         bs = bs or dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
         batches = BatchSampler(sampler, bs, False)
@@ -476,7 +513,7 @@ def scoring_loader(
     res.__dict__.pop('get_idxs', None)
     if 'wgts' in vars(res): res.wgts = np.full(len(res.wgts), 1/len(res.wgts))
     if rows is not None: res = restrict_rows(res, rows)
-    res.dataset = _validation_view(res.dataset)
+    res.dataset = view(res.dataset)
     if not isinstance(res, LMDataLoader): res.n = len(res.dataset)
     res.shuffle,res.drop_last,res.rng = False,False,copy.copy(dl.rng)
     if 'partial_n' in vars(res): res.partial_n = None
@@ -621,7 +658,8 @@ def _identity(dataset):
         return _digest(targets) if targets.shape[1] else '', _digest_items(dataset.items)
     if isinstance(dataset, (Datasets, TfmdLists)):
         lists,n_inp = (dataset.tls, dataset.n_inp) if isinstance(dataset, Datasets) else ([dataset], 1)
-        items,targets = _digest_items(dataset.items),[_digest_first_transform(o) for o in lists[n_inp:]]
+        items = _digest_items(dataset.items)
+        targets = [_digest_targets(o.targets) if 'targets' in vars(o) else _digest_first_transform(o) for o in lists[n_inp:]]
         if isinstance(_first(dataset.items), (int, np.integer)): items = _digest([items, _digest_first_transform(lists[0])])  # of an array
         return _digest(targets) if targets and all(targets) else '', items
     found = _per_row(dataset)
@@ -631,12 +669,27 @@ def _identity(dataset):
         items,targets = (a if b is None else b for a,b in zip(read, (items, targets)))
     return targets, items
 
+def _first_rows(dataset, n):
+    "A data set of the same kind, of the first `n` rows"
+    if isinstance(dataset, (list, tuple)): return dataset[:n]
+    if isinstance(dataset, TensorDataset): return TensorDataset(*(o[:n] for o in dataset.tensors))
+    if isinstance(dataset, Tabular): return dataset.new(dataset.items.iloc[:n])
+    if not isinstance(dataset, (Datasets, TfmdLists)): return Subset(dataset, range(n))
+    res = copy.copy(dataset)
+    if isinstance(dataset, Datasets): res.tls = L(_first_rows(o, n) for o in dataset.tls)
+    else: res.items = _at(dataset.items, list(range(n)))
+    return res
+
 def fingerprint(
-    dl # Any loader that `track_rows` takes
+    dl, # Any loader that `track_rows` takes
+    n:int=None # Of the first so many rows only: what a data set was before it grew
 ) -> dict: # `n`, `targets` and `items`
     "What tells the data set of `dl`, the whole one, from others of its kind: its length and digests of its targets and inputs"
-    n,dl = dataset_size(dl),_inner(_untracked(dl)[0])
-    with preserve_rng(): targets,items = _identity(_whole(dl.dataset))
+    n_all,dl = dataset_size(dl),_inner(_untracked(dl)[0])
+    n = n_all if n is None else n
+    if not 0 <= n <= n_all: raise ValueError(f"n={n}, but the data set has {n_all} rows.")
+    dataset = _whole(dl.dataset)
+    with preserve_rng(): targets,items = _identity(dataset if n == n_all else _first_rows(dataset, n))
     if isinstance(dl, LMDataLoader): items = _digest([items, dl.bs, dl.seq_len])  # its rows depend on how it cuts
     return dict(n=n, targets=targets, items=items)
 
@@ -676,10 +729,11 @@ class ItemTable:
         return f'{type(self).__name__}(n={len(self)}, mean={self.values.mean():.4g}, std={self.values.std(correction=0):.4g}{info})'
 
     def check(self,
-        dl # Loader of the data set that the values are to be used for
+        dl, # Loader of the data set that the values are to be used for
+        n:int=None # Compare with its first so many rows only: what it was before it grew
     ):
         "Raise unless `dl` goes through the data set that the values were made for, else return the table"
-        name,here = type(self).__name__,fingerprint(dl)
+        name,here = type(self).__name__,fingerprint(dl, n)
         mend = f'Load the {name} of this data set, or make it anew; where the two should be the same, sort the files and seed the split.'
         if here['n'] != self.fingerprint['n']:
             raise ValueError(f"{name} for {self.fingerprint['n']} rows, but this data set has {here['n']} (length). {mend}")

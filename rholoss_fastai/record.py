@@ -11,7 +11,9 @@ __all__ = ['STEP_COST', 'PERCENTILES', 'LEDGER_COLUMNS', 'Stopwatch', 'Selection
 import math
 import time
 import warnings
-from collections import defaultdict, deque
+import weakref
+from collections import defaultdict, deque, namedtuple
+from itertools import groupby
 
 import pandas as pd
 import torch
@@ -67,13 +69,27 @@ _SUMS = ('loss', 'loss_selected', 'loss_top20', 'score', 'score_selected', 'nan_
 
 def _n_processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 def _share(part, whole): return part/whole if whole else math.nan
+_Batch = namedtuple('_Batch', 'loaded rows trained_rows idxs scores losses il correct')
+def _kind(batch): return (batch.loaded, *(o is None for o in batch._replace(idxs=None)))
+def _positions(idxs, n, device):
+    "Where the selected of several batches of `n` stand among the items of all of them"
+    idxs = [torch.arange(n, device=device) if o is None else o for o in idxs]
+    sizes = torch.tensor([len(o) for o in idxs], device=device)
+    return torch.cat(idxs) + torch.arange(0, n*len(idxs), n, device=device).repeat_interleave(sizes, output_size=sum(map(len, idxs)))
 def _finite(values): return values.where(values.isfinite(), 0.)
 
 class SelectionRecord:
     "What selection did and cost: a ledger with one line an epoch, and counts for each row of the data set"
     def __init__(self):
         self.lines,self.seconds_il,self.figures,self.track,self._percentiles = [],0.,None,{},[]
-        self._counts,self._history,self._line = None,None,None
+        self._counts,self._history,self._line,self._learner = None,None,None,None
+
+    @property
+    def learner(self): # A Learner, or None where it is gone or has not been fitted
+        "The Learner whose training is recorded"
+        return self._learner and self._learner()
+    @learner.setter
+    def learner(self, learn): self._learner = weakref.ref(learn) # its callback holds the record: no reference back, or both would linger
 
     def start_epoch(self,
         device:torch.device, # Where the sums are kept
@@ -89,10 +105,10 @@ class SelectionRecord:
         if n_rows:
             self._new_counts = self._counts if _n_processes() == 1 else torch.zeros_like(self._counts)
             self._history <<= 1
-        self._line,self.forward,self._scoring_cost = dict(loaded=0, scored=0, trained=0, judged=0, known=0),forward,scoring_cost
+        self._line,self.forward,self.scoring_cost = dict(loaded=0, scored=0, trained=0, judged=0, known=0),forward,scoring_cost
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self._sums = {name: torch.zeros((), dtype=dtype, device=device) for name in (*_SUMS, *self.track)}
-        self._sample,self._stride,self._batches,self.watch = [],1,0,Stopwatch(device)
+        self._sample,self._stride,self._groups,self._pending,self._n_pending,self.watch = [],1,0,[],0,Stopwatch(device)
         self._began = self._last = time.perf_counter()
 
     def batch(self,
@@ -108,51 +124,68 @@ class SelectionRecord:
         correct:Tensor=None # `(n_B,)`, is the item classified correctly already?
     ):
         "Count one candidate batch; no host sync"
-        line,sums = self._line,self._sums
+        line = self._line
         line['loaded'] += loaded; line['scored'] += scored; line['trained'] += trained
-        def chosen(values): return values if idxs is None else values[idxs]
-        if rows is not None:
+        if trained_rows is not None: line['known'] += trained
+        if correct is not None: line['judged'] += loaded if idxs is None else len(idxs)
+        self._pending.append(_Batch(loaded, rows, trained_rows, idxs, scores, losses, il, correct))
+        self._n_pending += loaded
+        # many batches are summed up in the time that one takes
+        if self._n_pending >= 2**14 or len(self._pending) >= 256: self._sum_up()
+        self._last = time.perf_counter()
+
+    def _sum_up(self):
+        "Add what is pending to the sums and counts; no host sync"
+        pending,self._pending,self._n_pending = self._pending,[],0
+        for _,group in groupby(pending, key=_kind): self._sum_group(list(group))
+
+    def _sum_group(self, group):
+        "Add batches that have the same size and the same figures"
+        sums,n,k = self._sums,group[0].loaded,len(group)
+        def column(name): return None if getattr(group[0], name) is None else torch.stack([getattr(b, name) for b in group]) # (k,n)
+        if group[0].rows is not None:
             seen,selected = self._new_counts
-            seen.index_add_(0, rows, seen.new_ones(loaded))
-            if trained:
-                line['known'] += trained
-                selected.index_add_(0, trained_rows, seen.new_ones(trained))
-                history = self._history[trained_rows]
-                for k in _AGAIN: sums[f'again_{k}'] += (history >> k & 1).sum()
-                self._history[trained_rows] = history | 1
-                for name,mask in self.track.items(): sums[name] += mask[trained_rows].sum()
+            rows = torch.cat([b.rows for b in group])
+            seen.index_add_(0, rows, seen.new_ones(()).expand(len(rows)))
+        if group[0].trained_rows is not None:
+            rows = torch.cat([b.trained_rows for b in group])
+            selected.index_add_(0, rows, seen.new_ones(()).expand(len(rows)))
+            history = self._history[rows]
+            for epochs in _AGAIN: sums[f'again_{epochs}'] += (history >> epochs & 1).sum()
+            self._history[rows] = history | 1
+            for name,mask in self.track.items(): sums[name] += mask[rows].sum()
+        scores,losses,correct = column('scores'),column('losses'),column('correct')
+        figures = next((o for o in (scores, losses, correct) if o is not None), None)
+        if figures is None: return
+        chosen = _positions([b.idxs for b in group], n, figures.device)
         if losses is not None:
             finite = _finite(losses)
             sums['loss'] += finite.sum()
-            sums['loss_selected'] += chosen(finite).sum()
-            sums['loss_top20'] += finite.topk(-(-loaded//5), sorted=False).values.sum()
+            sums['loss_selected'] += finite.flatten()[chosen].sum()
+            sums['loss_top20'] += finite.topk(-(-n//5), sorted=False).values.sum()
         if scores is not None:
             wanted = _finite(scores).clamp(min=0)
             sums['score'] += wanted.sum()
-            sums['score_selected'] += chosen(wanted).sum()
-            sums['nan_batches'] += scores.isnan().all()
-            self._keep(dict(loss=losses, il=il, score=scores), idxs, loaded)
-        if correct is not None:
-            line['judged'] += loaded if idxs is None else len(idxs)
-            sums['correct'] += chosen(correct).sum()
-        self._last = time.perf_counter()
+            sums['score_selected'] += wanted.flatten()[chosen].sum()
+            sums['nan_batches'] += scores.isnan().all(1).sum()
+            self._keep({name: o for name,o in dict(loss=losses, il=column('il'), score=scores).items() if o is not None}, chosen, k*n)
+        if correct is not None: sums['correct'] += correct.flatten()[chosen].sum()
 
-    def _keep(self, values, idxs, n):
-        "Every so many batches, so that a sample of the epoch stays within bounds"
-        self._batches += 1
-        if self._batches % self._stride: return
-        values = {name: o.detach() for name,o in values.items() if o is not None}
-        first = next(iter(values.values()))
-        selected = torch.ones(n, dtype=torch.bool, device=first.device) if idxs is None else \
-            torch.zeros(n, dtype=torch.bool, device=first.device).index_fill_(0, idxs, True)
-        self._sample.append((values, selected))
-        if n*len(self._sample) > _SAMPLE and len(self._sample) > 1: self._sample,self._stride = self._sample[::2],2*self._stride
+    def _keep(self, values, chosen, n):
+        "A sample of the epoch, within bounds: every so many groups of batches"
+        self._groups += 1
+        if self._groups % self._stride: return
+        selected = torch.zeros(n, dtype=torch.bool, device=chosen.device).index_fill_(0, chosen, True)
+        step = -(-n//_SAMPLE)
+        self._sample.append(({name: o.detach().flatten()[::step] for name,o in values.items()}, selected[::step]))
+        if len(self._sample) > 1 and sum(len(o) for _,o in self._sample) > _SAMPLE: self._sample,self._stride = self._sample[::2],2*self._stride
 
     def _quantiles(self):
         "Percentiles of what was kept, `{name: {'selected': [...], 'rejected': [...]}}`, read from the device"
-        if not self._sample: return {}
+        names = set.intersection(*[set(values) for values,_ in self._sample]) if self._sample else ()
+        if not names: return {}
         selected,res = torch.cat([o for _,o in self._sample]),{}
-        for name in self._sample[0][0]:
+        for name in sorted(names):
             values = torch.cat([o[name] for o,_ in self._sample]).float()
             q = torch.tensor(PERCENTILES, device=values.device)/100
             res[name] = {group: torch.nanquantile(values[mask], q).tolist() if mask.any() else [math.nan]*len(PERCENTILES)
@@ -167,7 +200,7 @@ class SelectionRecord:
         loss_share,score_share = (1. if not o[k] and 0 < trained == loaded else _share(o[f'{k}_selected'], o[k]) for k in ('loss', 'score'))
         forward = 'none' if self.forward == 'twice' and not scored else self.forward
         if forward == 'reuse': step_cost = _share(loaded, trained) # a whole step for every candidate
-        else: step_cost = 1 + _share(self._scoring_cost*scored, STEP_COST*trained) if scored else 1.
+        else: step_cost = 1 + _share(self.scoring_cost*scored, STEP_COST*trained) if scored else 1.
         line = dict(zip(LEDGER_COLUMNS, [len(self.lines), loaded, scored, trained, _share(trained, loaded), loss_share, score_share,
                                    _share(o['loss_top20'], o['loss']), _share(o['correct'], o['judged']), *[_share(o[f'again_{k}'], known) for k in _AGAIN],
                                    forward, step_cost, *seconds.tolist()]))
@@ -175,6 +208,7 @@ class SelectionRecord:
 
     def _read(self, ended):
         "Counts, sums and seconds of the epoch under way, read from the device"
+        self._sum_up()
         counts = torch.cat([torch.tensor(list(self._line.values()), dtype=torch.float64), torch.stack(list(self._sums.values())).cpu().double()])
         spent = self.watch.read()
         seconds = [ended-self._began, spent.get('scoring', 0.), spent.get('training', 0.), self.seconds_il]
@@ -217,12 +251,16 @@ class SelectionRecord:
     @property
     def seen(self)->Tensor: # `(n,)` int32, or None where rows aren't known
         "How often each row of the data set was a candidate"
-        return None if self._counts is None else self._counts[0]
+        return self._counted(0)
 
     @property
     def selected(self)->Tensor: # `(n,)` int32, or None where rows aren't known
         "How often each row of the data set was trained on"
-        return None if self._counts is None else self._counts[1]
+        return self._counted(1)
+
+    def _counted(self, i):
+        if self._line is not None: self._sum_up()
+        return None if self._counts is None else self._counts[i]
 
     def total(self,
         column:str # 'loaded', 'scored' or 'trained'
@@ -243,7 +281,7 @@ class SelectionRecord:
 
     def __getstate__(self):
         return dict(lines=self.lines, seconds_il=self.seconds_il, figures=None, track={}, _percentiles=self._percentiles, _counts=None, _history=None,
-                    _line=None)
+                    _line=None, _learner=None)
 
     def __repr__(self):
         if not self.lines: return 'SelectionRecord: nothing trained yet'

@@ -8,6 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/selector.html.md"""
 __all__ = ['PATIENCE', 'SelectionColumn', 'BatchSelector', 'add_selector']
 
 # %% ../nbs/10_selector.ipynb #2308867b
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -25,9 +26,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .items import batch_size, dataset_size, epoch_size, loader_batch_size, subset_batch, track_rows
 from .losses import ItemLosses, plain, prediction
-from .picks import Pick, TopFraction, check_count, check_number, top_items
+from .picks import Pick, TopFraction, check_count, check_number, find_pick, top_items
 from .record import LEDGER_COLUMNS, STEP_COST, SelectionRecord
-from .scores import score_inputs, training_loss
+from .scores import find_score, score_inputs, training_loss
 from .scoring import ScoringForward, learner_precision, modules_in_mode, scoring_mode, unwrapped
 
 # %% ../nbs/10_selector.ipynb #46a91f32
@@ -44,8 +45,8 @@ class BatchSelector(Callback):
     columns = dict(selected='selected') # name in the training table -> column of the ledger
 
     def __init__(self,
-        score=training_loss, # How much an item is wanted: a function of any of `loss`, `pred`, `targ` (see `scores`)
-        pick:Pick=None, # Which items a score picks; default `TopFraction(0.5)`
+        score=training_loss, # How much an item is wanted: a function of any of `loss`, `pred`, `targ`, `log_probs`, or its name (see `scores`)
+        pick:Pick=None, # Which items a score picks, or its name; default `TopFraction(0.5)`
         enlarge:bool=False, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
         start:float=0., # Share of training after which selection begins
         end:float=1., # Share of training after which it ends
@@ -64,8 +65,7 @@ class BatchSelector(Callback):
         track_columns:bool=False, # Show these shares in the training table too?
         n_mc:int=10 # Forward passes with dropout for a score that needs `log_probs`
     ):
-        pick = TopFraction(0.5) if pick is None else pick
-        if not isinstance(pick, Pick): raise TypeError(f"pick must be a `Pick`, such as TopFraction(0.1) or Uniform(0.1); got {pick!r}.")
+        score,pick = find_score(score),find_pick(TopFraction(0.5) if pick is None else pick)
         check_number('start', start, schedule=False); check_number('end', end, schedule=False)
         if start >= end: raise ValueError(f"start must be smaller than end, or nothing is ever selected; got start={start}, end={end}.")
         check_count('every', every, 1); check_count('warmup_epochs', warmup_epochs, 0)
@@ -83,7 +83,7 @@ class BatchSelector(Callback):
             raise ValueError(f"enlarge=True needs a pick of fixed size, to know how many candidates to draw; {pick!r} picks a varying number. "
                              "Pass enlarge=False to select within the DataLoader's own batches.")
         self.inputs = score_inputs(score) if pick.needs_scores else ()
-        unknown = [o for o in self.inputs if not hasattr(type(self), f'input_{o}')]
+        unknown = [o for o in (*self.inputs, *pick.needs) if not hasattr(type(self), f'input_{o}')]
         if unknown: raise ValueError(f"The score {_name(score)} needs {unknown}, which {type(self).__name__} does not have: "
                                      "scores with irreducible losses (`il`) belong to learn.rho_loss().")
         if forward == 'reuse' and (scale_factor < 1 or staleness > 1 or score_bs or compile):
@@ -91,7 +91,9 @@ class BatchSelector(Callback):
                              "compile could make cheaper: use forward='twice' with them.")
         if staleness > 1 and every > 1:
             raise ValueError(f"staleness={staleness} remembers the losses of an epoch, of which every={every} would score only a part: use one or the other.")
-        if staleness > 1 and 'pred' in self.inputs:
+        if forward == 'reuse' and 'log_probs' in self.inputs:
+            raise ValueError(f"The score {_name(score)} needs forward passes of its own, with dropout: use forward='twice' with it.")
+        if staleness > 1 and {'pred', 'log_probs'} & set(self.inputs):
             raise ValueError(f"staleness={staleness} remembers each row's loss, but the score {_name(score)} needs the prediction: "
                              "use a score of the loss, or staleness=1.")
         self.forward,self.scale_factor,self.staleness,self.score_bs,self.compile = forward,scale_factor,staleness,score_bs,compile
@@ -185,7 +187,7 @@ class BatchSelector(Callback):
         self._tidy()
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
-        self.learn.selection = self.record
+        self.learn.selection,self.record.learner = self.record,learn
         self.preflight()
         model = unwrapped(learn.model)
         device = next(model.parameters()).device
@@ -215,7 +217,8 @@ class BatchSelector(Callback):
         fit.warm = self.fell_back or max(self.epochs_done, learn.epoch) < self.warmup_epochs
         fit.model = unwrapped(learn.model) # DistributedTrainer wraps it after our before_fit
         fit.modules,fit.scorer = list(fit.model.modules()),self._scoring_forward(fit)
-        fit.dropouts = [m for m in fit.modules if isinstance(m, _DropoutNd) or 'drop' in type(m).__name__.lower()]
+        fit.scored_modules = list(fit.scorer.model.modules())
+        fit.dropouts = [m for m in fit.scored_modules if isinstance(m, _DropoutNd) or 'drop' in type(m).__name__.lower()]
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fit.modules)
         fit.min_items = self.min_items or (2 if batch_norm else 1)
         try: fit.loader,fit.n_b = self._candidates(source) if self.enlarge and not fit.warm else (track_rows(source),None)
@@ -242,11 +245,14 @@ class BatchSelector(Callback):
         if len(mask) != n_rows: raise ValueError(f"track[{name!r}] is a mask of {len(mask)} rows, but the training set has {n_rows}.")
         return mask.to(self._fit.device)
 
+    def _scoring_model(self):
+        "The model that scores: the one that is trained"
+        return self._fit.model
+
     def _scoring_forward(self, fit):
-        "The forward of the model that is trained"
-        own,old = learner_precision(self.learn, fit.device),self._scorer
-        if old is None or (old.model, old.device, old.own) != (fit.model, fit.device, own):
-            self._scorer = ScoringForward(fit.model, fit.device, self.precision, own, self.compile)
+        own,old,model = learner_precision(self.learn, fit.device),self._scorer,self._scoring_model()
+        if old is None or (old.model, old.device, old.own) != (model, fit.device, own):
+            self._scorer = ScoringForward(model, fit.device, self.precision, own, self.compile)
         return self._scorer
 
     def _candidates(self, source):
@@ -264,7 +270,8 @@ class BatchSelector(Callback):
     def _reuses(self):
         "Does one forward with gradients serve both scoring and training in this epoch?"
         if self.forward != 'auto': return self.forward == 'reuse'
-        if self.scale_factor < 1 or self.staleness > 1 or self.score_bs or self.compile: return False
+        if self.scale_factor < 1 or self.staleness > 1 or self.score_bs or self.compile or 'log_probs' in self.inputs: return False
+        if self._fit.scorer.model is not self._fit.model: return False # scored by another model
         if any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return False
         # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's choice
         if self.divides is False or any(_by_chance_or_batch(m) for m in self._fit.modules): return False
@@ -283,7 +290,7 @@ class BatchSelector(Callback):
         fit.checked = True
         fit.weights,fit.pending = None,None
         if self._selects():
-            if fit.reuse and self.pick.needs_scores:
+            if fit.reuse and self.pick.now(learn.pct_train).needs_scores:
                 fit.pending,fit.selected_at = batch,record.watch.mark() # goes on in after_pred
                 return
             selection = self._select(batch)
@@ -327,18 +334,19 @@ class BatchSelector(Callback):
     def _select(self, batch):
         "Positions of the selected items; None: all of them"
         fit,n,pct_train = self._fit,batch.n,self.learn.pct_train
-        size = fit.n_b or self.pick.size(n, pct_train)
+        pick = self.pick.now(pct_train)
+        size = fit.n_b or pick.size(n, pct_train)
         if size is not None: size = min(n, max(size, fit.min_items))
-        if size == n and not self.pick.weighted: return # the batch as it came, bit for bit, and without scoring it
+        if size == n and not pick.weighted: return # the batch as it came, bit for bit, and without scoring it
         fit.selecting = True
-        if self.pick.needs_scores:
-            with scoring_mode(fit.model, fit.device, self.mode=='train', modules=fit.modules):
+        if pick.needs_scores:
+            with scoring_mode(fit.scorer.model, fit.device, self.mode=='train', modules=fit.scored_modules):
                 batch.scores = self.score(**{o: getattr(self, f'input_{o}')(batch) for o in self.inputs})
             if not fit.scores_checked: _check_scores(batch.scores, n, self.score)
             fit.scores_checked = True
             if not batch.scores.is_floating_point(): batch.scores = batch.scores.float()
         scores = torch.empty(n, device=fit.device) if batch.scores is None else batch.scores
-        idxs,fit.weights = self.pick(scores, pct_train, size)
+        idxs,fit.weights = pick(scores, pct_train, size, **{o: getattr(self, f'input_{o}')(batch) for o in pick.needs})
         if len(idxs) < fit.min_items <= n:
             idxs = top_items(scores, fit.min_items)
             fit.weights = None if fit.weights is None else torch.ones_like(idxs, dtype=torch.float32)
@@ -382,10 +390,12 @@ class BatchSelector(Callback):
                           "fallback='uniform' asks; see learn.selection.report().")
 
     def _no_longer_pays(self):
-        "By counts and scores: does a step cost more plain steps than it holds of the score, in each of the last epochs?"
+        "By counts and scores: were the selected worth fewer plain items than a step costs plain steps, in each of the last epochs, and ever so?"
+        if self.epochs_selected < PATIENCE: return False
         lines = self.record.lines[-PATIENCE:]
-        return self.epochs_selected >= PATIENCE and all(line['forward'] == 'twice' and line['score_share'] < line['selected']*line['step_cost']
-                                                        for line in lines)
+        worth = [line['score_share']/line['selected'] if line['forward'] == 'twice' else math.nan for line in lines]
+        # what is rising may well pay later: losses spread as a model learns
+        return all(w < line['step_cost'] for w,line in zip(worth, lines)) and worth[-1] < 1.05*worth[0]
 
     def after_fit(self):
         "Take the columns out again"

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from rholoss_fastai.all import IrreducibleLosses, restrict_rows, scoring_loader, track_rows
 
 RECIPES = Path(__file__).parent.parent/'recipes'
 COLUMNS = 'step,epoch,accuracy,seconds,items_scored,items_trained'
@@ -67,6 +70,74 @@ def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
     assert json.loads((tmp_path/'runs'/'comparison.json').read_text())['table'][0]['method'] == 'uniform'
 
 
+def test_other_folders(tmp_path):
+    "CIFAR-100's superclasses, CINIC-10's three folders, and images of another size"
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 8), ('valid', 6), ('clean', 2)):
+        for label in range(6):
+            folder = tmp_path/split/f'super{label % 2}'/f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(n): Image.fromarray((rng.integers(0, 60, (20, 24, 3)) + 30*label).astype(np.uint8)).save(folder/f'{i}.jpg')
+    run('cifar10_rho_loss', path=tmp_path, method='rho_loss', steps=4, eval_every=2, bs=8, frac=0.25, il_epochs=1, size=16, test_folder='clean',
+        holdout_folder='valid', il_file=tmp_path/'il', out=tmp_path/'out')
+    check(tmp_path/'out', 4, 'rho_loss')
+    assert len(IrreducibleLosses.load(tmp_path/'il')) == 6*8 # all of train, none of valid
+
+
+def test_loaders_in_memory_go_through_the_rows_asked_for():
+    from cifar10_data import ImageRows, image_loader
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 4, 4)
+    dl = image_loader(ImageRows(images, torch.arange(40), list(range(40))), 8)
+    for loader, rows in ((dl, range(40)), (restrict_rows(dl, range(3, 33, 2)), range(3, 33, 2))):
+        tracked, seen = track_rows(loader), []
+        for i, (_, y) in enumerate(tracked):
+            assert y.tolist() == tracked.rows(i).tolist()
+            seen += y.tolist()
+        assert set(seen) <= set(rows) and len(seen) == len(rows)//8*8
+        assert sorted(y for _, ys in scoring_loader(loader) for y in ys.tolist()) == list(rows)
+
+
+def sentences(folder, rng):
+    "CoLA's and SST-2's files, with a word that tells the label"
+    for data, row in (('cola', 'x\t{0}\t\t{1}'), ('sst2', '{1}\t{0}')):
+        for split, n in (('train', 96), ('dev', 20)):
+            words = [' '.join(rng.choice(['a', 'film', '"about', "n't", 'cats'], rng.integers(2, 9))) + (' bad', ' good')[i % 2] for i in range(n)]
+            (folder/f'{data}_{split}.tsv').write_text('\n'.join(row.format(i % 2, o) for i, o in enumerate(words)) + '\n')
+
+
+@pytest.mark.parametrize('model', ['fastai', 'hf'])
+def test_text(tmp_path, capsys, model):
+    if model == 'hf': pytest.importorskip('transformers')
+    sentences(tmp_path, np.random.default_rng(0))
+    for method, data in (('uniform', 'cola'), ('random', 'sst2'), ('rho_loss', 'cola')):
+        out = tmp_path/'runs'/method
+        run('text_rho_loss', path=tmp_path, data=data, model=model, method=method, noise=0.1, steps=8, eval_every=4, bs=8, frac=0.25, il_epochs=1,
+            il_file=tmp_path/'il', out=out)
+        rows, summary = check(out, 8, method)
+        assert [r['step'] for r in rows] == [4, 8] and rows[-1]['items_trained'] == 8*8
+        assert rows[-1]['items_scored'] == (8*32 if method == 'rho_loss' else 0) and bool(summary['il']) == (method == 'rho_loss')
+        assert len(summary['matthews_history']) == 2 and -1 <= summary['matthews'] == max(summary['matthews_history']) <= 1
+    assert len(IrreducibleLosses.load(tmp_path/'il')) == 96
+    run('text_rho_loss', path=tmp_path, model=model, noise=0.1, steps=2, eval_every=2, bs=8, frac=0.25, il_file=tmp_path/'il', out=out) # loaded
+    assert 'cross-fitting' in (printed := capsys.readouterr().out) and printed.count('cross-fitting') == 1
+    run('compare_runs', folder=tmp_path/'runs')
+    assert 'matthews' in json.loads((tmp_path/'runs'/'comparison.json').read_text())['table'][0]
+
+
+def test_text_says_what_is_wrong(tmp_path):
+    with pytest.raises(SystemExit, match='--data must be one of cola, sst2'): run('text_rho_loss', path=tmp_path, data='imdb')
+    with pytest.raises(SystemExit, match='--path is missing'): run('text_rho_loss')
+    with pytest.raises(FileNotFoundError, match='cola_train.tsv is missing'): run('text_rho_loss', path=tmp_path)
+
+
+def test_real_sentences(shared_data):
+    from text_rho_loss import read_sentences
+    for data, n, n_dev in (('cola', 8551, 527), ('sst2', 6920, 872)):
+        read = read_sentences(shared_data/'text', data)
+        assert (~read.is_valid).sum() == n and read.is_valid.sum() == n_dev
+        assert sorted(read.label.unique()) == [0, 1] and read.text.str.len().min() > 0 and not read.isna().any(axis=None)
+
+
 def test_command_line(folder, tmp_path):
     "Options with underscores, as in Python, and a clear end for bad ones"
     out = tmp_path/'out'
@@ -96,3 +167,20 @@ def test_on_real_cifar10(shared_data, tmp_path):
     run('cifar10_rho_loss', path=tmp_path/'cifar10', method='random', steps=10, eval_every=10, out=tmp_path/'out')
     rows, summary = check(tmp_path/'out', 10, 'random')
     assert abs(summary['noisy_candidates'] - 0.18) < 0.01 # a tenth of the redrawn labels stay the same
+
+
+def test_compare_selectors_and_resume(folder, tmp_path, capsys):
+    settings = dict(path=folder, folder=tmp_path, bs=8, steps=4, mc_steps=2, eval_every=2, test_rows=20, il_epochs=1)
+    run('compare_selectors', **settings, selectors='rho_loss,bald')
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['bald-0', 'rho_loss-0', 'uniform-0']
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/history.csv')}
+    run('compare_selectors', **settings)
+    assert {p: p.stat().st_mtime_ns for p in written} == written, 'a run that was there was run again'
+    result = json.loads((tmp_path/'comparison.json').read_text())
+    names = importlib.import_module('compare_selectors').SELECTORS
+    assert [row[0] for row in result['table']] == ['uniform', *names]
+    assert dict(row[:2] for row in result['table'])['bald'] == 2
+    assert len(json.loads((tmp_path/'proxy-0'/'summary.json').read_text())['spearman']) == 2 # epochs
+    assert (tmp_path/'comparison.png').stat().st_size > 5000
+    assert 'wrong labels among selected' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='got nonsense'): run('compare_selectors', **settings, selectors='nonsense')
