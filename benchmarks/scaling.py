@@ -105,7 +105,8 @@ def files(dataset, values, device, folder, repeats):
     "Seconds of making, saving, loading and checking `IrreducibleLosses`"
     path,dl = Path(folder)/'il.safetensors',loader(dataset, N_CANDIDATES, device)
     made,il = seconds(device, IrreducibleLosses.of, values, dl)
-    own = dict(save=[seconds(device, il.save, path)[0] for _ in range(repeats)], load=[seconds(device, IrreducibleLosses.load, path)[0] for _ in range(repeats)],
+    own = dict(save=[seconds(device, il.save, path)[0] for _ in range(repeats)],
+               load=[seconds(device, IrreducibleLosses.load, path)[0] for _ in range(repeats)],
                check=[seconds(device, il.check, dl)[0] for _ in range(repeats)])
     return dict(n_rows=len(dataset), make=round(made, 4), **{name: round(median(o), 4) for name,o in own.items()},
                 bytes_a_row=round(path.stat().st_size/len(dataset), 2)),il
@@ -129,7 +130,8 @@ def growth(dataset, il, device, windows, batches):
 
 
 def show(result):
-    print_table(['rows', 'candidates', 'order us', 'rows us', 'lookup us', 'ledger us', 'epoch us', 'all us', f'% of {STEP_MS:g} ms', 'ns an item', 'bytes a row'],
+    print_table(['rows', 'candidates', 'order us', 'rows us', 'lookup us', 'ledger us', 'epoch us', 'all us', f'% of {STEP_MS:g} ms', 'ns an item',
+                 'bytes a row'],
                 [[f"{o['n_rows']:,}", o['n_candidates'], *[f"{o['microseconds'][k]:.1f}" for k in ('order', 'rows', 'lookup', 'ledger', 'epoch', 'all')],
                   f"{100*o['share_of_step']:.2f}", o['nanoseconds_an_item'], o['bytes_a_row']] for o in result['rows'] + result['candidates']])
     print()
