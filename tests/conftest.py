@@ -1,7 +1,9 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,4 +26,16 @@ def shared_data():
     "The folder of shared data sets: $RHOLOSS_DATA, or ../shared/data beside the repository"
     path = Path(os.environ.get('RHOLOSS_DATA', ROOT.parent/'shared'/'data'))
     if not path.is_dir(): pytest.skip(f'no shared data in {path}: set RHOLOSS_DATA to the folder that holds them')
+    return path
+
+@pytest.fixture(scope='session')
+def small_cifar(tmp_path_factory):
+    "Ten classes of a few small images in CIFAR-10's layout"
+    path,rng = tmp_path_factory.mktemp('cifar'),np.random.default_rng(0)
+    for split,n in (('train', 16), ('test', 4)):
+        for label in range(10):
+            (path/split/f'class{label}').mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 60, (32, 32, 3)) + 18*label
+                Image.fromarray(pixels.astype(np.uint8)).save(path/split/f'class{label}'/f'{i:04d}.png')
     return path
