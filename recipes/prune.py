@@ -43,8 +43,8 @@ class Scores:
     "Scores and irreducible losses of the training set, made when they are first asked for and kept in files"
     def __init__(self, folder, make_learner, dls, epochs, runs, forgetting_epochs, il_epochs, seed):
         self.folder,self.make_learner,self.dls,self.seed = folder,make_learner,dls,seed
-        self.settings = dict(el2n=dict(epochs=epochs, n_runs=runs), reducible=dict(epochs=epochs, n_runs=runs), forgetting=dict(epochs=forgetting_epochs, n_runs=1))
-        self.il_epochs,self.made = il_epochs,{}
+        short,long = dict(epochs=epochs, n_runs=runs),dict(epochs=forgetting_epochs, n_runs=1)
+        self.settings,self.il_epochs,self.made = dict(el2n=short, reducible=short, forgetting=long),il_epochs,{}
 
     def __call__(self, name):
         if name not in self.made:
@@ -170,7 +170,8 @@ def main(
                 summary['noisy_trained'] = round((times[noisy].sum()/times.sum()).item(), 4)
             write_run(folder, history, summary)
             runs.append((history, summary))
-            print(f"{method}, {share:.0%} kept, seed {seed}: accuracy {summary['accuracy']:.4f}, {summary['items_trained']} items, {summary['seconds']:.0f} s", flush=True)
+            print(f"{method}, {share:.0%} kept, seed {seed}: accuracy {summary['accuracy']:.4f}, {summary['items_trained']} items, "
+                  f"{summary['seconds']:.0f} s", flush=True)
 
     table = table_of(runs)
     print_table(list(table[0]), [[row.get(k, '-') for k in table[0]] for row in table])
@@ -178,8 +179,8 @@ def main(
                   scores={name: o.info for name,o in scores.made.items()})
     if noise:
         kept = np.linspace(0.02, 1, 50)
-        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=[round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4)
-                                                                            for k in kept]) for name,o in scores.made.items()}
+        def found(o): return [round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4) for k in kept]
+        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=found(o)) for name,o in scores.made.items()}
     (out/'comparison.json').write_text(json.dumps(result) + '\n')
     plot(runs, table, out/'comparison.png')
     print(f"Written to {out}")
