@@ -6,6 +6,7 @@ from . import (
     interpret,
     irreducible,
     items,
+    just_train_twice,
     losses,
     noise,
     picks,
@@ -25,6 +26,7 @@ from .importance import *
 from .interpret import *
 from .irreducible import *
 from .items import *
+from .just_train_twice import *
 from .losses import *
 from .noise import *
 from .picks import *
@@ -40,5 +42,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, interpret, report)
+            rho_loss, importance, pruning, just_train_twice, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
