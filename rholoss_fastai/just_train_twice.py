@@ -1,4 +1,4 @@
-"""Groups on which a model does badly: `just_train_twice`, which finds them by its own mistakes, `GroupDRO`, which is told them, and `WorstGroup`, which measures
+"""Groups on which a model does badly: `just_train_twice` finds them by its mistakes, `GroupDRO` is told them, `WorstGroup` measures
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/just_train_twice.html.md"""
 
@@ -15,7 +15,6 @@ from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -28,6 +27,7 @@ from fastai.learner import Learner, Metric, mk_metric
 from fastai.metrics import accuracy
 from fastai.torch_core import to_detach
 from fastcore.basics import noop, store_attr
+from fastcore.xtras import ContextManagers
 from torch import Tensor
 
 from .irreducible import IrreducibleLosses
@@ -61,7 +61,8 @@ def row_groups(
     elif isinstance(groups, (str, tuple)):
         columns = [groups] if isinstance(groups, str) else list(groups)
         if not isinstance(items, pd.DataFrame):
-            raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a table: pass one value a row, or a function.")
+            raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a table: pass one value a row, or "
+                            "a function of an item.")
         missing = [o for o in columns if o not in items.columns]
         if missing: raise ValueError(f"The data set's table has no column {_few(missing)}; it has {', '.join(map(str, items.columns))}.")
         values = items[columns[0]] if len(columns) == 1 else items[columns].astype(str).agg(', '.join, axis=1).where(items[columns].notna().all(axis=1))
@@ -70,10 +71,11 @@ def row_groups(
     if len(values) != n: raise ValueError(f"{len(values)} groups for a data set of {n} rows: expected one a row.")
     known = pd.Categorical(values)
     codes,names,own = torch.tensor(known.codes, dtype=torch.long),list(known.categories),_own_rows(dl)
-    if (codes < 0).any(): raise ValueError(f"{(codes < 0).sum()} rows have no group (NaN or None), the first is row {(codes < 0).nonzero()[0].item()}: name one for each.")
+    if (codes < 0).any():
+        raise ValueError(f"{(codes < 0).sum()} rows have no group (NaN or None), the first is row {(codes < 0).nonzero()[0].item()}: name one for each.")
     counts = (codes if own is None else codes[own]).bincount(minlength=len(names))
     empty = [names[i] for i in (counts == 0).nonzero().flatten()]
-    if empty: raise ValueError(f"No row is in group {_few(empty)}, so nothing can be said of it: leave it out, or take the split so that each group has rows.")
+    if empty: raise ValueError(f"No row is in group {_few(empty)}, of which nothing can be said then: leave it out, or split so that each group has rows.")
     if len(names) < 2: raise ValueError(f"All rows are in one group, {names[0]!r}: expected two groups at least.")
     return Groups(codes, names)
 
@@ -97,12 +99,13 @@ class WorstGroup(Metric):
     def accumulate(self, learn):
         "Keep a batch's predictions, targets and rows"
         if self.dl is None:
-            if not isinstance(learn.dl, DataLoader) or is_distributed(learn.dl) or learn.dl.shuffle and not hasattr(learn.dl, 'rows'):
-                raise ValueError("WorstGroup needs to know each row's group, so a fastai DataLoader that doesn't shuffle, in one process: pass the data to "
-                                 "validate on in order (shuffle=False).")
-            self.dl,self.known = track_rows(learn.dl),row_groups(learn.dl, self.groups)
-            if not learn.dl.shuffle: self.dl.get_idxs() # notes the order, which is the same each time
-            else: self.dl = learn.dl
+            self.dl,self.known = learn.dl,row_groups(learn.dl, self.groups)
+            if not hasattr(learn.dl, 'rows'):
+                if not isinstance(learn.dl, DataLoader) or is_distributed(learn.dl) or learn.dl.shuffle:
+                    raise ValueError("WorstGroup must know the row of each prediction, so it takes a fastai DataLoader that doesn't shuffle, in one process: "
+                                     "validate on one with shuffle=False.")
+                self.dl = track_rows(learn.dl)
+                self.dl.get_idxs() # notes the order, which is the same each time
         self.batches.append((*to_detach((plain(learn.pred), *plain(learn.yb)), gather=False), self.dl.rows(learn.iter)))
 
     @property
@@ -120,7 +123,7 @@ class WorstGroup(Metric):
                 values[name] = float(own.value)
             self.history.append(values)
             self.reset()
-        return self.worst(self.history[-1].values(), key=lambda o: (not math.isnan(o), o) if self.worst is min else (math.isnan(o), o)) if self.history else None
+        return self.worst(self.history[-1].values(), key=lambda o: (math.isnan(o) == (self.worst is max), o)) if self.history else None # NaN is worst
 
     @property
     def table(self): return pd.DataFrame(self.history).rename_axis('validation')
@@ -134,8 +137,8 @@ def misclassified(
 )->Tensor: # `(bs,)`, 1 where the likeliest class isn't the target
     "Is each item's class wrong?"
     if not isinstance(targ, Tensor) or targ.ndim != 1 or targ.is_floating_point() or pred.ndim != 2 or pred.shape[1] < 2:
-        raise ValueError(f"Whether a row is right can't be told from predictions {tuple(pred.shape)} and targets {getattr(targ, 'shape', type(targ))}: expected "
-                         "(bs, C) and (bs,) classes. Pass wrong=, a function of pred and targ that returns 1 for each item that counts as an error.")
+        raise ValueError(f"Whether a row is right can't be told from predictions {tuple(pred.shape)} and targets {getattr(targ, 'shape', type(targ))}: "
+                         "expected (bs, C) and (bs,) classes. Pass wrong=, a function of pred and targ that returns 1 for each item that counts as an error.")
     return (pred.argmax(1) != targ).float()
 
 def error_set(
@@ -164,7 +167,7 @@ def weighted_loaders(
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is weighted; got {type(dls).__name__}.")
     dl,res = dls.train,copy(dls)
     if not isinstance(dl, DataLoader) or is_distributed(dl):
-        raise TypeError(f"Weighted sampling needs a fastai DataLoader in one process; got {type(dl).__name__}. Weight the loss instead: by='loss', or RowWeights.")
+        raise TypeError(f"Weighted sampling needs a fastai DataLoader in one process; got {type(dl).__name__}. Weight the loss: by='loss', or RowWeights.")
     weights,own = _checked_weights(weights, dl),_own_rows(dl)
     if own is None: own = torch.arange(len(weights))
     train = restrict_rows(dl, own)
@@ -179,7 +182,8 @@ def _checked_weights(weights, dl):
     weights = torch.as_tensor(weights).detach().cpu().double()
     n = dataset_size(dl)
     if weights.shape != (n,): raise ValueError(f"weights of shape {tuple(weights.shape)} for a data set of {n} rows: expected one a row, ({n},).")
-    if not weights.isfinite().all() or (weights < 0).any() or not weights.sum(): raise ValueError("weights must be finite numbers, none negative and not all 0.")
+    if not weights.isfinite().all() or (weights < 0).any() or not weights.sum():
+        raise ValueError("weights must be finite numbers, none negative and not all 0.")
     return weights
 
 # %% ../nbs/32_just_train_twice.ipynb #d699af69
@@ -242,7 +246,7 @@ def just_train_twice(
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate, for the second?
     cbs=(), # Callbacks of the second, such as `SaveModelCallback(monitor='worst_group')`
     seed:int=0, # Of weights and batches
-    progress:bool=True # Show a progress bar for the first?
+    progress:bool=True # Show a bar for the first, and the second's bars and table?
 )->Learner: # The second, trained; the error set's rows are its `error_set`
     "Train, collect the training rows that come out wrong, and train anew with these upweighted (Liu et al. 2021)"
     check_count('n_epoch_id', n_epoch_id, 1)
@@ -253,7 +257,8 @@ def just_train_twice(
         problem = _problem(errors, dls.train, n_epoch_id, il)
         if problem: raise ValueError(problem)
         learn = _upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
-        (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
+        with ContextManagers([] if progress else [learn.no_logging(), learn.no_bar()]):
+            (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
     return learn
 
 # %% ../nbs/32_just_train_twice.ipynb #71a726e3
@@ -286,12 +291,12 @@ def _problem(errors, dl, n_epoch_id, il):
     own = _own_rows(dl)
     n = dataset_size(dl) if own is None else len(own)
     if len(errors) == n:
-        return (f"The error set is all of the {n} training rows: after n_epoch_id={n_epoch_id} epochs the first model gets none of them right, and to upweight all is "
-                "to upweight none. Raise n_epoch_id or the learning rate, and check that targets and predictions match.")
+        return (f"The error set is all of the {n} training rows: after n_epoch_id={n_epoch_id} epochs the first model gets none of them right, and to "
+                "upweight all is to upweight none. Raise n_epoch_id or the learning rate, and check that targets and predictions match.")
     if not len(errors):
         return (f"The error set is empty: after n_epoch_id={n_epoch_id} epochs the first model gets all of the {n} training rows right"
-                f"{', but for what il= calls noise' if il is not None else ''}. Lower n_epoch_id{', or noise' if il is not None else ''}, or regularise the model more "
-                "(weight decay, a lower learning rate).")
+                f"{', but for what il= calls noise' if il is not None else ''}. Lower n_epoch_id{', or noise' if il is not None else ''}, or regularise the "
+                "model more (weight decay, a lower learning rate).")
 
 def _upweighted(make_learner, dls, errors, upweight, by, seed, earlier):
     "A new Learner, to train with `errors` upweighted"
@@ -367,7 +372,8 @@ class GroupDRO(_BatchLoss):
     def before_train(self):
         "What it needs on the model's device"
         super().before_train()
-        if is_distributed(self.learn.dl): raise ValueError("GroupDRO trains in one process: each would have weights of its own. Train without DistributedTrainer.")
+        if is_distributed(self.learn.dl):
+            raise ValueError("GroupDRO trains in one process, since each would have weights of its own: train without DistributedTrainer.")
         self.log_q,self.margin,self.codes,self.numbers = (o.to(self.batch_device) for o in (self.log_q, self.margin, self.codes, self.numbers))
 
     def batch_loss(self, losses, rows):
