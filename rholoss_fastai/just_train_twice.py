@@ -65,7 +65,8 @@ def row_groups(
                             "a function of an item.")
         missing = [o for o in columns if o not in items.columns]
         if missing: raise ValueError(f"The data set's table has no column {_few(missing)}; it has {', '.join(map(str, items.columns))}.")
-        values = items[columns[0]] if len(columns) == 1 else items[columns].astype(str).agg(', '.join, axis=1).where(items[columns].notna().all(axis=1))
+        parts = items[columns]
+        values = parts[columns[0]] if len(columns) == 1 else parts.agg(lambda o: ', '.join(map(str, o)), axis=1).where(parts.notna().all(axis=1))
     elif callable(groups): values = [groups(o) for o in (items.iloc[i] if hasattr(items, 'iloc') else items[i] for i in range(n))]
     else: values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else groups
     if len(values) != n: raise ValueError(f"{len(values)} groups for a data set of {n} rows: expected one a row.")
@@ -98,6 +99,7 @@ class WorstGroup(Metric):
 
     def accumulate(self, learn):
         "Keep a batch's predictions, targets and rows"
+        if hasattr(learn, 'gather_preds'): return # `get_preds`, of any data
         if self.dl is None:
             self.dl,self.known = learn.dl,row_groups(learn.dl, self.groups)
             if not hasattr(learn.dl, 'rows'):
@@ -245,7 +247,7 @@ def just_train_twice(
     lr=None, # Learning rate of both, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate, for the second?
     cbs=(), # Callbacks of the second, such as `SaveModelCallback(monitor='worst_group')`
-    seed:int=0, # Of weights and batches
+    seed:int=0, # Of weights and batches: the same seed gives the same Learner
     progress:bool=True # Show a bar for the first, and the second's bars and table?
 )->Learner: # The second, trained; the error set's rows are its `error_set`
     "Train, collect the training rows that come out wrong, and train anew with these upweighted (Liu et al. 2021)"
@@ -269,6 +271,13 @@ def _check(dls, n_epoch, upweights, by, noise, seed):
     check_number('noise', noise, schedule=False)
     if by not in ('sampling', 'loss'): raise ValueError(f"by must be 'sampling' or 'loss'; got {by!r}.")
 
+def _seeded(dls, seed):
+    "A copy of `dls` whose training loader has a random generator of its own"
+    dl,res = dls.train,copy(dls)
+    own = _own_rows(dl)
+    res.loaders = [restrict_rows(dl, range(dataset_size(dl)) if own is None else own, seed=seed), *dls.loaders[1:]]
+    return res
+
 class _AtEpochs(Callback):
     "Keeps what `find` says of the Learner after some epochs"
     order,run_valid = 100,False # last: other callbacks have done their part at the end of training
@@ -279,7 +288,7 @@ class _AtEpochs(Callback):
 def _error_sets(make_learner, dls, epochs, lr, seed, earlier, progress, **kwargs):
     "The error set after each of `epochs` epochs of one model"
     with on_its_own():
-        learn = new_learner(make_learner, dls, seed, earlier)
+        learn = new_learner(make_learner, _seeded(dls, seed), seed, earlier)
         total = max(epochs)*len(dls.train) + len(epochs)*len(scoring_loader(dls.train))
         with batch_progress(total, progress and shows_progress(learn)) as step:
             sets = _AtEpochs(epochs, partial(error_set, step=step, **kwargs))
@@ -301,6 +310,7 @@ def _problem(errors, dl, n_epoch_id, il):
 def _upweighted(make_learner, dls, errors, upweight, by, seed, earlier):
     "A new Learner, to train with `errors` upweighted"
     weights = torch.ones(dataset_size(dls.train), dtype=torch.double).index_fill_(0, errors, upweight)
+    dls = _seeded(dls, seed)
     learn = new_learner(make_learner, weighted_loaders(dls, weights) if by == 'sampling' else dls, seed, earlier)
     if by == 'loss': learn.add_cb(RowWeights(weights))
     learn.error_set = errors
@@ -322,7 +332,7 @@ def tune_just_train_twice(
     wrong=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     lr=None, # Learning rate of both, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` for the second model?
-    seed:int=0, # Of weights and batches
+    seed:int=0, # Of weights and batches: the same seed gives the same Learner
     progress:bool=True # Show a progress bar?
 )->pd.DataFrame: # `n_epoch_id`, `upweight`, rows in the error set, the worst group's value and its epoch, the best first
     "Train twice with each pair of T and lambda_up, and sort them by the worst group of the validation set"
