@@ -2,7 +2,7 @@
 
 python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
-The parts: `order`, noting an epoch's order beyond what fastai's loader does anyway; `rows`, the rows of a batch; `lookup`, their irreducible losses;
+The parts: `order`, noting the order of an epoch, which fastai's loader has drawn; `rows`, the rows of a batch; `lookup`, their irreducible losses;
 `ledger`, counting a batch in the record; `epoch`, opening and closing an epoch's line in it. A batch's bookkeeping is the sum, with its share of
 what is done once an epoch. Seconds are the processor's, on CUDA the clock's.
 """
@@ -53,15 +53,14 @@ class Batches:
     "The bookkeeping of candidate batches: their rows, their irreducible losses, and the record"
     def __init__(self, dataset, il, bs, device):
         self.bs,self.device,self.n_b,self.il = bs,device,max(1, round(bs*FRAC)),il.values.to(device)
-        self.plain = loader(dataset, bs, device)
-        self.tracked,self.record = track_rows(self.plain),SelectionRecord()
-        self.n_batches = len(self.plain)
+        dl,idxs = loader(dataset, bs, device),np.random.permutation(len(dataset)).tolist()
+        dl.get_idxs = lambda: idxs # fastai's own shuffling takes far longer than what is measured here
+        self.tracked,self.record,self.n_batches = track_rows(dl),SelectionRecord(),len(dl)
         self.losses = [torch.rand(bs, device=device) for _ in range(8)]
 
     def order(self):
-        "Seconds of an epoch's order, beyond the loader's own"
-        own,tracked = seconds(self.device, self.plain.get_idxs)[0],seconds(self.device, self.tracked.get_idxs)[0]
-        return tracked - own
+        "Seconds of noting an epoch's order"
+        return seconds(self.device, self.tracked.get_idxs)[0]
 
     def epoch(self, k, first=0):
         "Seconds of each part for `k` batches, and of opening and closing their epoch"
@@ -75,7 +74,7 @@ class Batches:
                 self.record.batch(self.bs, self.bs, self.n_b, rows[i], rows[i][idxs], idxs, scores, losses, il[i])
         def selection(rows, il):
             for i in range(k): rows[i][(self.losses[i % 8] - il[i]).topk(self.n_b).indices]
-        res = dict(epoch=seconds(self.device, self.record.start_epoch, self.device, len(self.plain.dataset))[0])
+        res = dict(epoch=seconds(self.device, self.record.start_epoch, self.device, len(self.il))[0])
         res['rows'],rows = seconds(self.device, rows)
         res['lookup'],il = seconds(self.device, lookup, rows)
         res['ledger'] = seconds(self.device, ledger, rows, il)[0] - seconds(self.device, selection, rows, il)[0]
@@ -105,10 +104,9 @@ def files(dataset, values, device, folder, repeats):
     "Seconds of making, saving, loading and checking `IrreducibleLosses`"
     path,dl = Path(folder)/'il.safetensors',loader(dataset, N_CANDIDATES, device)
     made,il = seconds(device, IrreducibleLosses.of, values, dl)
-    own = dict(save=[seconds(device, il.save, path)[0] for _ in range(repeats)],
-               load=[seconds(device, IrreducibleLosses.load, path)[0] for _ in range(repeats)],
-               check=[seconds(device, il.check, dl)[0] for _ in range(repeats)])
-    return dict(n_rows=len(dataset), make=round(made, 4), **{name: round(median(o), 4) for name,o in own.items()},
+    calls = dict(save=(il.save, path), load=(IrreducibleLosses.load, path), check=(il.check, dl))
+    own = {name: median([seconds(device, *call)[0] for _ in range(repeats)]) for name,call in calls.items()}
+    return dict(n_rows=len(dataset), make=round(made, 4), **{name: round(o, 4) for name,o in own.items()},
                 bytes_a_row=round(path.stat().st_size/len(dataset), 2)),il
 
 
@@ -130,10 +128,10 @@ def growth(dataset, il, device, windows, batches):
 
 
 def show(result):
-    print_table(['rows', 'candidates', 'order us', 'rows us', 'lookup us', 'ledger us', 'epoch us', 'all us', f'% of {STEP_MS:g} ms', 'ns an item',
-                 'bytes a row'],
-                [[f"{o['n_rows']:,}", o['n_candidates'], *[f"{o['microseconds'][k]:.1f}" for k in ('order', 'rows', 'lookup', 'ledger', 'epoch', 'all')],
-                  f"{100*o['share_of_step']:.2f}", o['nanoseconds_an_item'], o['bytes_a_row']] for o in result['rows'] + result['candidates']])
+    parts = ('order', 'rows', 'lookup', 'ledger', 'epoch', 'all')
+    print_table(['rows', 'candidates', *[f'{k} us' for k in parts], f'% of {STEP_MS:g} ms', 'ns an item', 'bytes a row'],
+                [[f"{o['n_rows']:,}", o['n_candidates'], *[f"{o['microseconds'][k]:.1f}" for k in parts], f"{100*o['share_of_step']:.2f}",
+                  o['nanoseconds_an_item'], o['bytes_a_row']] for o in result['rows'] + result['candidates']])
     print()
     print_table(['rows', 'made s', 'saved s', 'loaded s', 'checked s', 'bytes a row'],
                 [[f"{o['n_rows']:,}", o['make'], o['save'], o['load'], o['check'], o['bytes_a_row']] for o in result['files']])

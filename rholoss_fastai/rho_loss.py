@@ -32,7 +32,7 @@ from .side_models import Companion
 # %% ../nbs/21_rho_loss.ipynb #36a4af82
 class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
-    finds_il = True
+    finds_il,il_table = True,IrreducibleLosses
 
     @delegates(BatchSelector.__init__)
     def __init__(self,
@@ -140,7 +140,6 @@ class RhoLossCallback(BatchSelector):
     ):
         "Raise if the irreducible losses given don't belong to `learn`"
         if isinstance(self.il, nn.Module): return _check_other_model(self.il, learn, 'given as il')
-        if isinstance(self.il, Tensor): self.il = IrreducibleLosses.of(self.il, learn.dls.train)
         super().check_il(learn)
 
     def _take_il(self):

@@ -45,6 +45,7 @@ class BatchSelector(Callback):
     name = 'selector' # whatever the class: fastai's default would shadow the patched methods of the same name
     columns = dict(selected='selected') # name in the training table -> column of the ledger
     finds_il = False # does it make irreducible losses where none are given?
+    il_table = ItemTable # what plain numbers are made into
 
     def __init__(self,
         score=training_loss, # How much an item is wanted: a function of any of `loss`, `pred`, `targ`, `log_probs`, or its name (see `scores`)
@@ -260,8 +261,9 @@ class BatchSelector(Callback):
         "Raise if the irreducible losses given don't belong to `learn`'s training set"
         dl = learn.dls.train
         track_rows(dl) # raises where rows can't be known
-        if not isinstance(self.il, ItemTable): self.il = ItemTable.of(self.il, dl)
+        if not isinstance(self.il, ItemTable): self.il = self.il_table.of(self.il, dl)
         self.il.check(dl)
+        if not self.il.values.isfinite().all(): raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
 
     def _take_il(self):
         "Irreducible losses of this training set, on the device, and their cost into the ledger of the first run that uses them"
