@@ -31,7 +31,7 @@ from .items import ItemTable, batch_size, dataset_size, fingerprint, is_distribu
 from .items import track_rows
 from .losses import ItemLosses, prediction
 from .picks import check_count
-from .scores import gradient_norm_bound, reducible_loss, training_loss
+from .scores import SCORES, by_name, find_score, gradient_norm_bound
 from .selector import BatchSelector
 from .side_models import batch_progress, fit_quietly, map_rows, new_learner, on_its_own, score_rows, shows_progress
 
@@ -93,13 +93,10 @@ def _batched(o):
     return torch.utils._pytree.tree_map(lambda t: t[None] if isinstance(t, Tensor) else t, list(o))
 
 # %% ../nbs/30_importance.ipynb #0d2deb39
-_named = dict(el2n=gradient_norm_bound, loss=training_loss, reducible=reducible_loss)
-
 def _find(score, more=()):
-    "The function of a score's name"
-    if callable(score) or score == 'grand' or score in more: return score
-    if score in _named: return _named[score]
-    raise ValueError(f"score must be one of {', '.join([*_named, 'grand', *more])}, or a function of any of `loss`, `il`, `pred`, `targ`; got {score!r}.")
+    "The function of a score's name; the name itself where it takes more than a function"
+    names = dict(SCORES, el2n=gradient_norm_bound, **{o: o for o in ('grand', *more)})
+    return by_name('score', score, names) if isinstance(score, str) else find_score(score)
 
 def _name(o):
     if isinstance(o, partial): o = o.func
@@ -119,7 +116,7 @@ def _info(learn, score, n_runs, start, **kwargs):
 def dataset_scores(
     learns, # A Learner whose model is trained a little, or several, whose scores are averaged
     dl, # `DataLoader` of the training set, for example `dls.train`
-    score='el2n', # 'el2n', 'grand', 'loss', 'reducible', or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
+    score='el2n', # 'el2n', 'grand', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
     il=None, # Irreducible losses, for scores that need them: `IrreducibleLosses`, a file of them, or one number a row
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
     progress:bool=True # Show a progress bar?
@@ -254,7 +251,7 @@ def _run(learn, dl, score, il, n_epoch, lr, one_cycle, max_bytes, step):
 def score_dataset(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
     dls:DataLoaders, # Those whose `train` is scored, and trained on
-    score='el2n', # 'el2n', 'grand', 'loss', 'reducible', 'forgetting', 'loss_variance', or a function of any of `loss`, `il`, `pred`, `targ`
+    score='el2n', # 'el2n', 'grand', 'forgetting', 'loss_variance', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`
     epochs:int=5, # Epochs of each run
     n_runs:int=10, # Models whose scores are averaged
     seed:int=0, # Of the runs: the same seed gives the same scores

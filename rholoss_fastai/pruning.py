@@ -9,6 +9,7 @@ __all__ = ['row_classes', 'prune', 'EpochPruner']
 
 # %% ../nbs/31_pruning.ipynb #fdacac88
 import random
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -22,18 +23,20 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import Learner
+from fastai.tabular.core import Tabular
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
 from .importance import DatasetScores
 from .irreducible import IrreducibleLosses
-from .items import ItemTable, RowSubset, batch_size, dataset_size, is_distributed, loader_batch_size, restrict_rows, scoring_loader, track_rows
+from .items import ItemTable, RowSubset, batch_size, dataset_size, is_distributed, loader_batch_size, restrict_rows, track_rows
 from .items import whole_dataset
 from .losses import ItemLosses, plain, prediction
+from .noise import row_targets
 from .picks import check_count, check_number
 from .record import SelectionRecord
-from .scores import reducible_loss, score_inputs, training_loss
+from .scores import find_score, score_inputs
 from .selector import BatchSelector, SelectionColumn
 
 # %% ../nbs/31_pruning.ipynb #8d0232ce
@@ -46,27 +49,19 @@ def _own_rows(dl):
     dataset = _reader(dl).dataset
     return torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset) else torch.arange(dataset_size(dl))
 
-def _read_classes(dl, rows):
-    "The last part of each item, if that is a class, read by the loader"
-    classes,loader = torch.zeros(dataset_size(dl), dtype=torch.long),track_rows(scoring_loader(dl))
-    for i,batch in enumerate(loader):
-        last = plain(batch[-1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        if not isinstance(last, Tensor) or last.ndim != 1 or last.is_floating_point(): return
-        classes[loader.rows(i)] = last.long().cpu()
-    return classes[rows]
-
 # %% ../nbs/31_pruning.ipynb #06f76162
 def row_classes(
     dl # Any loader that `track_rows` takes
 )->Tensor: # `(n,)` long, of the rows that `dl` goes through; None where the targets aren't one class a row
     "The class of each row, without decoding inputs where the data set can tell it"
     rows,dataset = _own_rows(dl),whole_dataset(dl)
-    if isinstance(dataset, Datasets) and len(dataset.tls) > dataset.n_inp: values = dataset.tls[dataset.n_inp]
-    else:
-        values = getattr(dataset, 'targets', None)
-        if values is None or len(values) != len(dataset): return _read_classes(dl, rows)
-    if not _is_class(values[int(rows[0])]): return
-    return torch.tensor([int(values[i]) for i in rows.tolist()])
+    if not isinstance(dataset, Tabular): # one row tells whether reading all is worth while
+        first = dataset.tls[-1][int(rows[0])] if isinstance(dataset, Datasets) else dataset[int(rows[0])]
+        if isinstance(first, (tuple, list)): first = first[-1]
+        if not isinstance(first, Mapping) and not _is_class(first): return
+    try: targets = row_targets(dl)
+    except ValueError: return # no label, or several
+    return targets[rows].long() if targets.ndim == 1 and not targets.is_floating_point() else None
 
 # %% ../nbs/31_pruning.ipynb #f0a689fd
 _strategies = ('hardest', 'easiest', 'moderate', 'random', 'stratified')
@@ -145,7 +140,7 @@ class EpochPruner(Callback):
     def __init__(self,
         ratio:float=0.5, # Share of the rows below the mean that is dropped, in [0, 1)
         delta:float=0.875, # Share of a fit's epochs after which the others are on everything
-        score='loss', # 'loss', 'reducible' (needs `il`), or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`): high ones always stay
+        score='loss', # A name in `SCORES`, 'reducible' for instance, or a function of any of `loss`, `il`, `pred`, `targ`: high ones always stay
         il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number a row
         weighted:bool=None, # Weight the rows that stay for those that were dropped? None: unless the score is 'reducible', since RHO-LOSS has no weights
         refresh:int=None, # At least every so many epochs, one on everything; None: the first alone
@@ -154,11 +149,10 @@ class EpochPruner(Callback):
         check_number('ratio', ratio, schedule=False); check_number('delta', delta, schedule=False); check_count('seed', seed, 0)
         if ratio == 1: raise ValueError("ratio must lie in [0, 1); got 1, which leaves no row below the mean to stand for the others.")
         if refresh is not None: check_count('refresh', refresh, 2)
-        named = dict(loss=training_loss, reducible=reducible_loss)
-        if not callable(score) and score not in named: raise ValueError(f"score must be 'loss', 'reducible' or a function; got {score!r}.")
         self.ratio,self.delta,self.refresh,self.il,self.weighted = ratio,delta,refresh,il,score != 'reducible' if weighted is None else weighted
-        self.score = named.get(score, score)
+        self.score = find_score(score)
         self.inputs,self.random = score_inputs(self.score),random.Random(seed)
+        if 'log_probs' in self.inputs: raise ValueError(f"score={score!r} needs several passes with dropout; training makes one: use another score.")
         if 'il' in self.inputs and il is None:
             raise ValueError("This score needs irreducible losses: pass il=..., for example crossfit_irreducible(learner_copies(learn), learn.dls, 5).")
         self.record,self.remembered,self.source,self._fit = SelectionRecord(),None,None,None

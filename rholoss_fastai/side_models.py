@@ -72,6 +72,7 @@ def score_rows(
 )->Tensor: # `(n,)`, on the model's device, in the order of the data set, or of `rows`
     "The score of every row of `dl`'s data set"
     inputs = score_inputs(score)
+    if 'log_probs' in inputs: raise ValueError(f"The score {getattr(score, '__name__', score)} needs several passes with dropout; here one is made, without.")
     if 'il' in inputs and il is None: raise ValueError(f"The score {getattr(score, '__name__', score)} needs irreducible losses: pass il=..., one a row.")
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
     def of_batch(model, xb, yb, idxs):

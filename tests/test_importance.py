@@ -169,13 +169,14 @@ def test_scores_are_in_data_set_order(kind):
     learn = Learner(DataLoaders(dl, DataLoader(rows, bs=16), device='cpu'), cnn(), loss_func=CrossEntropyLossFlat())
     learn.model.train()
     buffers, state = [b.clone() for b in learn.model.buffers()], torch.get_rng_state()
-    got = {name: dataset_scores(learn, dl, name, il=torch.arange(240.), **quiet).values for name in ('el2n', 'loss', 'reducible')}
+    got = {name: dataset_scores(learn, dl, name, il=torch.arange(240.), **quiet).values for name in ('el2n', 'loss', 'reducible', 'entropy')}
     custom = dataset_scores(learn, dl, lambda pred,il: pred.amax(1)*il, il=torch.arange(240.), **quiet)
     by_grand = normed(learn, grand, dl)
     assert learn.model.training and torch.equal(torch.get_rng_state(), state) and all(torch.equal(a, b) for a,b in zip(buffers, learn.model.buffers()))
     with torch.no_grad(): logits = learn.model.eval()(rows.images)
     loss = F.cross_entropy(logits, rows.targets, reduction='none')
     assert torch.allclose(got['el2n'], (logits.softmax(1) - F.one_hot(rows.targets)).norm(dim=1), atol=1e-5)
+    assert torch.allclose(got['entropy'], torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5)
     assert torch.allclose(got['loss'], loss, atol=1e-5) and torch.allclose(got['reducible'], loss - torch.arange(240.), atol=1e-4)
     assert torch.allclose(custom.values, logits.amax(1)*torch.arange(240.), atol=1e-3) and custom.info['score'] == '<lambda>'
     assert torch.corrcoef(torch.stack([got['el2n'], by_grand]))[0, 1] > 0.5
@@ -202,8 +203,8 @@ def test_mean_over_learners_and_names():
     dl = learns[0].dls.train
     table = el2n(learns, dl, **quiet)
     assert torch.allclose(table.values, torch.stack([el2n(o, dl, **quiet).values for o in learns]).mean(0)) and table.info['n_runs'] == 3
-    for bad, message in ((('forgetting',), 'score must be one of'), (('variance',), 'score must be one of')):
-        with pytest.raises(ValueError, match=message): dataset_scores(learns, dl, *bad)
+    for bad, message in ((('forgetting',), "score is 'forgetting', expected one of"), (('entropi',), "Did you mean 'entropy'"), (('bald',), 'several passes')):
+        with pytest.raises(ValueError, match=message): dataset_scores(learns, dl, *bad, **quiet)
     for bad in ([], [3], dl):
         with pytest.raises(TypeError, match='learns must be'): el2n(bad, dl)
     with pytest.raises(ValueError, match='irreducible losses'): dataset_scores(learns, dl, 'reducible', **quiet)
@@ -427,7 +428,7 @@ def test_files_of_other_runs_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
-    (dict(score='importance'), ValueError, 'score must be one of el2n, .*forgetting, loss_variance'), (dict(epochs=0), ValueError, 'epochs must be'),
+    (dict(score='importance'), ValueError, 'expected one of .*el2n, grand, forgetting, loss_variance'), (dict(epochs=0), ValueError, 'epochs must be'),
     (dict(n_runs=0), ValueError, 'n_runs must be'), (dict(n_runs=1.5), TypeError, 'n_runs must be'), (dict(max_bytes=0), ValueError, 'max_bytes'),
     (dict(score='loss_variance', epochs=1), ValueError, 'loss_variance'), (dict(score='reducible'), ValueError, 'irreducible losses'),
     (dict(score=lambda entropy: 0), ValueError, 'parameters'),

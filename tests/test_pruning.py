@@ -487,7 +487,8 @@ def test_selection_and_mixup_are_refused():
 
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(ratio=1), ValueError, r'ratio must lie in \[0, 1\); got 1'), (dict(ratio=1.2), ValueError, 'ratio'), (dict(ratio='half'), TypeError, 'ratio'),
-    (dict(delta=-0.1), ValueError, 'delta must lie in'), (dict(delta=1.1), ValueError, 'delta must lie in'), (dict(score='el2n'), ValueError, 'score must be'),
+    (dict(delta=-0.1), ValueError, 'delta must lie in'), (dict(delta=1.1), ValueError, 'delta must lie in'),
+    (dict(score='el2n'), ValueError, "score is 'el2n'"), (dict(score='bald'), ValueError, 'passes'),
     (dict(score='reducible'), ValueError, 'needs irreducible losses'), (dict(refresh=1), ValueError, 'refresh'), (dict(refresh=2.5), TypeError, 'refresh'),
     (dict(score='reducible', il=torch.rand(7)), ValueError, '7 values for a data set of 200'), (dict(seed=-1), ValueError, 'seed'),
     (dict(score='reducible', il=torch.full((N,), torch.nan)), ValueError, 'NaN'), (dict(score=lambda margin: 0), ValueError, 'parameters'),
