@@ -352,7 +352,7 @@ class OnePassTuner(Callback):
         fit = self._fit
         if not fit.due or self.n_terms == 1: return
         weights = [p for p,*_ in self.learn.opt.all_params() if p.requires_grad]
-        grads = torch.autograd.grad(self.learn.loss_grad, weights, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(plain(self.learn.loss_grad), weights, create_graph=True, allow_unused=True)
         fit.grads = {}
         for p,g in zip(weights, grads):
             if g is None: continue
@@ -422,7 +422,7 @@ class OnePassTuner(Callback):
              _twice_differentiable(fit.modules), torch.set_grad_enabled(bool(weights)):
             if hasattr(learn.model, 'reset'): learn.model.reset()
             pred = learn.model(*batch[:n_inp])
-            loss = fit.loss_func(prediction(pred) if fit.one_tensor else pred, *batch[n_inp:])
+            loss = plain(fit.loss_func(prediction(pred) if fit.one_tensor else pred, *batch[n_inp:]))
             return loss.detach(),torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
 
     def _as_used(self, weights, grads):
