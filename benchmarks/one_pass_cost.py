@@ -5,7 +5,6 @@ python benchmarks/one_pass_cost.py --out benchmarks/results/one_pass_cost.json
 import json
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +27,16 @@ from step_cost import clock, loader  # noqa: E402
 import rholoss_fastai.all  # noqa: E402, F401 (patches one_pass)
 
 
-def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+def mlp(*sizes):
+    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())][:-1]
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
-MODELS = dict(mlp=mlp, **ARCHITECTURES)
+MODELS = {k: (model, 128, (3, 32, 32)) for k, model in ARCHITECTURES.items()} # architecture, batch size, shape of an item
+MODELS.update(mlp=(partial(mlp, 64, 256, 256, 10), 1024, (64,)), mlp_wide=(partial(mlp, 3072, 512, 512, 10), 128, (3, 32, 32)))
+
+
+VARIANTS = dict(one_pass={}, whole_batch=dict(hessian_share=1.), one_term=dict(n_terms=1), no_guard=dict(diverged=None), hdlr=dict(per='parameter'))
 
 
 class Clock(Callback):
@@ -43,11 +48,12 @@ class Clock(Callback):
     def before_validate(self): raise CancelValidException
 
 
-def learner(arch, bs, n_batches, device):
+def learner(arch, n_batches, device):
+    model, bs, shape = MODELS[arch]
     set_seed(0)
-    images, targets = torch.randn(bs*n_batches, 3, 32, 32), torch.randint(0, 10, (bs*n_batches,))
+    images, targets = torch.randn(bs*n_batches, *shape), torch.randint(0, 10, (bs*n_batches,))
     dls = DataLoaders(loader(images, targets, bs, device), loader(images[:bs], targets[:bs], bs, device), device=device)
-    learn = Learner(dls, MODELS[arch](), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4, cbs=Clock(device))
+    learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4, cbs=Clock(device))
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     return learn
 
@@ -63,26 +69,25 @@ def peak_memory(learn, device):
         fit(learn)
         return torch.cuda.max_memory_allocated()
     held = sum(p.nbytes for p in learn.model.state_dict().values()) + sum(o.nbytes for s in learn.opt.state.values() for o in s.values() if torch.is_tensor(o))
-    good = getattr(getattr(learn, 'one_pass_tuner', None), 'last_good', None)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler: fit(learn)
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == '[memory]' and event.device_index() < 0:
             now += event.nbytes()
             peak = max(peak, now)
-    return held + peak + (0 if good is None else 0)
+    return held + peak
 
 
-def cost(arch, bs, n_batches, repeats, device):
+def cost(arch, n_batches, repeats, device):
     "Plain training and one-pass tuning, in alternation"
-    runs = dict(plain=learner(arch, bs, n_batches, device))
-    for name, kwargs in dict(one_pass={}, one_term=dict(n_terms=1), no_guard=dict(diverged=None), hdlr=dict(per='parameter')).items():
-        runs[name] = learner(arch, bs, n_batches, device).one_pass(every=10, hyper_lr=1e-6, **kwargs)
+    runs = dict(plain=learner(arch, n_batches, device))
+    for name, kwargs in VARIANTS.items():
+        runs[name] = learner(arch, n_batches, device).one_pass(every=10, hyper_lr=1e-6, **kwargs)
     for _ in range(repeats + 1):
         for learn in runs.values(): fit(learn)
     seconds = {name: statistics.median(learn.clock.seconds[1:])/n_batches for name, learn in runs.items()}
     memory = {name: peak_memory(learn, device) for name, learn in runs.items()}
-    return dict(arch=arch, bs=bs, n_parameters=sum(p.numel() for p in runs['plain'].model.parameters()),
+    return dict(arch=arch, bs=MODELS[arch][1], n_parameters=sum(p.numel() for p in runs['plain'].model.parameters()),
                 ms_per_step={k: round(v*1e3, 3) for k, v in seconds.items()}, time_ratio={k: round(v/seconds['plain'], 3) for k, v in seconds.items()},
                 megabytes={k: round(v/2**20, 2) for k, v in memory.items()}, memory_ratio={k: round(v/memory['plain'], 3) for k, v in memory.items()})
 
@@ -92,15 +97,14 @@ accept_underscores()
 
 @call_parse
 def main(
-    archs:str='mlp,small_cnn', # Models: mlp, small_cnn, resnet18
-    bs:int=128, # Batch size
-    n_batches:int=40, # Batches of an epoch
+    archs:str='mlp,small_cnn,mlp_wide', # Models: mlp, small_cnn, resnet18, mlp_wide (whose memory is weights, not activations)
+    n_batches:int=20, # Batches of an epoch
     repeats:int=7, # Alternations, each an epoch; the median counts
     out:str=None, # JSON file for the results
 ):
     "Cost of a training step with one-pass tuning, at every=10 and n_terms=5 unless its column says otherwise"
     device = default_device()
-    rows = [cost(arch, bs, n_batches, repeats, device) for arch in archs.split(',')]
+    rows = [cost(arch, n_batches, repeats, device) for arch in archs.split(',')]
     names = list(rows[0]['time_ratio'])
     print_table(['model', 'plain ms', *(f'{n} time' for n in names[1:]), 'plain MB', *(f'{n} memory' for n in names[1:])],
                 [[r['arch'], r['ms_per_step']['plain'], *(r['time_ratio'][n] for n in names[1:]), r['megabytes']['plain'],

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import ReduceLROnPlateau
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import (Optimizer, OptimWrapper, adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step, rms_prop_step, sgd_step,
                               step_stat, weight_decay)
@@ -32,12 +32,12 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from .items import dataset_size, loader_batch_size, preserve_rng, restrict_rows, scoring_loader
+from .items import batch_size, dataset_size, loader_batch_size, preserve_rng, restrict_rows, scoring_loader, subset_batch
 from .losses import ItemLosses, plain, prediction
 from .picks import check_count, check_number
-from .scoring import scoring_mode
 
 # %% ../nbs/40_one_pass.ipynb #d082a2ec
 # fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is updated
@@ -152,12 +152,16 @@ def _values_in_place(weights, values):
         for p,value in zip(weights, own): p.data = value
 
 @contextmanager
-def _attributes_kept(modules):
-    "What modules hold beside parameters and buffers, such as a recurrent model's hidden state, as it was"
+def _untouched(modules, **attributes):
+    "Modules with `attributes` and with copies of their buffers; afterwards they are what they were, a recurrent model's hidden state included"
     kept = [dict(vars(m)) for m in modules]
-    try: yield
+    try:
+        for m in modules: vars(m).update(_buffers={k: b if b is None else b.clone() for k,b in m._buffers.items()}, **attributes)
+        yield
     finally:
-        for m,attributes in zip(modules, kept): vars(m).update(attributes)
+        for m,own in zip(modules, kept):
+            vars(m).clear()
+            vars(m).update(own)
 
 def _shuffled(dl, rows, bs, seed):
     "A copy of `dl` over `rows` (None: all) in random order on a generator of its own, with the transforms of validation"
@@ -187,6 +191,7 @@ class OnePassTuner(Callback):
         valid_dl=None, # Validation `DataLoader`, used as it is; None: `dls.valid`, shuffled
         valid_pct:float=0., # In place of that: share of the training set to validate on, whose rows then don't train
         per:str='group', # A value per parameter 'group'; or, for lr, one for each single weight: 'parameter' (the paper's HDLR)
+        hessian_share:float=0.5, # Share of the batch whose second derivatives are taken: 1 is exact, and costs twice as much
         hyper_clip:float=10., # Clip each hypergradient at so many times its running root mean square; None: don't
         diverged:float=5., # Validation loss, in multiples of the first one, that means divergence: back to the last good weights; None: don't
         seed:int=0 # Of the split and of the order of validation batches
@@ -197,14 +202,14 @@ class OnePassTuner(Callback):
             raise ValueError(f"tune={tune!r}: expected one or several of {', '.join(map(repr, _scales))}, each once.")
         check_count('every', every, 1); check_count('n_terms', n_terms, 1); check_count('seed', seed, 0)
         check_number('hyper_lr', hyper_lr, high=math.inf, open_low=True, schedule=False)
-        check_number('valid_pct', valid_pct, high=0.9, schedule=False)
+        check_number('valid_pct', valid_pct, high=0.9, schedule=False); check_number('hessian_share', hessian_share, open_low=True, schedule=False)
         if hyper_clip is not None: check_number('hyper_clip', hyper_clip, high=math.inf, open_low=True, schedule=False)
         if diverged is not None: check_number('diverged', diverged, low=1., high=math.inf, open_low=True, schedule=False)
         if per not in ('group', 'parameter'): raise ValueError(f"per must be 'group' or 'parameter'; got {per!r}.")
         if per == 'parameter' and 'lr' not in tune: raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out 'lr'.")
         if valid_dl is not None and valid_pct: raise ValueError(f"valid_dl and valid_pct={valid_pct}: give one of them, the validation batches come from one place.")
         self.tune,self.every,self.n_terms,self.hyper_lr,self.valid_dl,self.valid_pct = tune,every,n_terms,hyper_lr,valid_dl,valid_pct
-        self.per,self.hyper_clip,self.diverged,self.seed = per,hyper_clip,diverged,seed
+        self.per,self.hessian_share,self.hyper_clip,self.diverged,self.seed = per,hessian_share,hyper_clip,diverged,seed
         self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation loss, a line for each step of the hyper-parameters
         self.theta = self.adam = self._fit = None
 
@@ -237,9 +242,6 @@ class OnePassTuner(Callback):
             raise ValueError(f"A schedule sets {fought}, which one_pass learns: they would fight. Use learn.fit(n_epoch), or leave {fought} out of tune.")
         if num_distrib() > 1: raise ValueError("one_pass works in a single process: its gradients don't pass through DistributedDataParallel's exchange.")
         if learn._grab_cbs(NonNativeMixedPrecision): raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use to_fp16().")
-        if learn._grab_cbs(GradientAccumulation) and self.n_terms > 1:
-            raise ValueError(f"n_terms={self.n_terms} needs second derivatives of the whole step, and GradientAccumulation makes a step of several batches: use "
-                             "one_pass(n_terms=1), or larger batches.")
         if not self.valid_pct:
             dl = learn.dls[1] if self.valid_dl is None and len(learn.dls.loaders) > 1 else self.valid_dl
             if dl is None or not hasattr(dl, '__iter__'):
@@ -303,7 +305,7 @@ class OnePassTuner(Callback):
         update,modules = self.check(learn, learn.opt),list(learn.model.modules())
         device,loss_func = next(learn.model.parameters()).device,learn.loss_func # MixUp replaces it in training
         self._fit = SimpleNamespace(update=update, modules=modules, device=device, loss_func=loss_func, one_tensor=ItemLosses(loss_func).one_tensor,
-                                    kernels=ExitStack(), batches=None, train_dl=None, due=False, grads=None, before=None, relative=None, verdict=None,
+                                    batches=None, train_dl=None, due=False, size=None, before=None, relative=None, verdict=None,
                                     stepping=False, good=None, rolled_back=0, in_a_row=0, loss=math.nan)
         self._begin()
         self._apply()
@@ -337,28 +339,13 @@ class OnePassTuner(Callback):
         if self.reference is None: self.reference = loss
         self._remember()
 
-    def before_batch(self):
-        "Before a step of the hyper-parameters: the forward pass must be twice differentiable, and in full precision"
-        fit = self._fit
+    def after_backward(self):
+        "Note the gradients' size before anything scales them"
+        learn,fit = self.learn,self._fit
         fit.due = (self.steps_done + 1) % self.every == 0
         if not fit.due or self.n_terms == 1: return
-        fit.kernels.enter_context(_twice_differentiable(fit.modules))
-        if self.learn._grab_cbs(MixedPrecision): fit.kernels.enter_context(torch.autocast(fit.device.type, enabled=False))
-
-    def after_pred(self): self._fit.kernels.close()
-
-    def before_backward(self):
-        "In place of the backward pass: the same gradients, with the graph to differentiate them again"
-        fit = self._fit
-        if not fit.due or self.n_terms == 1: return
-        weights = [p for p,*_ in self.learn.opt.all_params() if p.requires_grad]
-        grads = torch.autograd.grad(plain(self.learn.loss_grad), weights, create_graph=True, allow_unused=True)
-        fit.grads = {}
-        for p,g in zip(weights, grads):
-            if g is None: continue
-            fit.grads[p] = g if p.grad is None else g + p.grad
-            p.grad = fit.grads[p].detach().clone()
-        raise CancelBackwardException
+        scale = learn.scaler.get_scale() if learn._grab_cbs(MixedPrecision) else 1.
+        fit.size = get_total_norm([p.grad for p,*_ in learn.opt.all_params(with_grad=True)])/scale
 
     def before_step(self):
         "Every so often: the hypergradient, and a step of the hyper-parameters, which the next step of the weights will use"
@@ -369,7 +356,7 @@ class OnePassTuner(Callback):
 
     def after_cancel_step(self):
         "The step was left out, as mixed precision does where gradients overflow"
-        self._fit.stepping,self._fit.grads,self._fit.verdict = False,None,None
+        self._fit.stepping,self._fit.verdict = False,None
 
     def after_step(self):
         "The new values come into force, or the last good ones come back"
@@ -386,11 +373,6 @@ class OnePassTuner(Callback):
             self._note()
             if self.diverged is not None: self._remember()
 
-    def after_batch(self):
-        "Whatever happened to this batch, its graph goes"
-        self._fit.kernels.close()
-        self._fit.grads = None
-
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
         fit = self._fit
@@ -406,57 +388,61 @@ class OnePassTuner(Callback):
         self._tidy()
 
     def _tidy(self):
-        if self._fit is not None: self._fit.kernels.close()
         if any(isinstance(m, _HyperColumn) for m in self.learn.metrics):
             self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _HyperColumn))
         self._fit = None
 
     # A step of the hyper-parameters
 
-    def _validate(self, weights=(), values=()):
-        "Loss of the next validation batch with `values` in the place of `weights`, and its gradient; no trace on model and random state"
+    def _loss(self, xb, yb, **attributes):
+        "A loss, leaving no trace on the model and the random state"
         learn,fit = self.learn,self._fit
-        with preserve_rng(): batch = plain(to_device(next(fit.batches), fit.device))
-        n_inp = getattr(learn.dls, 'n_inp', max(len(batch)-1, 1))
-        with _attributes_kept(fit.modules), _values_in_place(weights, values), scoring_mode(learn.model, fit.device, modules=fit.modules), \
-             _twice_differentiable(fit.modules), torch.set_grad_enabled(bool(weights)):
+        with _untouched(fit.modules, **attributes), preserve_rng(), _twice_differentiable(fit.modules):
             if hasattr(learn.model, 'reset'): learn.model.reset()
-            pred = learn.model(*batch[:n_inp])
-            loss = plain(fit.loss_func(prediction(pred) if fit.one_tensor else pred, *batch[n_inp:]))
+            pred = learn.model(*xb)
+            return plain(fit.loss_func(prediction(pred) if fit.one_tensor else pred, *yb))
+
+    def _validate(self, weights=(), values=()):
+        "Loss of the next validation batch, in eval mode, with `values` in the place of `weights`, and its gradient"
+        with preserve_rng(): batch = plain(to_device(next(self._fit.batches), self._fit.device))
+        n_inp = getattr(self.learn.dls, 'n_inp', max(len(batch)-1, 1))
+        with _values_in_place(weights, values), torch.set_grad_enabled(bool(weights)):
+            loss = self._loss(batch[:n_inp], batch[n_inp:], training=False)
             return loss.detach(),torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
 
-    def _as_used(self, weights, grads):
-        "The differentiable gradients, scaled as mixed precision and clipping scaled those that the optimiser will use, and how far that is from these"
-        used = [p.grad for p in weights]
-        own = [g.detach() for g in grads]
-        dot,square = (sum((a*b).sum() for a,b in zip(own, o)) for o in (used, own))
-        factor = (dot/square).nan_to_num(1.)
-        misfit = sum(((factor*g - u)**2).sum() for g,u in zip(own, used))/sum((u**2).sum() for u in used)
-        return [factor*g for g in grads],misfit.nan_to_num(0.)
+    def _curved(self, weights):
+        "The gradients that the optimiser is about to use, as functions of the weights: their derivative is that of a part of the batch"
+        xb,yb,used = plain(self.learn.xb),plain(self.learn.yb),[p.grad for p in weights]
+        n = batch_size(xb)
+        n_part = min(n, max(2, math.ceil(n*self.hessian_share)))
+        if n_part < n and batch_size(yb) == n:
+            part = torch.arange(n_part, device=self._fit.device)
+            xb,yb = subset_batch(xb, part),subset_batch(yb, part)
+        grads = torch.autograd.grad(self._loss(xb, yb), weights, create_graph=True, materialize_grads=True)
+        factor = (get_total_norm(used)/self._fit.size).nan_to_num(1.) # of mixed precision and clipping
+        return [g + factor*(o - o.detach()) for g,o in zip(used, grads)]
 
     def _tune(self):
         "The hypergradient of the step that is about to be taken, and Adam's step by it"
         fit,opt = self._fit,self.learn.opt
         places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers)) for i,p in enumerate(group)
                   if p.grad is not None and p.requires_grad]
-        weights,misfit = [p for p,*_ in places],torch.zeros((), device=fit.device)
-        grads = [p.grad for p in weights]
-        if fit.grads is not None: grads,misfit = self._as_used(weights, [fit.grads.get(p, p.grad) for p in weights])
-        values = {name: [[_scales[name].outward(t) for t in group] for group in groups] for name,groups in self.theta.items()}
-        def hypers(k, i): return {name: groups[k][i if len(groups[k]) > 1 else 0] for name,groups in values.items()}
-        new = [fit.update(p, g, {**hyper, **hypers(k, i)}) for g,(p,k,i,hyper) in zip(grads, places)]
-        loss,v = self._validate(weights, [o.detach() for o in new])
+        weights = [p for p,*_ in places]
+        def stepped(grads):
+            values = {name: [[_scales[name].outward(t) for t in group] for group in groups] for name,groups in self.theta.items()}
+            own = lambda k, i: {name: groups[k][i if len(groups[k]) > 1 else 0] for name,groups in values.items()}
+            return [fit.update(p, g, {**hyper, **own(k, i)}) for g,(p,k,i,hyper) in zip(grads, places)]
+        with torch.no_grad(): new = stepped([p.grad for p in weights])
+        loss,v = self._validate(weights, new)
+        del new # before the graph that takes the most memory
+        new = stepped([p.grad for p in weights] if self.n_terms == 1 else self._curved(weights))
         try: slopes = hypergradient(new, weights, self._leaves, v, self.n_terms)
         except RuntimeError as e:
             if 'derivative' not in str(e) and 'double backward' not in str(e): raise
             raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no second derivative.") from e
         finite = torch.stack([o.isfinite().all() for o in slopes]).all()
-        loss,misfit,finite = torch.stack([o.double() for o in (loss, misfit, finite)]).tolist() # the one wait for the device
-        fit.loss = loss
-        if self._has_diverged(loss): fit.verdict = 'diverged'
-        elif misfit > 1e-3:
-            raise ValueError("Between backward pass and step the gradients were changed by more than a factor, so the step can't be differentiated: leave out "
-                             "the callback that does so, or use one_pass(n_terms=1).")
+        fit.loss,finite = torch.stack([loss.double(), finite.double()]).tolist() # the one wait for the device
+        if self._has_diverged(fit.loss): fit.verdict = 'diverged'
         elif finite:
             fit.verdict = 'good'
             for leaf,slope in zip(self._leaves, slopes): leaf.grad = self._clipped(leaf, slope)

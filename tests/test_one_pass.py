@@ -97,9 +97,9 @@ class Spy(Callback):
         self.batch = self.xb, self.yb
 
 
-def spied(learn, **kwargs):
+def spied(learn, hessian_share=1, **kwargs):
     spy = Spy()
-    fit(learn.one_pass(**kwargs), cbs=spy)
+    fit(learn.one_pass(hessian_share=hessian_share, **kwargs), cbs=spy)
     spy.slopes = spy.slopes[:len(tuner(learn)._leaves)]
     return spy
 
@@ -187,7 +187,7 @@ def test_per_parameter_rates_are_exact(name):
 def flat(values): return torch.cat([v.reshape(-1) for v in values])
 
 
-def brute_force(spy, learn, name, n_terms, factor=1.):
+def brute_force(spy, learn, name, n_terms, factor=1., n_part=None):
     "The series with dense Jacobians of a step that is written down anew, by torch.func"
     model, opt = spy.before
     names, sizes = [n for n, _ in model.named_parameters()], [p.numel() for p in model.parameters()]
@@ -199,7 +199,8 @@ def brute_force(spy, learn, name, n_terms, factor=1.):
     def step(w, theta):
         lr, wd, mom = (torch.cat([o[g].expand(n) for n, g in zip(sizes, group_of)]) for o in (10**theta[0], 10**theta[1], torch.sigmoid(theta[2])))
         wd = wd*torch.cat([torch.full((n,), float(len(shape) > 1), dtype=w.dtype) for n, shape in zip(sizes, shapes)]) # fastai spares biases
-        g = factor*torch.func.grad(loss)(w, x, y)
+        g = factor*torch.func.grad(loss)(w, x[:n_part], y[:n_part])
+        if n_part: g = torch.func.grad(loss)(w_before, x, y) + g - torch.func.grad(loss)(w_before, x[:n_part], y[:n_part])
         if not decoupled: g = g + wd*w
         old = flat([s['grad_avg'] for s in state])
         if 'sgd' in name: change = mom*old + g
@@ -208,7 +209,7 @@ def brute_force(spy, learn, name, n_terms, factor=1.):
             first = (mom*old + (1 - mom)*g)/(1 - mom**t)
             change = first/((((beta*flat([s['sqr_avg'] for s in state]) + (1 - beta)*g**2)/(1 - beta**t)).sqrt()) + opt.hypers[0]['eps'])
         return w - lr*change - (lr*wd*w if decoupled else 0.)
-    w = flat([p.detach() for p in model.parameters()])
+    w = w_before = flat([p.detach() for p in model.parameters()])
     theta = torch.tensor([[SCALES[o][0](hyper[o]) for hyper in opt.hypers] for o in ('lr', 'wd', 'mom')], dtype=w.dtype)
     by_w, by_theta = torch.func.jacrev(step, argnums=(0, 1))(w, theta)
     v = torch.func.grad(loss)(step(w, theta), learn.dls.valid_x, learn.dls.valid_y)
@@ -222,6 +223,13 @@ def test_k_terms_are_the_frozen_linearisation(name, n_terms):
     learn = learner(name, dls=with_valid(loaders()), splitter=two_groups, lr=[0.1, 0.3])
     spy = spied(learn, n_terms=n_terms, every=3)
     assert torch.allclose(torch.stack(spy.slopes), brute_force(spy, learn, name, n_terms), rtol=1e-6, atol=1e-14)
+
+
+def test_second_derivatives_of_a_part_of_the_batch():
+    "The step and its value are the whole batch's; I - dw'/dw is that of the first quarter of it"
+    learn = learner(dls=with_valid(loaders()), splitter=two_groups)
+    spy = spied(learn, hessian_share=0.25, n_terms=4, every=3)
+    assert torch.allclose(torch.stack(spy.slopes), brute_force(spy, learn, 'sgd', 4, n_part=5), rtol=1e-6, atol=1e-14)
 
 
 class Quadratic(nn.Module):
@@ -317,21 +325,13 @@ def test_clipped_gradients(n_terms):
     assert torch.stack(spy.slopes).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-class Noisy(Callback):
-    order = 5
-    def before_step(self):
-        for p in self.model.parameters(): p.grad += torch.randn_like(p)
-
-
-def test_changed_gradients_are_refused():
-    with pytest.raises(ValueError, match='changed by more than a factor'): fit(learner(cbs=Noisy()).one_pass(every=2))
-    fit(learner(cbs=Noisy()).one_pass(every=2, n_terms=1))
-
-
-def test_gradient_accumulation():
-    "Refused where second derivatives are needed; with one term it tunes as a batch of the accumulated size does"
-    with pytest.raises(ValueError, match='GradientAccumulation makes a step of several batches'): fit(learner(cbs=GradientAccumulation(20)).one_pass())
-    learners = [fit(learner(dls=loaders(bs, shuffle=False), cbs=cbs).one_pass(n_terms=1, every=2, valid_dl=loader(*data()[1], 20)), 4) for bs, cbs in ((20, None), (5, GradientAccumulation(20)))]
+@pytest.mark.parametrize('n_terms', [1, 5])
+def test_gradient_accumulation(n_terms):
+    "It tunes as a batch of the accumulated size does, where the batches that make a step are alike: second derivatives are those of the last"
+    (x, y), valid = data(n=15)[0], data()[1]
+    rows = [(a, b) for o in range(0, 15, 5) for _ in range(4) for a, b in zip(x[o:o+5], y[o:o+5])]
+    learners = [learner(dls=DataLoaders(DataLoader(rows, bs=bs), loader(*valid, 20)), cbs=cbs) for bs, cbs in ((20, None), (5, GradientAccumulation(20)))]
+    for learn in learners: fit(learn.one_pass(n_terms=n_terms, every=2, valid_dl=loader(*valid, 20), hessian_share=1), 4)
     assert torch.allclose(*map(weights, learners)) and len(tuner(learners[0]).history) == 6
     assert tuner(learners[0]).history.lr.tolist() == pytest.approx(tuner(learners[1]).history.lr.tolist())
 
@@ -683,7 +683,7 @@ def test_a_large_hypergradient_is_clipped():
 @pytest.mark.parametrize('kwargs,message', [
     (dict(tune=('lr', 'beta')), 'expected one or several of'), (dict(tune=()), 'expected one or several of'), (dict(tune=('lr', 'lr')), 'each once'),
     (dict(every=0), 'every must be a whole number of at least 1'), (dict(n_terms=0), 'n_terms must be a whole number of at least 1'),
-    (dict(hyper_lr=0.), 'hyper_lr must lie in'), (dict(hyper_clip=-1.), 'hyper_clip must lie in'), (dict(diverged=1.), 'diverged must lie in'),
+    (dict(hyper_lr=0.), 'hyper_lr must lie in'), (dict(hessian_share=0.), 'hessian_share must lie in'), (dict(hyper_clip=-1.), 'hyper_clip must lie in'), (dict(diverged=1.), 'diverged must lie in'),
     (dict(per='layer'), "per must be 'group' or 'parameter'"), (dict(per='parameter', tune='wd'), "leaves out 'lr'"),
     (dict(valid_pct=1.), 'valid_pct must lie in'), (dict(valid_pct=0.001), 'leaves nothing to validate on'),
     (dict(valid_pct=0.1, valid_dl=[1]), 'give one of them'), (dict(valid_dl=[]), 'The validation set is empty'), (dict(valid_dl=3), 'needs validation batches')])
