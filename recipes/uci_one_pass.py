@@ -147,7 +147,7 @@ def run_learner(tune, data, start, seed, steps):
     dls = DataLoaders(Repeat(data.train if tune else data.all, steps), [data.valid])
     learn = Learner(dls, mlp(data.train[0].shape[1], seed), loss_func=F.mse_loss, lr=start['lr'], wd=start['wd'], wd_bn_bias=True,
                     opt_func=partial(SGD, mom=start['mom'], decouple_wd=False))
-    if tune: learn.one_pass(tune, every=10, n_terms=5, hyper_lr=0.05)
+    if tune: learn.one_pass(tune, every=10, n_terms=5, hyper_lr=0.05, hessian_share=1.)
     began = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     seconds = time.perf_counter() - began

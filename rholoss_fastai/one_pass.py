@@ -29,6 +29,7 @@ from fastai.optimizer import (Optimizer, OptimWrapper, adam_step, average_grad, 
                               step_stat, weight_decay)
 from fastai.torch_core import num_distrib, to_device
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -206,8 +207,9 @@ class OnePassTuner(Callback):
         if hyper_clip is not None: check_number('hyper_clip', hyper_clip, high=math.inf, open_low=True, schedule=False)
         if diverged is not None: check_number('diverged', diverged, low=1., high=math.inf, open_low=True, schedule=False)
         if per not in ('group', 'parameter'): raise ValueError(f"per must be 'group' or 'parameter'; got {per!r}.")
-        if per == 'parameter' and 'lr' not in tune: raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out 'lr'.")
-        if valid_dl is not None and valid_pct: raise ValueError(f"valid_dl and valid_pct={valid_pct}: give one of them, the validation batches come from one place.")
+        if per == 'parameter' and 'lr' not in tune:
+            raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out 'lr'.")
+        if valid_dl is not None and valid_pct: raise ValueError(f"valid_dl and valid_pct={valid_pct}: give one of them, batches come from one place.")
         self.tune,self.every,self.n_terms,self.hyper_lr,self.valid_dl,self.valid_pct = tune,every,n_terms,hyper_lr,valid_dl,valid_pct
         self.per,self.hessian_share,self.hyper_clip,self.diverged,self.seed = per,hessian_share,hyper_clip,diverged,seed
         self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation loss, a line for each step of the hyper-parameters
@@ -229,19 +231,20 @@ class OnePassTuner(Callback):
         update,mend = Update(opt),dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
         for name in self.tune:
             if not update.has(name):
-                raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay', lr='learning rate')[name]}: "
-                                 f"leave {name!r} out of tune, or begin with some, for example {mend[name]}.")
-            high,values = 1. if name=='mom' else math.inf,[hyper[name] for hyper in opt.hypers]
-            if name=='wd' and learn.wd is not None and opt is not learn.opt: values = [learn.wd] if not isinstance(learn.wd, (list, tuple)) else learn.wd
-            bad = [v for v in values if not 0 < v < high]
-            if bad: raise ValueError(f"{name} begins at {bad[0]}, but it is learnt on a scale that needs 0 < {name}{' < 1' if name=='mom' else ''}: begin with "
-                                     f"more, for example {mend[name]}, or leave {name!r} out of tune.")
+                raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, or "
+                                 f"begin with some, for example {mend[name]}.")
+            own = name=='wd' and learn.wd is not None and opt is not learn.opt # the next fit will set it
+            for value in L(learn.wd) if own else [hyper[name] for hyper in opt.hypers]:
+                if not 0 < value < (1 if name=='mom' else math.inf):
+                    raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < {name}{' < 1' if name=='mom' else ''}: begin "
+                                     f"elsewhere, for example {mend[name]}, or leave {name!r} out of tune.")
         scheduled = {name for cb in learn._grab_cbs(ParamScheduler) for name in cb.scheds} | ({'lr'} if learn._grab_cbs(ReduceLROnPlateau) else set())
         if scheduled & set(self.tune):
             fought = ', '.join(sorted(scheduled & set(self.tune)))
             raise ValueError(f"A schedule sets {fought}, which one_pass learns: they would fight. Use learn.fit(n_epoch), or leave {fought} out of tune.")
         if num_distrib() > 1: raise ValueError("one_pass works in a single process: its gradients don't pass through DistributedDataParallel's exchange.")
-        if learn._grab_cbs(NonNativeMixedPrecision): raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use to_fp16().")
+        if learn._grab_cbs(NonNativeMixedPrecision):
+            raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use to_fp16().")
         if not self.valid_pct:
             dl = learn.dls[1] if self.valid_dl is None and len(learn.dls.loaders) > 1 else self.valid_dl
             if dl is None or not hasattr(dl, '__iter__'):
@@ -265,18 +268,16 @@ class OnePassTuner(Callback):
 
     def _begin(self):
         "Go on with what was learnt, unless the optimiser has been given other values"
-        opt = self.learn.opt
+        opt,scalar = self.learn.opt,next(self.learn.model.parameters()).new_zeros(())
         given = {name: [float(hyper[name]) for hyper in opt.hypers] for name in self.tune}
-        if self.theta is not None and all(torch.tensor(v).allclose(torch.tensor(given[name]), rtol=1e-3, atol=0) if len(v)==len(given[name]) else False
-                                          for name,v in self._values().items()): return
-        def leaf(name, like, value):
-            scale = _scales[name]
-            return scale.inward(torch.full_like(like, value)).clamp(scale.low, scale.high).requires_grad_()
-        own = lambda name: name=='lr' and self.per=='parameter'
-        self.theta = {name: [[leaf(name, p if own(name) else p.new_zeros(()), v) for p in (group if own(name) else group[:1])]
-                             for group,v in zip(map(list, opt.param_lists), values)] for name,values in given.items()}
+        def differ(own): return [(name, v, new) for name in given for v,new in zip(given[name], own[name]) if not math.isclose(v, new, rel_tol=1e-3)]
+        if self.theta is not None and len(opt.hypers) == len(self.theta[self.tune[0]]) and not differ(self._values()): return
+        def leaves(name, group, value):
+            scale,likes = _scales[name],list(group) if name=='lr' and self.per=='parameter' else []
+            return [scale.inward(torch.full_like(o, value)).clamp(scale.low, scale.high).requires_grad_() for o in likes or [scalar]]
+        self.theta = {name: [leaves(name, group, value) for group,value in zip(opt.param_lists, values)] for name,values in given.items()}
         self._restart_adam()
-        clipped = [f"{name} {v:g} to {new:g}" for name,values in self._values().items() for v,new in zip(given[name], values) if not math.isclose(v, new, rel_tol=1e-3)]
+        clipped = [f"{name} {value:g} to {new:g}" for name,value,new in differ(self._values())]
         if clipped: warnings.warn(f"one_pass begins within its bounds: {', '.join(clipped)}.")
 
     def _restart_adam(self): self.adam = torch.optim.Adam(self._leaves, lr=self.hyper_lr)
@@ -287,8 +288,8 @@ class OnePassTuner(Callback):
             self.learn.opt.set_hyper(name, values)
             if name != 'mom': setattr(self.learn, name, values if len(values) > 1 else values[0])
         if self._fit and self.per == 'parameter':
-            rates = [10**t.detach() for group in self.theta['lr'] for t in group]
-            self._fit.relative = [rate/rate.new_tensor(hyper['lr']) for rate,(p,_,_,hyper) in zip(rates, self.learn.opt.all_params())]
+            groups = zip(self.learn.opt.param_lists, self.theta['lr'], self.learn.opt.hypers)
+            self._fit.relative = [10**t.detach()/hyper['lr'] for group,leaves,hyper in groups for _,t in zip(group, leaves)]
 
     # The events
 
@@ -488,10 +489,11 @@ class OnePassTuner(Callback):
         self._apply()
         self._note(rolled_back=True)
         fit.rolled_back,fit.in_a_row = fit.rolled_back+1,fit.in_a_row+1
-        what = f"Training diverged by step {self.steps_done} (validation loss {fit.loss:.3g}, {self.reference:.3g} before training): back to the weights of step {good.step}"
-        if 'lr' not in self.tune: warnings.warn(f"{what}, and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
-        elif fit.in_a_row > 10: warnings.warn(f"{what}, and stopped, since ten times lower learning rates did not help ten times in a row. Check the data.")
-        elif fit.rolled_back == 1: warnings.warn(f"{what}, with a tenth of the learning rate: {learn.opt.hypers[-1]['lr']:.3g}. Later ones are in `history`, unannounced.")
+        what = (f"Training diverged by step {self.steps_done} (validation loss {fit.loss:.3g}, {self.reference:.3g} before training): back to the weights of step "
+                f"{good.step}, ")
+        if 'lr' not in self.tune: warnings.warn(f"{what}and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
+        elif fit.in_a_row > 10: warnings.warn(f"{what}and stopped: a tenth of the learning rate did not help, ten times in a row. Check the data.")
+        elif fit.rolled_back == 1: warnings.warn(f"{what}with a tenth of the learning rate, {learn.opt.hypers[-1]['lr']:.3g}. From now on see `history`.")
         if not stop and ('lr' not in self.tune or fit.in_a_row > 10): raise CancelFitException
 
     # What it did
