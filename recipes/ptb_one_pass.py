@@ -91,9 +91,11 @@ def main(
                     opt_func=partial(SGD, mom=mom, decouple_wd=False), cbs=[ModelResetter(), GradientClip(0.25)])
     if method == 'one_pass': learn.one_pass(every=every)
     began = time.perf_counter()
-    with learn.no_bar(): learn.fit(epochs)
-    seconds, perplexity = time.perf_counter() - began, lambda loss: math.exp(min(loss, 50.))
-    summary = dict(settings, seconds=seconds, valid=[perplexity(row[1]) for row in learn.recorder.values], test=perplexity(learn.validate(dl=test)[0]),
+    with learn.no_bar():
+        learn.fit(epochs)
+        seconds, valid, tested = time.perf_counter() - began, [row[1] for row in learn.recorder.values], learn.validate(dl=test)[0]
+    def perplexity(loss): return math.exp(min(loss, 50.))
+    summary = dict(settings, seconds=seconds, valid=[perplexity(o) for o in valid], test=perplexity(tested),
                    last={k: learn.opt.hypers[0][k] for k in ('lr', 'wd', 'mom')}, **machine())
     if method == 'one_pass': summary['hypers'] = learn.one_pass_tuner.history.to_dict('list')
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -216,18 +216,24 @@ def read(folder):
 def summarise(rows):
     "Mean, median and best of the final test errors, those that are no numbers left out"
     mses = [row['mse'] for row in rows if math.isfinite(row['mse'])]
-    if not mses: return dict(runs=len(rows), failed=len(rows))
+    if not mses: return dict(runs=len(rows), failed=len(rows), mean=None, median=None, best=None, seconds=None)
     return dict(runs=len(rows), failed=len(rows) - len(mses), mean=float(np.mean(mses)), median=float(np.median(mses)), best=min(mses),
                 seconds=float(np.median([row['seconds'] for row in rows])))
 
 
-def print_summary(folder):
-    order = [*LOOPS, *TUNED, *RAY]
-    rows, number = [], lambda v: f'{v:.4g}' if v is not None else ''
-    for (data, method), runs in sorted(read(folder).items(), key=lambda o: (o[0][0], order.index(o[0][1]))):
-        s, paper = summarise(runs), PAPER.get(data, {}).get(method, ())
-        rows.append([data, method, s['runs'], s['failed'], *(number(s.get(o)) for o in ('mean', 'median', 'best', 'seconds')), ' / '.join(map(number, paper))])
-    print_table(['data', 'method', 'starts', 'NaN', 'mean', 'median', 'best', 'seconds', 'paper: mean / median / best'], rows)
+def collect(folder, results=None):
+    "Print the table of all runs in `folder`, and write it with their errors to the JSON file `results`"
+    order = ['random', 'baydin', 'lorraine', 'one_pass', 'one_pass_all', 'diff_through_opt', *RAY]
+    runs = dict(sorted(read(folder).items(), key=lambda o: (list(PAPER).index(o[0][0]) if o[0][0] in PAPER else len(PAPER), order.index(o[0][1]))))
+    def number(v): return f'{v:.4g}' if v is not None else ''
+    table, errors = [], {}
+    for (data, method), rows in runs.items():
+        paper = ' / '.join(map(number, PAPER.get(data, {}).get(method, ())))
+        table.append(dict(data=data, method=method, **summarise(rows), paper=paper))
+        errors.setdefault(data, {})[method] = [row['mse'] if math.isfinite(row['mse']) else None for row in rows]
+    print_table(['data', 'method', 'starts', 'NaN', 'mean', 'median', 'best', 'seconds', 'paper: mean / median / best'],
+                [[r['data'], r['method'], r['runs'], r['failed'], *(number(r.get(o)) for o in ('mean', 'median', 'best', 'seconds')), r['paper']] for r in table])
+    if results: Path(results).write_text(json.dumps(dict(machine=machine(), table=table, errors=errors), indent=1) + '\n')
 
 
 accept_underscores()
@@ -242,6 +248,7 @@ def main(
     steps:int=4000, # Full-batch steps
     seed:int=0, # Of the starts
     out:str='runs/uci', # Folder for <data>-<method>.json; what is there already is not run again
+    results:str=None, # JSON file for the table of all runs in `out`
 ):
     "Final test errors from random starts"
     if path:
@@ -258,4 +265,4 @@ def main(
                 runs.append(run_learner(TUNED[method], rows, settings[i], i, steps))
                 save()
         save()
-    print_summary(out)
+    collect(out, results)

@@ -194,7 +194,7 @@ class OnePassTuner(Callback):
         per:str='group', # A value per parameter 'group'; or, for lr, one for each single weight: 'parameter' (the paper's HDLR)
         hessian_share:float=0.5, # Share of the batch whose second derivatives are taken: 1 is exact, and costs twice as much
         hyper_clip:float=10., # Clip each hypergradient at so many times its running root mean square; None: don't
-        diverged:float=5., # Validation loss, in multiples of the first one, that means divergence: back to the last good weights; None: don't
+        diverged:float=2., # Validation or training loss, in multiples of the first, that means divergence: back to the last good weights; None: don't
         seed:int=0 # Of the split and of the order of validation batches
     ):
         tune = (tune,) if isinstance(tune, str) else tuple(tune)
@@ -212,7 +212,7 @@ class OnePassTuner(Callback):
         if valid_dl is not None and valid_pct: raise ValueError(f"valid_dl and valid_pct={valid_pct}: give one of them, batches come from one place.")
         self.tune,self.every,self.n_terms,self.hyper_lr,self.valid_dl,self.valid_pct = tune,every,n_terms,hyper_lr,valid_dl,valid_pct
         self.per,self.hessian_share,self.hyper_clip,self.diverged,self.seed = per,hessian_share,hyper_clip,diverged,seed
-        self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation loss, a line for each step of the hyper-parameters
+        self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation and training loss, a line for each step of the hyper-parameters
         self.theta = self.adam = self._fit = None
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after a fit that was interrupted
@@ -231,8 +231,8 @@ class OnePassTuner(Callback):
         update,mend = Update(opt),dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
         for name in self.tune:
             if not update.has(name):
-                raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, or "
-                                 f"begin with some, for example {mend[name]}.")
+                raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, "
+                                 f"or begin with some, for example {mend[name]}.")
             own = name=='wd' and learn.wd is not None and opt is not learn.opt # the next fit will set it
             for value in L(learn.wd) if own else [hyper[name] for hyper in opt.hypers]:
                 if not 0 < value < (1 if name=='mom' else math.inf):
@@ -307,7 +307,7 @@ class OnePassTuner(Callback):
         device,loss_func = next(learn.model.parameters()).device,learn.loss_func # MixUp replaces it in training
         self._fit = SimpleNamespace(update=update, modules=modules, device=device, loss_func=loss_func, one_tensor=ItemLosses(loss_func).one_tensor,
                                     batches=None, train_dl=None, due=False, size=None, before=None, relative=None, verdict=None,
-                                    stepping=False, good=None, rolled_back=0, in_a_row=0, loss=math.nan)
+                                    stepping=False, good=None, rolled_back=0, in_a_row=0, loss=math.nan, level=math.nan, first=None, total=0., count=0)
         self._begin()
         self._apply()
         valid_dl = self._split(learn.dls.train) if self.valid_pct else self.valid_dl
@@ -337,7 +337,7 @@ class OnePassTuner(Callback):
         if self.diverged is None or fit.good: return
         loss = self._validate()[0].item()
         if not math.isfinite(loss): raise ValueError(f"The validation loss before training is {loss}: check weights and inputs for NaN.")
-        if self.reference is None: self.reference = loss
+        if self.reference is None: self.reference = [loss, None]
         self._remember()
 
     def after_backward(self):
@@ -350,8 +350,8 @@ class OnePassTuner(Callback):
 
     def before_step(self):
         "Every so often: the hypergradient, and a step of the hyper-parameters, which the next step of the weights will use"
-        fit = self._fit
-        fit.stepping = True
+        fit,loss = self._fit,plain(self.learn.loss).detach().double()
+        fit.stepping,fit.first,fit.total,fit.count = True,loss if fit.first is None else fit.first,fit.total+loss,fit.count+1
         if self.per == 'parameter': fit.before = [p.detach().clone() for p,*_ in self.learn.opt.all_params()]
         if fit.due: self._tune()
 
@@ -372,14 +372,13 @@ class OnePassTuner(Callback):
         elif verdict == 'good':
             self._apply()
             self._note()
-            if self.diverged is not None: self._remember()
+            if self.diverged is not None and fit.level <= 1: self._remember() # what is worse than at first may be on its way to NaN
 
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
         fit = self._fit
         if self.diverged is None: return
-        fit.loss = self._validate()[0].item()
-        if self._has_diverged(fit.loss): self._roll_back()
+        if self._has_diverged(self._validate()[0]): self._roll_back()
 
     def after_fit(self):
         "Take the columns out again; a fit that something else stopped may have left NaN"
@@ -442,8 +441,7 @@ class OnePassTuner(Callback):
             if 'derivative' not in str(e) and 'double backward' not in str(e): raise
             raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no second derivative.") from e
         finite = torch.stack([o.isfinite().all() for o in slopes]).all()
-        fit.loss,finite = torch.stack([loss.double(), finite.double()]).tolist() # the one wait for the device
-        if self._has_diverged(fit.loss): fit.verdict = 'diverged'
+        if self._has_diverged(loss): fit.verdict = 'diverged'
         elif finite:
             fit.verdict = 'good'
             for leaf,slope in zip(self._leaves, slopes): leaf.grad = self._clipped(leaf, slope)
@@ -466,7 +464,15 @@ class OnePassTuner(Callback):
 
     # Divergence
 
-    def _has_diverged(self, loss): return self.diverged is not None and not loss <= self.diverged*self.reference
+    def _has_diverged(self, loss):
+        "Is this validation loss, or the mean training loss since the last look, NaN or `diverged` times what it was at first? Waits for the device"
+        fit = self._fit
+        fit.loss = loss.item()
+        if self.diverged is None: return False
+        if self.reference[1] is None: self.reference[1] = max(float(fit.first), self.reference[0])
+        fit.level = max(fit.loss/self.reference[0], float(fit.total)/max(fit.count, 1)/self.reference[1], key=lambda o: math.inf if math.isnan(o) else o)
+        fit.total,fit.count = 0.,0
+        return not fit.level <= self.diverged
 
     def _remember(self):
         "These weights, moments and hyper-parameters are good"
@@ -489,8 +495,8 @@ class OnePassTuner(Callback):
         self._apply()
         self._note(rolled_back=True)
         fit.rolled_back,fit.in_a_row = fit.rolled_back+1,fit.in_a_row+1
-        what = (f"Training diverged by step {self.steps_done} (validation loss {fit.loss:.3g}, {self.reference:.3g} before training): back to the weights of step "
-                f"{good.step}, ")
+        what = (f"Training diverged by step {self.steps_done} (validation loss {fit.loss:.3g}, at first {self.reference[0]:.3g}): back to the weights of "
+                f"step {good.step}, ")
         if 'lr' not in self.tune: warnings.warn(f"{what}and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
         elif fit.in_a_row > 10: warnings.warn(f"{what}and stopped: a tenth of the learning rate did not help, ten times in a row. Check the data.")
         elif fit.rolled_back == 1: warnings.warn(f"{what}with a tenth of the learning rate, {learn.opt.hypers[-1]['lr']:.3g}. From now on see `history`.")
