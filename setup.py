@@ -28,6 +28,6 @@ setup(
     ],
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=settings['requirements'].split(),
-    extras_require={'dev': settings['dev_requirements'].split()},
+    extras_require={'dev': settings['dev_requirements'].split(), 'tune': settings['tune_requirements'].split()},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d']},
 )

@@ -8,6 +8,7 @@ from . import (
     items,
     losses,
     noise,
+    one_pass,
     picks,
     pruning,
     record,
@@ -29,6 +30,7 @@ from .items import *
 from .just_train_twice import *
 from .losses import *
 from .noise import *
+from .one_pass import *
 from .picks import *
 from .pruning import *
 from .record import *
@@ -42,5 +44,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, just_train_twice_module, interpret, report)
+            rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

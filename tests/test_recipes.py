@@ -1,9 +1,11 @@
 """Every recipe, end to end on a few small images."""
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,74 @@ def test_compare_selectors_and_resume(folder, tmp_path, capsys):
     assert (tmp_path/'comparison.png').stat().st_size > 5000
     assert 'wrong labels among selected' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='got nonsense'): run('compare_selectors', **settings, selectors='nonsense')
+
+
+@pytest.fixture(scope='module')
+def regression(tmp_path_factory):
+    "A made-up data set in the layout of the UCI file"
+    rng, file = np.random.default_rng(0), tmp_path_factory.mktemp('uci')/'made_up.npz'
+    x = rng.normal(size=(200, 3))
+    np.savez(file, toy_x=x, toy_y=(x[:, :1]*x[:, 1:2] + x[:, 2:])*7 + 3)
+    return file
+
+
+def test_uci_one_pass(regression, tmp_path, capsys):
+    for method in ('random', 'baydin', 'diff_through_opt', 'lorraine', 'one_pass', 'one_pass_all'):
+        run('uci_one_pass', path=regression, data='toy', method=method, starts=2, steps=40, out=tmp_path, results=tmp_path/'all.json')
+    table = json.loads((tmp_path/'all.json').read_text())['table']
+    assert [(row['runs'], row['failed']) for row in table] == [(2, 0)]*6 and all(math.isfinite(row['median']) for row in table)
+    before = (tmp_path/'toy-one_pass.json').read_text()
+    run('uci_one_pass', path=regression, data='toy', method='one_pass', starts=2, steps=40, out=tmp_path) # nothing is run again
+    assert (tmp_path/'toy-one_pass.json').read_text() == before and 'one_pass_all' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='--method must be one of'): run('uci_one_pass', path=regression, method='best', out=tmp_path)
+
+
+def test_uci_loops_are_the_learners_steps(regression):
+    "The bare loops, all starts at once, train as fastai's SGD does, and differentiate as `learn.one_pass` does, one step back"
+    uci = importlib.import_module('uci_one_pass')
+    data, starts = uci.Regression(regression, 'toy'), [dict(lr=0.03, wd=0.01, mom=0.8), dict(lr=0.1, wd=1e-3, mom=0.3)]
+    for i, run_ in enumerate(uci.run_loops('random', data, starts, 30)):
+        assert run_['mse'] == pytest.approx(uci.run_learner(None, data, starts[i], i, 30)['mse'], rel=1e-4)
+    loops = uci.Loops(3, starts)
+    loops.diff_through_opt(data, 20, every=10, horizon=1) # through one step the exact derivative is the series' first term
+    for i, start in enumerate(starts):
+        learn = uci.Learner(uci.DataLoaders(uci.Repeat(data.train, 20), [data.valid]), uci.mlp(3, i), loss_func=uci.F.mse_loss, lr=start['lr'], wd=start['wd'],
+                            wd_bn_bias=True, opt_func=partial(uci.SGD, mom=start['mom'], decouple_wd=False)).one_pass(n_terms=1, hyper_clip=None)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert learn.lr == pytest.approx(10**loops.theta['lr'][i].item(), rel=1e-3) and learn.wd == pytest.approx(10**loops.theta['wd'][i].item(), rel=1e-3)
+
+
+def test_ray_is_optional(regression, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(SystemExit, match=r'pip install "\.\[tune\]"'): run('uci_one_pass', path=regression, data='toy', method='asha', out=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['bayesopt', 'asha', 'pbt'])
+def test_uci_by_ray_tune(regression, tmp_path, method):
+    pytest.importorskip('ray.tune'); pytest.importorskip('optuna')
+    run('uci_one_pass', path=regression, data='toy', method=method, starts=3, steps=40, out=tmp_path, results=tmp_path/'all.json')
+    row, = json.loads((tmp_path/'all.json').read_text())['table']
+    assert row['runs'] == 1 and math.isfinite(row['median'])
+
+
+def test_image_one_pass(folder, tmp_path):
+    for method in ('constant', 'one_pass'):
+        run('image_one_pass', path=folder, method=method, steps=25, eval_every=10, bs=8, out=tmp_path/method)
+        rows, summary = check(tmp_path/method, 25, method)
+        assert summary['finite'] and [r['step'] for r in rows] == [10, 20, 25]
+    assert summary['last']['lr'] != 1e-5 and (tmp_path/'one_pass'/'hypers.png').stat().st_size > 5000
+
+
+def test_ptb_one_pass(tmp_path, capsys):
+    "A made-up language in which the next word follows from the last"
+    rng = np.random.default_rng(0)
+    for name, n in (('train', 200), ('valid', 40), ('test', 40)):
+        lines = [' '.join(f'w{(start + 3*i) % 20}' for i in range(6)) for start in rng.integers(0, 20, n)]
+        (tmp_path/f'ptb.{name}.txt').write_text('\n'.join(lines) + '\n')
+    perplexities = []
+    for method in ('constant', 'one_pass'):
+        run('ptb_one_pass', path=tmp_path, method=method, lr=0.01, epochs=4, hidden=16, bs=4, seq_len=10, every=2, out=tmp_path/method)
+        perplexities.append(json.loads((tmp_path/method/'summary.json').read_text())['test'])
+    assert perplexities[1] < 0.8*perplexities[0]
+    with pytest.raises(FileNotFoundError, match='ptb.train.txt'): run('ptb_one_pass', path=tmp_path/'elsewhere')
