@@ -376,7 +376,6 @@ class OnePassTuner(Callback):
 
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
-        fit = self._fit
         if self.diverged is None: return
         if self._has_diverged(self._validate()[0]): self._roll_back()
 

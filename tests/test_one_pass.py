@@ -268,7 +268,8 @@ def test_k_terms_at_a_fixed_point_are_exact(decouple_wd, n_terms):
     with torch.no_grad(): model.w.copy_(w[:2]); model.u.copy_(w[2:])
     for p, o in ((model.w, momentum[:2]), (model.u, momentum[2:])): learn.opt.state[p]['grad_avg'] = o.clone()
     spy = spied(learn, n_terms=n_terms, every=1, diverged=None)
-    theta = torch.tensor([[SCALES[name][0](float(v)) for v in values] for name, values in dict(lr=lr, wd=wd, mom=mom).items()], dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor([[SCALES[name][0](float(v)) for v in values] for name, values in dict(lr=lr, wd=wd, mom=mom).items()],
+                         dtype=torch.float64, requires_grad=True)
     rate, decay, m = spread(10**theta[0]), spread(10**theta[1]), spread(torch.sigmoid(theta[2]))
     x = w
     for _ in range(n_terms): x = x - rate*(m*momentum + a @ x - b) - rate*decay*x
@@ -281,7 +282,8 @@ def test_k_terms_at_a_fixed_point_are_exact(decouple_wd, n_terms):
 def test_k_terms_are_k_steps_of_plain_sgd(name):
     "Without momentum nothing is held: K steps of the optimiser itself at the fixed point, by differences, in weight decay"
     model, h = Quadratic(), 1e-5
-    def make(): return Learner(quadratic_learner(0.1, 0.03, 0., False).dls, Quadratic(), loss_func=lambda pred, _: pred.mean(), wd_bn_bias=True, lr=0.2, cbs=FloatLoss(),
+    def make(): return Learner(quadratic_learner(0.1, 0.03, 0., False).dls, Quadratic(), loss_func=lambda pred, _: pred.mean(),
+                               wd_bn_bias=True, lr=0.2, cbs=FloatLoss(),
                                opt_func=partial(SGD, wd=0.03, decouple_wd=False) if name=='sgd_plain' else OPTIMISERS[name])
     w = torch.linalg.solve(model.a[0] + 0.03*torch.eye(4), model.b[0])
     def start():
@@ -517,7 +519,8 @@ def test_columns_history_and_the_next_fit():
 @pytest.mark.parametrize('per', ['group', 'parameter'])
 def test_two_fits_are_one(name, per, tmp_path):
     "Also where the second is another process's: weights and moments by learn.save, what was learnt by state_dict"
-    make = lambda: learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups, lr=1e-2 if 'torch' in name else [1e-2, 2e-2], path=tmp_path).one_pass(every=2, per=per)
+    make = lambda: learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups,
+                           lr=1e-2 if 'torch' in name else [1e-2, 2e-2], path=tmp_path).one_pass(every=2, per=per)
     whole, halves = fit(make(), 20), fit(make(), 10)
     halves.save('half')
     state, resumed = tuner(halves).state_dict(), make()
@@ -540,7 +543,8 @@ def test_an_explicit_rate_begins_anew():
 
 def test_export(tmp_path):
     dsets = Datasets(list(range(40)), [[math.sin], [math.cos]], splits=[range(30), range(30, 40)])
-    learn = Learner(dsets.dataloaders(bs=5), nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)).double(), loss_func=nn.L1Loss(), path=tmp_path, cbs=FloatLoss())
+    learn = Learner(dsets.dataloaders(bs=5), nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)).double(), loss_func=nn.L1Loss(), path=tmp_path,
+                    cbs=FloatLoss())
     fit(learn.one_pass(every=2))
     learn.export('learner.pkl')
     with warnings.catch_warnings():
@@ -683,10 +687,12 @@ def test_a_large_hypergradient_is_clipped():
 @pytest.mark.parametrize('kwargs,message', [
     (dict(tune=('lr', 'beta')), 'expected one or several of'), (dict(tune=()), 'expected one or several of'), (dict(tune=('lr', 'lr')), 'each once'),
     (dict(every=0), 'every must be a whole number of at least 1'), (dict(n_terms=0), 'n_terms must be a whole number of at least 1'),
-    (dict(hyper_lr=0.), 'hyper_lr must lie in'), (dict(hessian_share=0.), 'hessian_share must lie in'), (dict(hyper_clip=-1.), 'hyper_clip must lie in'), (dict(diverged=1.), 'diverged must lie in'),
+    (dict(hyper_lr=0.), 'hyper_lr must lie in'), (dict(hessian_share=0.), 'hessian_share must lie in'), (dict(hyper_clip=-1.), 'hyper_clip must lie in'),
+    (dict(diverged=1.), 'diverged must lie in'),
     (dict(per='layer'), "per must be 'group' or 'parameter'"), (dict(per='parameter', tune='wd'), "leaves out 'lr'"),
     (dict(valid_pct=1.), 'valid_pct must lie in'), (dict(valid_pct=0.001), 'leaves nothing to validate on'),
-    (dict(valid_pct=0.1, valid_dl=[1]), 'give one of them'), (dict(valid_dl=[]), 'The validation set is empty'), (dict(valid_dl=3), 'needs validation batches')])
+    (dict(valid_pct=0.1, valid_dl=[1]), 'give one of them'), (dict(valid_dl=[]), 'The validation set is empty'),
+    (dict(valid_dl=3), 'needs validation batches')])
 def test_bad_values(kwargs, message):
     learn = learner()
     with pytest.raises(ValueError, match=message): learn.one_pass(**kwargs)
@@ -700,7 +706,8 @@ def test_bad_kinds(kwargs):
 
 @pytest.mark.parametrize('opt,kwargs,message', [
     ('sgd_plain', {}, 'the optimiser has no momentum'), ('torch_sgd_plain', {}, 'the optimiser has no momentum'), ('rmsprop', {}, 'has no momentum'),
-    (partial(SGD, mom=0.9), {}, 'wd begins at 0'), (partial(SGD, mom=0.9, wd=0.1), dict(wd=0.), 'wd begins at 0'), (partial(SGD, mom=1., wd=0.1), {}, 'mom begins at 1'),
+    (partial(SGD, mom=0.9), {}, 'wd begins at 0'), (partial(SGD, mom=0.9, wd=0.1), dict(wd=0.), 'wd begins at 0'),
+    (partial(SGD, mom=1., wd=0.1), {}, 'mom begins at 1'),
     ('sgd', dict(lr=0.), 'lr begins at 0'), (Lamb, {}, "the optimiser's step lamb_step"), (lambda p, lr: Lookahead(SGD(p, lr)), {}, 'a step of Lookahead'),
     (partial(torch_sgd, momentum=0.9, nesterov=True), {}, 'without nesterov'), (partial(OptimWrapper, opt=torch.optim.Adagrad), {}, 'SGD, Adam and AdamW'),
     (partial(torch_adam, amsgrad=True), {}, 'amsgrad')])
