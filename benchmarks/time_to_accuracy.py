@@ -11,8 +11,8 @@ that was stopped goes on with the next one. Two schedules:
 - `decayed`: the learning rate falls to 0 within each budget, as a comparison at equal cost needs ("No Train No Gain"). A budget is so many uniform
   steps; every method takes the steps that the same seconds buy, by the cost of a step measured in alternation beforehand.
 
-Seconds leave evaluations out, and are counted twice: on the clock, and of the processor, which other work on the machine disturbs less. On a CPU the
-budgets and the table go by the processor's.
+Seconds leave evaluations out, and are counted three times: on the clock; of the processor, which other work on the machine disturbs less; and as steps times
+the cost of a step, measured for all runs in one process in alternation, which it disturbs least. On a CPU the budgets and the table go by the processor's.
 """
 import json
 import os
@@ -179,8 +179,9 @@ def reached(result, target):
 def mean(values): return round(float(np.mean(values)), 4)
 
 
-def constant_table(results):
+def constant_table(results, costs):
     "A line a run: means over seeds, as shares of what the uniform run of the same seed took to its best; IL seconds by the clock"
+    uniform = costs.get('uniform')
     base = {o['seed']: o for o in results if o['run'] == 'uniform'}
     table = []
     for run in dict.fromkeys(o['run'] for o in results):
@@ -197,6 +198,12 @@ def constant_table(results):
                         il_seconds=mean([o['il_seconds'] for o in own]),
                         with_il=mean([(a[i] + o['il_seconds'])/b[i] for a,b,o in pairs]),
                         amortised=mean([(a[i] + o['il_seconds']/len(own))/b[i] for a,b,o in pairs]))
+            if run in costs:
+                cost = costs[run]/uniform # in alternation: runs are hours apart, and what else the machine does changes
+                line.update(step_cost=round(cost, 3), alternated_share=mean([cost*a[0]/b[0] for a,b,_ in pairs]),
+                            alternated_shares=[round(cost*a[0]/b[0], 3) for a,b,_ in pairs],
+                            alternated_with_il=mean([(cost*a[0] + o['il_seconds']/uniform)/b[0] for a,b,o in pairs]),
+                            alternated_amortised=mean([(cost*a[0] + o['il_seconds']/len(own)/uniform)/b[0] for a,b,o in pairs]))
         table.append(line)
     return table
 
@@ -223,9 +230,10 @@ def show(groups):
         print(f"Share of labels redrawn: {noise}")
         if group['constant']:
             print_table(['constant rate', 'seeds', 'best', "reached uniform's", 'steps', 'share', 'seconds', 'share', 'of the clock', 'with IL',
-                         'amortised', 'noisy among selected'],
+                         'amortised', 'step cost', 'share by it', 'with IL', 'amortised', 'noisy among selected'],
                         [[o['run'], o['seeds'], f"{o['best']:.4f}", o['reached'], number(o, 'steps', '.0f'), number(o, 'steps_share'),
                           number(o, 'seconds', '.0f'), number(o, 'seconds_share'), number(o, 'clock_share'), number(o, 'with_il'), number(o, 'amortised'),
+                          number(o, 'step_cost'), number(o, 'alternated_share'), number(o, 'alternated_with_il'), number(o, 'alternated_amortised'),
                           number(o, 'noisy_selected', '.3f')] for o in group['constant']])
             print()
         if group['decayed']:
@@ -238,6 +246,9 @@ def show(groups):
 def summarise(folder):
     "Tables and histories of all runs in `folder`, by noise, and the machine"
     results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob('*/*.json'))]
+    def costs(noise):
+        path = Path(folder)/f'costs-noise{noise}.json'
+        return json.loads(path.read_text()) if path.exists() else {}
     if not results: raise SystemExit(f"There is no run in {folder}.")
     for o in results: same_machine(o['machine'], results[0]['machine'], f"{o['run']}, seed {o['seed']}")
     order = {run: i for i,run in enumerate(dict.fromkeys(['uniform', *RUNS.split(), *(o['run'] for o in results)]))}
@@ -245,7 +256,7 @@ def summarise(folder):
     for noise in sorted({o['noise'] for o in results}, reverse=True):
         of_noise = sorted((o for o in results if o['noise'] == noise), key=lambda o: (order[o['run']], o['seed']))
         constant,decayed = ([o for o in of_noise if ('budget' in o) == with_budget] for with_budget in (False, True))
-        groups[str(noise)] = dict(constant=constant_table(constant), decayed=decayed_table(decayed),
+        groups[str(noise)] = dict(constant=constant_table(constant, costs(noise)), decayed=decayed_table(decayed),
                                   histories=[dict(run=o['run'], seed=o['seed'], steps=[row[0] for row in o['history']], seconds=seconds_of(o),
                                                   accuracy=[row[2] for row in o['history']]) for o in constant])
     settings = {k: results[0][k] for k in ('bs', 'lr', 'arch')}
@@ -285,7 +296,7 @@ def main(
         data = read_data(path, noise, noise_seed)
         il = irreducible(data, il_file, il_epochs, noise_seed, options.device) if 'rho_loss' in methods else None
         kept = folder/f'{schedule}-noise{noise}'
-        if schedule == 'decayed': costs = step_costs(runs, data, options, il, folder/f'costs-noise{noise}.json')
+        costs = step_costs(runs, data, options, il, folder/f'costs-noise{noise}.json')
         for seed in seeds:
             for run in runs:
                 for budget in [None] if schedule == 'constant' else [int(o) for o in budgets.split(',')]:

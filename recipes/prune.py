@@ -43,9 +43,8 @@ class Scores:
     "Scores and irreducible losses of the training set, made when they are first asked for and kept in files"
     def __init__(self, folder, make_learner, dls, epochs, runs, forgetting_epochs, il_epochs, seed):
         self.folder,self.make_learner,self.dls,self.seed = folder,make_learner,dls,seed
-        self.settings = dict(el2n=dict(epochs=epochs, n_runs=runs), reducible=dict(epochs=epochs, n_runs=runs),
-                             forgetting=dict(epochs=forgetting_epochs, n_runs=1))
-        self.il_epochs,self.made = il_epochs,{}
+        short,long = dict(epochs=epochs, n_runs=runs),dict(epochs=forgetting_epochs, n_runs=1)
+        self.settings,self.il_epochs,self.made = dict(el2n=short, reducible=short, forgetting=long),il_epochs,{}
 
     def __call__(self, name):
         if name not in self.made:
@@ -180,8 +179,8 @@ def main(
                   scores={name: o.info for name,o in scores.made.items()})
     if noise:
         kept = np.linspace(0.02, 1, 50)
-        def found(values, share): return round((noisy[values.topk(round(share*len(noisy))).indices].sum()/noisy.sum()).item(), 4)
-        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=[found(o.values, share) for share in kept]) for name,o in scores.made.items()}
+        def found(o): return [round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4) for k in kept]
+        result['curves'] = {name: dict(kept=kept.round(3).tolist(), found=found(o)) for name,o in scores.made.items()}
     (out/'comparison.json').write_text(json.dumps(result) + '\n')
     plot(runs, table, out/'comparison.png')
     print(f"Written to {out}")

@@ -20,11 +20,13 @@ from . import (
     selector,
     side_models,
 )
+from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
 from .batch_loss_filter import *
 from .importance import *
 from .interpret import *
 from .irreducible import *
 from .items import *
+from .just_train_twice import *
 from .losses import *
 from .noise import *
 from .picks import *
@@ -40,5 +42,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, interpret, report)
+            rho_loss, importance, pruning, just_train_twice_module, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]

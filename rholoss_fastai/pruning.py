@@ -29,6 +29,7 @@ from torch import Tensor
 from .importance import DatasetScores
 from .irreducible import IrreducibleLosses
 from .items import ItemTable, RowSubset, batch_size, dataset_size, is_distributed, loader_batch_size, restrict_rows, scoring_loader, track_rows
+from .items import whole_dataset
 from .losses import ItemLosses, plain, prediction
 from .picks import check_count, check_number
 from .record import SelectionRecord
@@ -38,9 +39,11 @@ from .selector import BatchSelector, SelectionColumn
 # %% ../nbs/31_pruning.ipynb #8d0232ce
 def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0 and not (o.is_floating_point() or o.is_complex())
 
+def _reader(dl): return dl.dl if is_distributed(dl) else dl
+
 def _own_rows(dl):
     "Rows that `dl` goes through"
-    dataset = dl.dl.dataset if is_distributed(dl) else dl.dataset
+    dataset = _reader(dl).dataset
     return torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset) else torch.arange(dataset_size(dl))
 
 def _read_classes(dl, rows):
@@ -57,8 +60,7 @@ def row_classes(
     dl # Any loader that `track_rows` takes
 )->Tensor: # `(n,)` long, of the rows that `dl` goes through; None where the targets aren't one class a row
     "The class of each row, without decoding inputs where the data set can tell it"
-    rows,dataset = _own_rows(dl),dl.dl.dataset if is_distributed(dl) else dl.dataset
-    if isinstance(dataset, RowSubset): dataset = dataset.dataset
+    rows,dataset = _own_rows(dl),whole_dataset(dl)
     if isinstance(dataset, Datasets) and len(dataset.tls) > dataset.n_inp: values = dataset.tls[dataset.n_inp]
     else:
         values = getattr(dataset, 'targets', None)
@@ -178,7 +180,7 @@ class EpochPruner(Callback):
         "Draw this epoch's rows; `learn.dls` stays as it is"
         learn,fit = self.learn,self._fit
         source,fit.device = learn.dls.train,next(learn.model.parameters()).device
-        if self.source is not source: self._begin(source)
+        if self.source is not _reader(source): self._begin(source) # `distrib_ctx` wraps it anew for each fit
         kept = self._draw() if self._prunes() else None
         fit.share,fit.weights = 1.,None
         if kept is not None:
@@ -197,7 +199,7 @@ class EpochPruner(Callback):
     def _begin(self, source):
         "Forget what was remembered of another training set"
         n,device = dataset_size(source),self._fit.device
-        self.source,self.rows,self.since_all = source,_own_rows(source),0
+        self.source,self.rows,self.since_all = _reader(source),_own_rows(source),0
         self.remembered,self.fresh = (torch.full((n,), torch.nan, device=device) for _ in range(2))
         self.il_values = IrreducibleLosses.given(self.il, source).values.to(device) if 'il' in self.inputs else None
 
@@ -252,7 +254,7 @@ class EpochPruner(Callback):
     def after_train(self):
         "Remember the epoch's scores, those of all processes"
         fresh = self.fresh
-        if is_distributed(self.source):
+        if is_distributed(self.learn.dls.train):
             sums = torch.stack([fresh.nan_to_num(0.), (~fresh.isnan()).float()])
             dist.all_reduce(sums)
             fresh = sums[0]/sums[1]

@@ -63,6 +63,7 @@ STEP_COST = 3. # of a training step, in units of its forward: 2.7 for a ResNet-1
 PERCENTILES = (5, 25, 50, 75, 95)
 _AGAIN = (1, 5, 20) # epochs ago
 _SAMPLE = 2**16 # values kept of an epoch for its percentiles
+_MANY_ROWS = 2**17 # counted in 16 bits, until a count needs more
 LEDGER_COLUMNS = ['epoch', 'loaded', 'scored', 'trained', 'selected', 'loss_share', 'score_share', 'top20_share', 'correct', *[f'again_{k}' for k in _AGAIN],
             'forward', 'step_cost', 'seconds', 'seconds_scoring', 'seconds_training', 'seconds_il']
 _SUMS = ('loss', 'loss_selected', 'loss_top20', 'score', 'score_selected', 'nan_batches', 'correct', *[f'again_{k}' for k in _AGAIN])
@@ -100,7 +101,7 @@ class SelectionRecord:
         "Begin a line of the ledger; a line that an interrupted fit left open is closed first"
         self.end_epoch(interrupted=True)
         if n_rows and (self._counts is None or self._counts.shape[1] != n_rows or self._counts.device != device):
-            self._counts = torch.zeros(2, n_rows, dtype=torch.int32, device=device)
+            self._counts = torch.zeros(2, n_rows, dtype=torch.int16 if n_rows > _MANY_ROWS else torch.int32, device=device)
             self._history = torch.zeros(n_rows, dtype=torch.int32, device=device) # a bit an epoch, the newest lowest
         if n_rows:
             self._new_counts = self._counts if _n_processes() == 1 else torch.zeros_like(self._counts)
@@ -232,6 +233,7 @@ class SelectionRecord:
                               for name,groups in self._quantiles().items() for group,values in groups.items()]
         self.lines.append(self._summed(counts, seconds))
         nan_batches = int(counts[len(self._line) + _SUMS.index('nan_batches')])
+        if self._counts is not None and self._counts.dtype == torch.int16 and self._counts.max() > 2**13: self._counts = self._counts.int()
         self._line,self._sample,self.seconds_il = None,[],0.
         if nan_batches and not interrupted:
             warnings.warn(f"In {nan_batches} batches of this epoch every score was NaN, so the items trained on were arbitrary. "
@@ -249,12 +251,12 @@ class SelectionRecord:
         return pd.DataFrame(lines, columns=LEDGER_COLUMNS if not lines else None)
 
     @property
-    def seen(self)->Tensor: # `(n,)` int32, or None where rows aren't known
+    def seen(self)->Tensor: # `(n,)` whole numbers, or None where rows aren't known
         "How often each row of the data set was a candidate"
         return self._counted(0)
 
     @property
-    def selected(self)->Tensor: # `(n,)` int32, or None where rows aren't known
+    def selected(self)->Tensor: # `(n,)` whole numbers, or None where rows aren't known
         "How often each row of the data set was trained on"
         return self._counted(1)
 

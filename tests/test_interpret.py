@@ -221,3 +221,16 @@ def test_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match='is gone: pass it'): record.top()
     assert len(record.top(3, learn=other)) == 3
     assert deepcopy(record).learner is None and SelectionRecord().learner is None
+
+
+@pytest.mark.cuda
+def test_on_cuda(tmp_path):
+    learn = images(tmp_path).rho_loss(torch.rand(N), frac=0.25)
+    learn.dls.to(torch.device('cuda'))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    suspects = learn.selection.suspects(10)
+    learn.dls.to(torch.device('cpu'))
+    learn.model.cpu()
+    loss, _ = losses_and_predictions(learn, 'images')
+    assert np.allclose(suspects.loss, loss[suspects.row.tolist()], atol=1e-3)
+    assert len(learn.selection.top(4)) == len(learn.selection.never(4)) == 4
