@@ -156,8 +156,9 @@ def step_costs(runs, data, options, il, path, rounds=3, steps=40):
             for run in measured:
                 evaluations = fit_steps(new_learner(run, data, options, 0, il), data.on_the_way.batches(options.device)[:1], steps, steps)
                 measured[run].append(seconds_of(dict(history=evaluations.history, cpu_seconds=evaluations.cpu_seconds, machine=machine()))[-1]/steps)
-        # the cheapest of each, as disturbances only add
-        costs = {**{run: min(o) for run,o in measured.items()}, **costs}
+        # the cheapest of each, as disturbances only add; in units of the uniform step, which an earlier job may have measured on a busier machine
+        new = {run: min(o) for run,o in measured.items()}
+        costs = {**{run: cost*costs.get('uniform', new['uniform'])/new['uniform'] for run,cost in new.items()}, **costs}
         write(path, costs)
     return costs
 

@@ -2,6 +2,7 @@
 import importlib
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_step_cost_refuses(tmp_path):
     with pytest.raises(SystemExit, match='another machine'): script('step_cost').main(models='mlp', out=out)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='the peak of resident memory can be told on Linux')
+def test_peak_memory_is_of_each_run_by_itself():
+    def megabytes(n): return script('step_cost').peak_memory(lambda: torch.ones(n*2**18).sum(), torch.device('cpu'))
+    assert 60 < megabytes(64) < 70 and 14 < megabytes(16) < 24 and 60 < megabytes(64) < 70
+
+
 @pytest.fixture
 def candidates():
     "A model that keeps batch norm out, items, targets, irreducible losses and rows"
@@ -81,8 +88,9 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
 
 # time_to_accuracy
 
-def test_time_to_accuracy(small_cifar, tmp_path, capsys):
+def test_time_to_accuracy(small_cifar, tmp_path, capsys, monkeypatch):
     tta,folder,out = script('time_to_accuracy'),tmp_path/'runs',tmp_path/'out.json'
+    monkeypatch.setattr(tta.step_costs, '__defaults__', (1, 4)) # one round of four steps
     runs = 'uniform rho_loss:frac=0.5 rho_loss:frac=0.5,scale_factor=0.5 selective_backprop:keep=0.5,bs=16'
     options = dict(path=small_cifar, folder=folder, runs=runs, il_file=tmp_path/'il.safetensors', il_epochs=1, seeds='0', bs=8, noise=0.2, out=out)
     tta.main(**options, steps=8, eval_every=3)
@@ -102,6 +110,20 @@ def test_time_to_accuracy(small_cifar, tmp_path, capsys):
     costs = json.loads((folder/'costs-noise0.2.json').read_text())
     for o in group['decayed']: assert o['steps'] == round(8*costs['uniform']/costs[o['run']]) and o['budget'] == 8
     assert next(o for o in group['decayed'] if o['run'] == 'uniform')['gain'] == 0
+
+
+def test_costs_of_later_runs_are_in_units_of_the_first_uniform_step(tmp_path, monkeypatch):
+    "A run that is added on a machine twice as slow as before costs as many uniform steps"
+    tta,path,slow = script('time_to_accuracy'),tmp_path/'costs.json',1.
+    monkeypatch.setattr(tta, 'new_learner', lambda run, *args: run)
+    monkeypatch.setattr(tta, 'machine', lambda: dict(device='CPU, 1 thread'))
+    seconds = dict(uniform=1., a=2., b=3.)
+    monkeypatch.setattr(tta, 'fit_steps', lambda run, test, n, every: SimpleNamespace(history=[], cpu_seconds=[slow*seconds[run]*n]))
+    data = SimpleNamespace(on_the_way=SimpleNamespace(batches=lambda device: [None]))
+    def costs(*runs): return tta.step_costs(runs, data, SimpleNamespace(device=None), None, path)
+    assert costs('uniform', 'a') == dict(uniform=1., a=2.)
+    slow = 2.
+    assert costs('uniform', 'a', 'b') == dict(uniform=1., a=2., b=3.) == json.loads(path.read_text())
 
 
 def test_time_to_accuracy_refuses(tmp_path, small_cifar):
@@ -141,11 +163,14 @@ def test_tables_of_known_runs():
     tta = script('time_to_accuracy')
     runs = [result('uniform', 0, [0.3, 0.6, 0.5], [10., 20., 30.]), result('uniform', 1, [0.3, 0.4, 0.5], [10., 20., 30.]),
             result('rho', 0, [0.5, 0.6], [6., 12.], il=40.), result('rho', 1, [0.5], [6.], il=40.), result('bad', 0, [0.1], [1.])]
-    uniform,rho,bad = tta.constant_table(runs)
+    uniform,rho,bad = tta.constant_table(runs, dict(uniform=0.1, rho=0.15))
     assert (uniform['steps_share'], uniform['seconds_share'], uniform['reached']) == (1, 1, 2)
     assert rho['steps'] == 150 and rho['steps_share'] == pytest.approx((200/200 + 100/300)/2, abs=1e-4)
     assert rho['seconds_share'] == rho['clock_share'] == pytest.approx((12/20 + 6/30)/2)
     assert rho['with_il'] == pytest.approx((52/20 + 46/30)/2, abs=1e-4) and rho['amortised'] == pytest.approx((32/20 + 26/30)/2, abs=1e-4)
+    assert rho['step_cost'] == 1.5 and rho['alternated_share'] == pytest.approx(1.5*rho['steps_share'], abs=1e-4)
+    assert rho['alternated_with_il'] == pytest.approx(((300 + 400)/200 + (150 + 400)/300)/2, abs=1e-4)
+    assert rho['alternated_amortised'] == pytest.approx(((300 + 200)/200 + (150 + 200)/300)/2, abs=1e-4)
     assert bad['reached'] == 0 and 'steps' not in bad
     runs = [result('uniform', s, [0.5], [10.], final=0.5, budget=100) for s in (0, 1)]
     runs += [result('rho', s, [0.5], [11.], final=f, budget=100) for s,f in ((0, 0.6), (1, 0.5))]
