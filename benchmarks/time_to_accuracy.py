@@ -180,8 +180,9 @@ def reached(result, target):
 def mean(values): return round(float(np.mean(values)), 4)
 
 
-def constant_table(results, costs):
+def constant_table(results, costs=None):
     "A line a run: means over seeds, as shares of what the uniform run of the same seed took to its best; IL seconds by the clock"
+    costs = costs or {}
     uniform = costs.get('uniform')
     base = {o['seed']: o for o in results if o['run'] == 'uniform'}
     table = []

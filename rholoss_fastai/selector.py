@@ -252,8 +252,8 @@ class BatchSelector(Callback):
         fit.stale,fit.selecting = self.epochs_selected % self.staleness != 0,False
         fit.reuse = not fit.warm and self._reuses()
         self.record.track = {name: self._mask(name, mask, n_rows) for name,mask in self.track.items()}
-        self.record.start_epoch(fit.device, n_rows, 'none' if fit.warm or fit.stale or not self.pick.needs_scores else 'reuse' if fit.reuse else 'twice',
-                                fit.scorer.relative_cost)
+        scores = self.pick.now(learn.pct_train).needs_scores and not (fit.warm or fit.stale)
+        self.record.start_epoch(fit.device, n_rows, 'none' if not scores else 'reuse' if fit.reuse else 'twice', fit.scorer.relative_cost)
 
     def check_il(self,
         learn:Learner # The target
