@@ -652,7 +652,7 @@ BAD = [
     (dict(warmup_epochs=-1), ValueError, 'warmup_epochs must be a whole number of at least 0'),
     (dict(beta=2., pick=RankSample(0.5)), ValueError, 'give its numbers to RankSample'),
     (dict(history=10, pick=RankSample(0.5)), ValueError, 'give its numbers to RankSample'),
-    (dict(pick=0.5), TypeError, 'pick must be a `Pick`'),
+    (dict(pick=0.5), TypeError, 'pick must be a name'),
     (dict(enlarge=True), ValueError, 'Pass enlarge=False'),
     (dict(staleness=2, forward='reuse'), ValueError, "use forward='twice'"),
     (dict(queue=True, forward='reuse'), ValueError, "Use forward='twice'"),
