@@ -99,6 +99,7 @@ def main(
     methods:str='all,el2n,forgetting,stratified,random', # Of all, random, el2n, el2n_il (without what irreducible losses call noise), stratified,
                                                          # forgetting, reducible; or epoch by epoch: infobatch, reducible_epochs
     keep:str='0.7,0.5,0.3,0.1', # Kept shares
+    per_class:bool=False, # Keep the same share of each class?
     seeds:str='0', # Seeds of weights and batches
     epochs:int=6, # Epochs of training on everything, with a one-cycle schedule
     equal:str='steps', # Pruned sets are trained on for equal 'steps', as in Data Diet, or for equal 'epochs'
@@ -123,7 +124,7 @@ def main(
     wrong = [o for o in methods if o not in METHODS]
     if wrong: raise SystemExit(f"--methods must be of {', '.join(METHODS)}; got {', '.join(wrong)}.")
     if equal not in ('steps', 'epochs'): raise SystemExit(f"--equal must be steps or epochs; got {equal!r}.")
-    settings = {k: v for k,v in locals().items() if k in 'epochs equal rows noise score_epochs score_runs forgetting_epochs il_epochs offset ratio delta bs '
+    settings = {k: v for k,v in locals().items() if k in 'per_class epochs equal rows noise score_epochs score_runs forgetting_epochs il_epochs offset ratio delta bs '
                                                          'lr arch score_seed'.split()}
     device,out = default_device(),Path(out)
     (out/'scores').mkdir(parents=True, exist_ok=True)
@@ -149,11 +150,12 @@ def main(
                 runs.append(read_run(folder))
                 if any(runs[-1][1][k] != v for k,v in settings.items()): raise SystemExit(f"{folder} holds a run with other settings: choose another --out.")
                 continue
+            set_seed(seed)
             dls,n_epoch = loaders(),epochs
             if method in PRUNING and PRUNING[method]:
                 name,how = PRUNING[method]
                 if method == 'el2n_il': how = dict(il=scores.il, offset=offset)
-                dls = prune(dls, scores(name), share, seed=seed, **how)
+                dls = prune(dls, scores(name), share, seed=seed, per_class=per_class, **how)
                 if equal == 'steps': n_epoch = round(epochs*len(train)/len(dls.train_ds))
             set_seed(seed)
             learn = make_learner(dls)

@@ -41,7 +41,7 @@ def folder(small_cifar): return small_cifar
 def check(out, steps, method):
     header, *rows = (out/'history.csv').read_text().splitlines()
     assert header == COLUMNS
-    assert int(rows[-1].split(',')[0]) == steps
+    assert steps is None or int(rows[-1].split(',')[0]) == steps
     summary = json.loads((out/'summary.json').read_text())
     assert summary['method'] == method and summary['seconds'] > 0
     assert (out/'accuracy.png').stat().st_size > 5000
@@ -147,6 +147,28 @@ def test_batch_selection(folder, tmp_path, method):
     rows, summary = check(tmp_path/method, 20, method)
     assert len(rows) == 2 and len(summary['valid_losses']) == 2
     if method != 'uniform': assert summary['ledger']['selected'][0] == 1 > summary['ledger']['selected'][1]
+
+
+def test_prune(folder, tmp_path, capsys):
+    few = dict(path=folder, epochs=2, score_runs=2, score_epochs=1, forgetting_epochs=2, il_epochs=1, bs=16, evaluations=1, keep='0.6,0.5,0.4', per_class=True)
+    run('prune', **few, methods='all,el2n,forgetting,stratified,random,infobatch', out=tmp_path/'static')
+    for method in ('all-1-0', 'el2n-0.5-0', 'random-0.4-0', 'infobatch-1-0'):
+        check(tmp_path/'static'/method, 20 if method == 'all-1-0' else None, method.split('-')[0])
+    result = json.loads((tmp_path/'static'/'comparison.json').read_text())
+    assert len(result['table']) == 2 + 4*3 and result['scores']['el2n']['n_runs'] == 2 and (tmp_path/'static'/'comparison.png').exists()
+    assert all(0.7 < row['share_items_trained'] <= 1 for row in result['table'])
+    (tmp_path/'static'/'el2n-0.5-0'/'summary.json').unlink() # as if it had been killed
+    before = (tmp_path/'static'/'random-0.4-0'/'summary.json').stat().st_mtime_ns
+    capsys.readouterr()
+    run('prune', **few, methods='all,el2n,forgetting,stratified,random,infobatch', out=tmp_path/'static')
+    assert capsys.readouterr().out.count('accuracy 0') == 1 and (tmp_path/'static'/'random-0.4-0'/'summary.json').stat().st_mtime_ns == before
+    assert json.loads((tmp_path/'static'/'comparison.json').read_text())['table'][2]['accuracy'] == result['table'][2]['accuracy'] # the same again
+    with pytest.raises(SystemExit, match='other settings'): run('prune', **dict(few, epochs=3), methods='all', out=tmp_path/'static')
+    run('prune', **dict(few, keep='0.5'), methods='all,el2n,el2n_il,reducible,reducible_epochs', noise=0.2, equal='epochs', out=tmp_path/'noise')
+    result = json.loads((tmp_path/'noise'/'comparison.json').read_text())
+    assert all(0 <= row['noisy_trained'] < 0.5 for row in result['table']) and result['curves']['reducible']['found'][-1] == 1
+    assert [row['share_items_trained'] for row in result['table'][1:4]] == [0.5]*3
+    with pytest.raises(SystemExit, match='--methods must be of'): run('prune', path=folder, methods='grand')
 
 
 def test_quickstart(tmp_path, capsys):
