@@ -124,8 +124,8 @@ def main(
     wrong = [o for o in methods if o not in METHODS]
     if wrong: raise SystemExit(f"--methods must be of {', '.join(METHODS)}; got {', '.join(wrong)}.")
     if equal not in ('steps', 'epochs'): raise SystemExit(f"--equal must be steps or epochs; got {equal!r}.")
-    settings = {k: v for k,v in locals().items() if k in 'per_class epochs equal rows noise score_epochs score_runs forgetting_epochs il_epochs offset ratio delta bs '
-                                                         'lr arch score_seed'.split()}
+    settings = {k: v for k,v in locals().items() if k in 'per_class epochs equal rows noise score_epochs score_runs forgetting_epochs il_epochs offset ratio '
+                                                         'delta bs lr arch score_seed'.split()}
     device,out = default_device(),Path(out)
     (out/'scores').mkdir(parents=True, exist_ok=True)
     path = Path(path or untar_data(URLs.CIFAR))
