@@ -49,6 +49,7 @@ def main(
     steps:int=2000, # Training steps
     bs:int=32, # Batch size
     valid_pct:float=0.1, # one_pass: share of the training images to validate on, which don't train
+    valid_bs:int=128, # one_pass: items in a validation batch
     hyper_lr:float=0.05, # one_pass: Adam's learning rate
     n_terms:int=5, # one_pass: terms of the series
     per:str='group', # one_pass: a rate per parameter 'group', or for each weight: 'parameter'
@@ -67,7 +68,7 @@ def main(
     set_seed(seed)
     learn = Learner(image_loaders(train, test, bs, device=device), MODELS[arch]().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(),
                     opt_func=partial(SGD, mom=mom, decouple_wd=False), lr=lr, wd=wd)
-    if method == 'one_pass': learn.one_pass(tune.split(','), valid_pct=valid_pct, hyper_lr=hyper_lr, n_terms=n_terms, per=per)
+    if method == 'one_pass': learn.one_pass(tune.split(','), valid_pct=valid_pct, valid_bs=valid_bs, hyper_lr=hyper_lr, n_terms=n_terms, per=per)
     evaluations = fit_steps(learn, test.batches(device), steps, eval_every)
     history = evaluations.history
     summary = dict(settings, best=best(history), last_five=last_five(history), accuracy=history[-1][2], test_losses=evaluations.losses, seconds=history[-1][3],

@@ -232,9 +232,10 @@ def collect(folder, results=None):
         table.append(dict(data=data, method=method, **summarise(rows), paper=paper))
         errors.setdefault(data, {})[method] = [row['mse'] if math.isfinite(row['mse']) else None for row in rows]
     print_table(['data', 'method', 'starts', 'NaN', 'mean', 'median', 'best', 'seconds', 'paper: mean / median / best'],
-                [[r['data'], r['method'], r['runs'], r['failed'], *(number(r.get(o)) for o in ('mean', 'median', 'best', 'seconds')),
-                  r['paper']] for r in table])
-    if results: Path(results).write_text(json.dumps(dict(machine=machine(), table=table, errors=errors), indent=1) + '\n')
+                [[r['data'], r['method'], r['runs'], r['failed'],
+                  *(number(r.get(o)) for o in ('mean', 'median', 'best', 'seconds')), r['paper']] for r in table])
+    if results:
+        Path(results).write_text(json.dumps(dict(machine=machine(), table=table, errors=errors), indent=1) + '\n')
 
 
 accept_underscores()

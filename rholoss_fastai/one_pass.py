@@ -191,6 +191,7 @@ class OnePassTuner(Callback):
         hyper_lr:float=0.05, # Adam's learning rate for log10 lr, log10 wd and logit mom
         valid_dl=None, # Validation `DataLoader`, used as it is; None: `dls.valid`, shuffled
         valid_pct:float=0., # In place of that: share of the training set to validate on, whose rows then don't train
+        valid_bs:int=None, # Items in a batch of `dls.valid` or of that share; None: as many as in a training batch
         per:str='group', # A value per parameter 'group'; or, for lr, one for each single weight: 'parameter' (the paper's HDLR)
         hessian_share:float=0.5, # Share of the batch whose second derivatives are taken: 1 is exact, and costs twice as much
         hyper_clip:float=10., # Clip each hypergradient at so many times its running root mean square; None: don't
@@ -201,6 +202,7 @@ class OnePassTuner(Callback):
         unknown = [o for o in tune if o not in _scales]
         if unknown or not tune or len(set(tune)) < len(tune):
             raise ValueError(f"tune={tune!r}: expected one or several of {', '.join(map(repr, _scales))}, each once.")
+        if valid_bs is not None: check_count('valid_bs', valid_bs, 1)
         check_count('every', every, 1); check_count('n_terms', n_terms, 1); check_count('seed', seed, 0)
         check_number('hyper_lr', hyper_lr, high=math.inf, open_low=True, schedule=False)
         check_number('valid_pct', valid_pct, high=0.9, schedule=False); check_number('hessian_share', hessian_share, open_low=True, schedule=False)
@@ -209,8 +211,9 @@ class OnePassTuner(Callback):
         if per not in ('group', 'parameter'): raise ValueError(f"per must be 'group' or 'parameter'; got {per!r}.")
         if per == 'parameter' and 'lr' not in tune:
             raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out 'lr'.")
-        if valid_dl is not None and valid_pct: raise ValueError(f"valid_dl and valid_pct={valid_pct}: give one of them, batches come from one place.")
-        self.tune,self.every,self.n_terms,self.hyper_lr,self.valid_dl,self.valid_pct = tune,every,n_terms,hyper_lr,valid_dl,valid_pct
+        if valid_dl is not None and (valid_pct or valid_bs):
+            raise ValueError(f"valid_dl with valid_pct={valid_pct} and valid_bs={valid_bs}: it brings its own rows and batches, so leave these out.")
+        self.tune,self.every,self.n_terms,self.hyper_lr,self.valid_dl,self.valid_pct,self.valid_bs = tune,every,n_terms,hyper_lr,valid_dl,valid_pct,valid_bs
         self.per,self.hessian_share,self.hyper_clip,self.diverged,self.seed = per,hessian_share,hyper_clip,diverged,seed
         self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation and training loss, a line for each step of the hyper-parameters
         self.theta = self.adam = self._fit = None
@@ -313,7 +316,7 @@ class OnePassTuner(Callback):
         valid_dl = self._split(learn.dls.train) if self.valid_pct else self.valid_dl
         if valid_dl is None:
             sizes = [o for o in map(loader_batch_size, (learn.dls.train, learn.dls.valid)) if o]
-            with preserve_rng(): valid_dl = _shuffled(learn.dls.valid, None, min(sizes, default=None), self.seed+self.steps_done)
+            with preserve_rng(): valid_dl = _shuffled(learn.dls.valid, None, self.valid_bs or min(sizes, default=None), self.seed+self.steps_done)
         self._fit.batches = _cycle(valid_dl)
         self.learn.metrics = learn.metrics + [_HyperColumn(lambda name=name: learn.opt.hypers[-1][name], name) for name in self.tune]
 
@@ -324,7 +327,7 @@ class OnePassTuner(Callback):
         n,order = round(self.valid_pct*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         with preserve_rng():
             self._fit.train_dl = restrict_rows(dl, rows[order[n:].sort().values])
-            return _shuffled(dl, rows[order[:n].sort().values], None, self.seed+self.steps_done)
+            return _shuffled(dl, rows[order[:n].sort().values], self.valid_bs, self.seed+self.steps_done)
 
     def before_train(self):
         "With `valid_pct`, train on the other rows; note the first validation loss"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai.basics import OptimWrapper, RMSProp
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches fit_one_cycle, lr_find)
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -268,8 +269,8 @@ def test_k_terms_at_a_fixed_point_are_exact(decouple_wd, n_terms):
     with torch.no_grad(): model.w.copy_(w[:2]); model.u.copy_(w[2:])
     for p, o in ((model.w, momentum[:2]), (model.u, momentum[2:])): learn.opt.state[p]['grad_avg'] = o.clone()
     spy = spied(learn, n_terms=n_terms, every=1, diverged=None)
-    theta = torch.tensor([[SCALES[name][0](float(v)) for v in values] for name, values in dict(lr=lr, wd=wd, mom=mom).items()],
-                         dtype=torch.float64, requires_grad=True)
+    theta = [[SCALES[name][0](float(v)) for v in values] for name, values in dict(lr=lr, wd=wd, mom=mom).items()]
+    theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     rate, decay, m = spread(10**theta[0]), spread(10**theta[1]), spread(torch.sigmoid(theta[2]))
     x = w
     for _ in range(n_terms): x = x - rate*(m*momentum + a @ x - b) - rate*decay*x
@@ -282,9 +283,9 @@ def test_k_terms_at_a_fixed_point_are_exact(decouple_wd, n_terms):
 def test_k_terms_are_k_steps_of_plain_sgd(name):
     "Without momentum nothing is held: K steps of the optimiser itself at the fixed point, by differences, in weight decay"
     model, h = Quadratic(), 1e-5
-    def make(): return Learner(quadratic_learner(0.1, 0.03, 0., False).dls, Quadratic(), loss_func=lambda pred, _: pred.mean(),
-                               wd_bn_bias=True, lr=0.2, cbs=FloatLoss(),
-                               opt_func=partial(SGD, wd=0.03, decouple_wd=False) if name=='sgd_plain' else OPTIMISERS[name])
+    opt_func = partial(SGD, wd=0.03, decouple_wd=False) if name == 'sgd_plain' else OPTIMISERS[name]
+    def make(): return Learner(quadratic_learner(0.1, 0.03, 0., False).dls, Quadratic(), loss_func=lambda pred, _: pred.mean(), wd_bn_bias=True, lr=0.2,
+                               cbs=FloatLoss(), opt_func=opt_func)
     w = torch.linalg.solve(model.a[0] + 0.03*torch.eye(4), model.b[0])
     def start():
         learn = make()
@@ -414,6 +415,7 @@ def test_validation_batches_are_shuffled_and_cover_the_set():
     seen = [torch.cat(passed) for passed in (batches[:4], batches[4:])]
     for o in seen: assert torch.equal(o.sort(0).values, data()[1][0].sort(0).values)
     assert not torch.equal(*seen)
+    assert len(next(tuner_batches(learn.one_pass(valid_bs=9)))[0]) == 9 and len(next(tuner_batches(learn.one_pass(valid_bs=7, valid_pct=0.2)))[0]) == 7
 
 
 @pytest.mark.parametrize('kind', ['fastai', 'torch'])
@@ -519,8 +521,8 @@ def test_columns_history_and_the_next_fit():
 @pytest.mark.parametrize('per', ['group', 'parameter'])
 def test_two_fits_are_one(name, per, tmp_path):
     "Also where the second is another process's: weights and moments by learn.save, what was learnt by state_dict"
-    make = lambda: learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups,
-                           lr=1e-2 if 'torch' in name else [1e-2, 2e-2], path=tmp_path).one_pass(every=2, per=per)
+    lr = 1e-2 if 'torch' in name else [1e-2, 2e-2]
+    make = lambda: learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups, lr=lr, path=tmp_path).one_pass(every=2, per=per)
     whole, halves = fit(make(), 20), fit(make(), 10)
     halves.save('half')
     state, resumed = tuner(halves).state_dict(), make()
@@ -543,8 +545,8 @@ def test_an_explicit_rate_begins_anew():
 
 def test_export(tmp_path):
     dsets = Datasets(list(range(40)), [[math.sin], [math.cos]], splits=[range(30), range(30, 40)])
-    learn = Learner(dsets.dataloaders(bs=5), nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)).double(), loss_func=nn.L1Loss(), path=tmp_path,
-                    cbs=FloatLoss())
+    model = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)).double()
+    learn = Learner(dsets.dataloaders(bs=5), model, loss_func=nn.L1Loss(), path=tmp_path, cbs=FloatLoss())
     fit(learn.one_pass(every=2))
     learn.export('learner.pkl')
     with warnings.catch_warnings():
@@ -636,6 +638,15 @@ def test_nan_between_two_steps_of_the_hyper_parameters(n_epoch):
     assert finite(learn) and learn.lr == pytest.approx(0.1)
 
 
+def test_training_losses_count_too():
+    "A loss that shot up between two looks, though validation looks well again: networks that die of it come back to the first loss"
+    class Loud(Callback):
+        order = OnePassTuner.order - 1
+        def before_step(self): self.learn.loss = self.loss + (100. if self.iter == 2 else 0.)
+    with pytest.warns(UserWarning, match='diverged by step 5'): learn = fit(learner(dls=loaders(n=200), cbs=Loud()).one_pass(every=5))
+    assert tuner(learn).history.rolled_back.tolist() == [True, False] and tuner(learn).history.valid_loss.iloc[0] < 2*tuner(learn).reference[0]
+
+
 def test_a_fit_that_another_callback_stops():
     learn = learner(dls=loaders(n=2000), lr=10., cbs=TerminateOnNaNCallback()).one_pass(every=10**6)
     with pytest.warns(UserWarning, match='diverged'): fit(learn, 1)
@@ -688,11 +699,10 @@ def test_a_large_hypergradient_is_clipped():
     (dict(tune=('lr', 'beta')), 'expected one or several of'), (dict(tune=()), 'expected one or several of'), (dict(tune=('lr', 'lr')), 'each once'),
     (dict(every=0), 'every must be a whole number of at least 1'), (dict(n_terms=0), 'n_terms must be a whole number of at least 1'),
     (dict(hyper_lr=0.), 'hyper_lr must lie in'), (dict(hessian_share=0.), 'hessian_share must lie in'), (dict(hyper_clip=-1.), 'hyper_clip must lie in'),
-    (dict(diverged=1.), 'diverged must lie in'),
-    (dict(per='layer'), "per must be 'group' or 'parameter'"), (dict(per='parameter', tune='wd'), "leaves out 'lr'"),
-    (dict(valid_pct=1.), 'valid_pct must lie in'), (dict(valid_pct=0.001), 'leaves nothing to validate on'),
-    (dict(valid_pct=0.1, valid_dl=[1]), 'give one of them'), (dict(valid_dl=[]), 'The validation set is empty'),
-    (dict(valid_dl=3), 'needs validation batches')])
+    (dict(diverged=1.), 'diverged must lie in'), (dict(per='layer'), "per must be 'group' or"), (dict(per='parameter', tune='wd'), "leaves out 'lr'"),
+    (dict(valid_pct=1.), 'valid_pct must lie in'), (dict(valid_pct=0.001), 'leaves nothing to validate on'), (dict(valid_bs=0), 'valid_bs must be'),
+    (dict(valid_pct=0.1, valid_dl=[1]), 'it brings its own rows'), (dict(valid_bs=5, valid_dl=[1]), 'and batches'),
+    (dict(valid_dl=[]), 'The validation set is empty'), (dict(valid_dl=3), 'needs validation batches')])
 def test_bad_values(kwargs, message):
     learn = learner()
     with pytest.raises(ValueError, match=message): learn.one_pass(**kwargs)
@@ -707,8 +717,8 @@ def test_bad_kinds(kwargs):
 @pytest.mark.parametrize('opt,kwargs,message', [
     ('sgd_plain', {}, 'the optimiser has no momentum'), ('torch_sgd_plain', {}, 'the optimiser has no momentum'), ('rmsprop', {}, 'has no momentum'),
     (partial(SGD, mom=0.9), {}, 'wd begins at 0'), (partial(SGD, mom=0.9, wd=0.1), dict(wd=0.), 'wd begins at 0'),
-    (partial(SGD, mom=1., wd=0.1), {}, 'mom begins at 1'),
-    ('sgd', dict(lr=0.), 'lr begins at 0'), (Lamb, {}, "the optimiser's step lamb_step"), (lambda p, lr: Lookahead(SGD(p, lr)), {}, 'a step of Lookahead'),
+    (partial(SGD, mom=1., wd=0.1), {}, 'mom begins at 1'), ('sgd', dict(lr=0.), 'lr begins at 0'),
+    (Lamb, {}, "the optimiser's step lamb_step"), (lambda p, lr: Lookahead(SGD(p, lr)), {}, 'a step of Lookahead'),
     (partial(torch_sgd, momentum=0.9, nesterov=True), {}, 'without nesterov'), (partial(OptimWrapper, opt=torch.optim.Adagrad), {}, 'SGD, Adam and AdamW'),
     (partial(torch_adam, amsgrad=True), {}, 'amsgrad')])
 def test_bad_optimisers(opt, kwargs, message):
@@ -721,7 +731,7 @@ def test_what_the_fit_finds_out():
     learn = learner(dls=DataLoaders(loader(*data()[0], 20)))
     with pytest.raises(ValueError, match='needs validation batches'): learn.one_pass()
     assert tuner(fit(learn.one_pass(valid_dl=loader(*data()[1], 7)).remove_cb(learn.recorder), 0)) is not None
-    learn = learner(dls=DataLoaders(loader(*data()[0], 20), loader(*(o[:0] for o in data()[1]), 20)))
+    learn = learner(dls=DataLoaders(loaders().train, loader(*(o[:0] for o in data()[1]), 20)))
     with pytest.raises(ValueError, match='The validation set is empty'): learn.one_pass()
     fit(learn.one_pass(valid_pct=0.2, every=1), 1, cbs=NoValidation())
     learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5).one_pass(valid_pct=0.2)
@@ -732,6 +742,14 @@ def test_with_a_selector():
     "Selected batches are what trains, and what is differentiated"
     learn = fit(learner(dls=loaders(40)).batch_loss_filter(0.5, warmup_epochs=0).one_pass(every=1), 2)
     assert learn.selection.kept < 1 and len(tuner(learn).history) == 4
+
+
+def test_with_mixup():
+    "Second derivatives are those of the mixed inputs and their first targets"
+    x, y = data(double=False)[0]
+    dls = DataLoaders(loader(x, (y[:, 0] > 0).long(), 10), loader(x, (y[:, 0] > 0).long(), 10))
+    learn = Learner(dls, mlp(3, 4, 2, double=False), loss_func=CrossEntropyLossFlat(), cbs=MixUp(0.4))
+    assert len(tuner(fit(learn.one_pass(every=2), 2)).lines) == 6
 
 
 def test_cancelled_fit_leaves_no_columns():
