@@ -4,6 +4,11 @@ python recipes/cifar10_rho_loss.py --path <folder> --method rho_loss --noise 0.2
 python recipes/cifar10_rho_loss.py --path <folder> --method uniform  --noise 0.2 --out runs/uniform-0
 python recipes/compare_runs.py runs
 
+Without any holdout data: the irreducible losses of all rows are cross-fitted, and all rows train, as they do in the uniform run beside it.
+
+python recipes/cifar10_rho_loss.py --path <folder> --method cross_fit   --noise 0.2 --out runs_all/cross_fit-0
+python recipes/cifar10_rho_loss.py --path <folder> --method uniform_all --noise 0.2 --out runs_all/uniform_all-0
+
 Other folders of images, <train>/<class>/ and <test>/<class>/ (CIFAR-100's may be <superclass>/<class>/), take the same commands, with more options:
 
 CIFAR-100     --path <folder> --arch resnet18                             fastai's URLs.CIFAR_100 unpacks so
@@ -29,7 +34,7 @@ from fastcore.script import call_parse
 from torch import nn
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible, redraw_labels, small_cnn
+from rholoss_fastai.all import IrreducibleLosses, Uniform, crossfit_irreducible, fit_irreducible, redraw_labels, small_cnn
 
 
 def resnet18_32px(n_classes=10, size=32):
@@ -58,7 +63,7 @@ def main(
     test_folder:str='test', # Its folder of test images
     holdout_folder:str=None, # Its folder of holdout images; then all rows of the training folder train. Default: the training folder's odd rows
     size:int=32, # Height and width that images are brought to
-    method:str='rho_loss', # uniform, uniform_all (both halves), random (a random subset of each candidate batch) or rho_loss
+    method:str='rho_loss', # uniform, random (a random subset of each candidate batch), rho_loss; on both halves: uniform_all, cross_fit (RHO-LOSS)
     noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes; the test set stays clean
     frac:float=0.1, # Selected share of each candidate batch
     bs:int=32, # Items trained on in each step, n_b
@@ -68,6 +73,7 @@ def main(
     lr:float=1e-3, # Learning rate, constant
     il_arch:str='small_cnn', # Architecture of the irreducible-loss model
     il_epochs:int=10, # Its epochs; the best one's losses are kept
+    il_folds:int=2, # Cross-fit: number of irreducible-loss models
     il_file:str=None, # Irreducible losses: loaded from here if the file exists, else fitted and saved here
     precision:str='auto', # Scoring precision: auto (bfloat16 where it is native), own (as training), float32, bfloat16 or float16
     compile:bool=False, # Compile the scoring forward
@@ -76,7 +82,7 @@ def main(
     out:str='runs/cifar10_rho_loss', # Folder for history.csv, summary.json and accuracy.png
 ):
     "Train on CIFAR-10 with label noise, uniformly or with RHO-LOSS, at a given number of training steps"
-    methods = ('uniform', 'uniform_all', 'random', 'rho_loss')
+    methods = ('uniform', 'uniform_all', 'random', 'rho_loss', 'cross_fit')
     if method not in methods: raise SystemExit(f"--method must be one of {', '.join(methods)}; got {method!r}.")
     for name in (arch, il_arch):
         if name not in ARCHITECTURES: raise SystemExit(f"--arch and --il_arch must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
@@ -92,20 +98,28 @@ def main(
     even,odd = (rows[:n],rows[n:]) if holdout_folder else (rows[::2],rows[1::2])
     labels,noisy = redraw_labels(targets, noise, seed=noise_seed)
     everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/test_folder, size))
-    train,holdout = everything if method=='uniform_all' else everything.of(even),everything.of(odd)
+    chosen,holdout = rows if method in ('uniform_all', 'cross_fit') else even,everything.of(odd)
+    train = everything.of(chosen)
     kind = dict(n_classes=int(targets.max()) + 1, size=size)
 
     set_seed(seed)
     learn = make_learner(image_loaders(train, test, bs, device=device), arch, lr, **kind)
     il = None
     if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
-    if method == 'rho_loss':
+    if method in ('rho_loss', 'cross_fit'):
         if il_file and Path(il_file).exists(): il = IrreducibleLosses.load(il_file)
         else:
             state = torch.get_rng_state()
             set_seed(noise_seed)
-            learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3, **kind)
-            il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
+            if method == 'cross_fit':
+                def il_learner(dls):
+                    dls.train.after_batch = image_loader(train, 1, augment=True).after_batch # the fold's own copy: scoring stays plain
+                    return make_learner(dls, il_arch, 1e-3, **kind)
+                n_fold = len(train)*(il_folds - 1)//il_folds
+                il = crossfit_irreducible(il_learner, image_loaders(train, test, min(320, n_fold), device=device), il_epochs, il_folds, seed=noise_seed)
+            else:
+                learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3, **kind)
+                il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)
         learn.rho_loss(il, frac=frac, precision=read_precision(precision), compile=compile)
@@ -117,8 +131,8 @@ def main(
                    seconds=history[-1][3], seconds_with_evaluations=round(seconds, 1), il=il.info if il else None, **machine())
     if il or method == 'random':
         selected = learn.selection.selected.cpu()
-        summary.update(noisy_candidates=round(noisy[even].float().mean().item(), 4),
-                       noisy_selected=round((selected[noisy[even]].sum()/selected.sum()).item(), 4))
+        summary.update(noisy_candidates=round(noisy[chosen].float().mean().item(), 4),
+                       noisy_selected=round((selected[noisy[chosen]].sum()/selected.sum()).item(), 4))
     write_run(out, history, summary)
     print(f"{method}: best accuracy {summary['best']:.4f} after {summary['steps_to_best']} of {steps} steps, mean of the last five evaluations "
           f"{summary['last_five']:.4f}, {summary['seconds']:.0f} s of training" + (f", {il.info['seconds']:.0f} s for irreducible losses" if il else ''))
