@@ -1,6 +1,7 @@
 """RHO-LOSS with everything else that a fit may have in it."""
 import warnings
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from numbered_rows import N, Rows, rows_of
 from torch import nn
+from torchvision.models import resnet18
 
-from rholoss_fastai.all import RhoLossCallback, Uniform, irreducible_losses, learner_precision
+from rholoss_fastai.all import RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
 
 BS, FRAC = 8, 0.25
 
@@ -360,6 +362,28 @@ def test_irreducible_losses_cost_is_booked_once(tmp_path):
     again = fit(first.rho_loss(frac=0.5), 1) # a second call keeps the irreducible losses
     assert again.selector.il is il
     assert again.selection.ledger.selected.tolist() == [0.5]
+
+
+def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
+    "Irreducible losses are fitted once, by a smaller model on other rows, whatever is trained with them, and however often"
+    class Images(Rows):
+        def __init__(self, start):
+            super().__init__(48)
+            self.pixels = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(start))
+        def __getitem__(self, i): return self.pixels[i], super().__getitem__(i)[1]
+    def dls(start): return DataLoaders(DataLoader(Images(start), bs=BS, shuffle=True), DataLoader(Images(start), bs=48))
+    def learner_of(arch, start=0): return Learner(dls(start), arch, loss_func=CrossEntropyLossFlat())
+    il = fit_irreducible(learner_of(small_cnn(3), start=1), learner_of(small_cnn(3)).dls.train, 1, progress=False)
+    booked = []
+    for seed, arch in enumerate((partial(resnet18, num_classes=3), partial(small_cnn, 3), partial(small_cnn, 3))):
+        set_seed(seed)
+        learn = fit(learner_of(arch()).rho_loss(il, frac=FRAC), 1)
+        booked.append(learn.selection.ledger.seconds_il.sum())
+        assert learn.selector.il is il
+    assert booked == [il.info['seconds'], 0, 0]
+    il.save(tmp_path/'il.safetensors')
+    again = fit(learner_of(small_cnn(3)).rho_loss(tmp_path/'il.safetensors', frac=FRAC), 1)
+    assert again.selection.ledger.seconds_il.sum() == 0
 
 
 def test_bad_input(tmp_path):
