@@ -79,11 +79,20 @@ class Evaluations(Callback):
         self.history.append([self.step, self.epoch, round(float(right)/n, 5), seconds, record.total('scored') if record else 0, self.items])
 
 
+class ShareOfSteps(Callback):
+    "`pct_train`, which schedules go by, of a fit that ends after `n_steps` training steps and not with its epochs"
+    order = -6 # before a selector
+    def __init__(self, n_steps): self.n_steps = n_steps
+    def before_train(self): self.learn.pct_train = self.evaluations.step/self.n_steps
+    def before_batch(self):
+        if self.training: self.before_train()
+
+
 def fit_steps(learn, test, n_steps, every, cbs=()):
     "Fit `learn` at a constant rate, unless one of `cbs` changes it, for `n_steps` training steps; its `Evaluations`"
     evaluations = Evaluations(test, n_steps, every)
     # an epoch has at least one step, so this is enough of them
-    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=[evaluations, *cbs])
+    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=[evaluations, ShareOfSteps(n_steps), *cbs])
     return evaluations
 
 

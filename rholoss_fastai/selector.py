@@ -88,7 +88,7 @@ class BatchSelector(Callback):
                              "Pass enlarge=False to select within the DataLoader's own batches.")
         if not self.finds_il and il is not None and not isinstance(il, (ItemTable, Tensor, np.ndarray, list, tuple)):
             raise TypeError(f"il must be IrreducibleLosses (of a file, IrreducibleLosses.load(path)), or one number a row; got {il!r}.")
-        if il is not None and score is training_loss: score = reducible_part
+        if not self.finds_il and il is not None and score is training_loss: score = reducible_part
         self.il,self.inputs = il,score_inputs(score) if pick.needs_scores else ()
         unknown = [o for o in (*self.inputs, *pick.needs) if not hasattr(type(self), f'input_{o}') or o == 'il' and il is None and not self.finds_il]
         if unknown: raise ValueError(f"The score {_name(score)} needs {unknown}, which {type(self).__name__} does not have: "

@@ -196,6 +196,8 @@ def test_compare_selectors_and_resume(folder, tmp_path, capsys):
     names = importlib.import_module('compare_selectors').SELECTORS
     assert [row[0] for row in result['table']] == ['uniform', *names]
     assert dict(row[:2] for row in result['table'])['bald'] == 2
+    scored = {name: runs[0][-1][4] for name, runs in result['histories'].items()}
+    assert scored['then_uniform'] == 32 and scored['rho_loss'] == scored['loss'] == 4*32 # a quarter of the steps, not of the epochs
     assert len(json.loads((tmp_path/'proxy-0'/'summary.json').read_text())['spearman']) == 2 # epochs
     assert (tmp_path/'comparison.png').stat().st_size > 5000
     assert 'wrong labels among selected' in capsys.readouterr().out

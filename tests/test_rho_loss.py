@@ -25,7 +25,7 @@ from numbered_rows import N, Rows, rows_of
 from torch import nn
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
+from rholoss_fastai.all import SCORES, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
 
 BS, FRAC = 8, 0.25
 
@@ -384,6 +384,16 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     il.save(tmp_path/'il.safetensors')
     again = fit(learner_of(small_cnn(3)).rho_loss(tmp_path/'il.safetensors', frac=FRAC), 1)
     assert again.selection.ledger.seconds_il.sum() == 0
+
+
+def test_a_score_asked_for_is_the_score():
+    "Whatever else is given: the training loss with irreducible losses at hand, as the baseline of the paper"
+    il, batches = il_values()*10, {}
+    for name in ('loss', 'reducible'):
+        learn = learner().rho_loss(il, score=name, frac=FRAC)
+        assert learn.selector.score is SCORES[name] and learn.selector.inputs == (('loss',) if name == 'loss' else ('loss', 'il'))
+        batches[name] = fit(learn, 1).selection.selected
+    assert not torch.equal(*batches.values())
 
 
 def test_bad_input(tmp_path):
