@@ -148,8 +148,10 @@ def write_run(out, history, summary):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'history.csv', 'w', newline='') as f: csv.writer(f).writerows([COLUMNS, *history])
-    (out/'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
     plot_histories({summary['method']: [history]}, out/'accuracy.png')
+    # last and in one go: a run that has a summary is complete
+    (out/'summary.tmp').write_text(json.dumps(summary, indent=1) + '\n')
+    (out/'summary.tmp').replace(out/'summary.json')
 
 
 def read_run(out):

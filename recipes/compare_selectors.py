@@ -112,6 +112,8 @@ def main(
     if unknown: raise SystemExit(f"--selectors must be all, main, or among uniform, {', '.join(SELECTORS)}; got {', '.join(sorted(unknown))}.")
     if arch not in ARCHITECTURES: raise SystemExit(f"--arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}.")
     names = list(dict.fromkeys(['uniform', *names]))
+    if min(steps, mc_steps) < eval_every: raise SystemExit(f"--eval_every={eval_every} must be at most --steps={steps} and --mc_steps={mc_steps}.")
+    settings = dict(bs=bs, frac=frac, noise=noise, arch=arch, lr=lr)
     seeds,folder,device = [int(o) for o in seeds.split(',')],Path(folder),default_device()
     path,il_file = Path(path or untar_data(URLs.CIFAR)),Path(il_file or folder/'il.safetensors')
     images,targets,files = read_images(path/'train')
@@ -128,17 +130,20 @@ def main(
     il = IrreducibleLosses.load(il_file)
     for seed in seeds:
         for name in names:
-            out = folder/f'{name}-{seed}'
-            if (out/'summary.json').exists(): continue
+            out,n_steps = folder/f'{name}-{seed}',mc_steps if name in WITH_MC else steps
+            if (out/'summary.json').exists():
+                _,there = read_run(out)
+                if any(there[k] != v for k,v in dict(settings, steps=n_steps).items()):
+                    raise SystemExit(f"{out} holds a run with other settings: choose another --folder.")
+                continue
             set_seed(seed)
             learn = learner_with_dropout(image_loaders(train, test, bs, device=device), arch, lr)
-            n_steps = mc_steps if name in WITH_MC else steps
             if name != 'uniform':
                 score,pick = SELECTORS[name]
                 proxy = Learner(learn.dls, narrow_cnn(), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
                 learn.rho_loss(il, score=score, pick=pick(frac), proxy=proxy if name == 'proxy' else None)
             history = fit_steps(learn, test_batches, n_steps, eval_every).history
-            summary = dict(method=name, seed=seed, steps=n_steps, bs=bs, frac=frac, noise=noise, arch=arch, lr=lr, best=best(history),
+            summary = dict(settings, method=name, seed=seed, steps=n_steps, best=best(history),
                            last_five=last_five(history), seconds=history[-1][3], il=il.info, **machine())
             if name != 'uniform':
                 selected = learn.selection.selected.cpu()

@@ -238,7 +238,8 @@ class PercentileSample(Pick):
         past = self.past_losses()
         below,upto = torch.searchsorted(past, key),torch.searchsorted(past, key, right=True)
         percentile = (below + upto + (upto > below))/(2*len(past)) # the mean rank of equal losses
-        return (percentile ** scheduled(self.beta, pct_train)).clamp(min=scheduled(self.sampling_min, pct_train), max=1.)
+        p = (percentile ** scheduled(self.beta, pct_train)).clamp(min=scheduled(self.sampling_min, pct_train), max=1.)
+        return p.masked_fill(scores.isnan(), 0.)
 
     def past_losses(self)->Tensor: # `(min(n_seen, history),)`
         "The history, ascending; empty before the first pick"
@@ -263,7 +264,7 @@ class RankSample(RankedPick):
 
     def keys(self, scores, pct_train=0.):
         rank = rank_key(scores).argsort().argsort() + 0.5 # the middle of each item's share of the ranks
-        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log())
+        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()).masked_fill(scores.isnan(), -math.inf)
 
 # %% ../nbs/02_picks.ipynb #2a626e05
 class Boltzmann(RankedPick):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
@@ -103,9 +104,10 @@ class RhoLossCallback(BatchSelector):
             with scoring_mode(fit.model, fit.device, modules=fit.modules):
                 parts = [(fit.own_scorer(*self._scaled(xb)), yb) for xb,yb in self._chunks((batch.xb, batch.yb), batch.n)]
                 own = torch.cat([fit.item_losses(pred, *yb) for pred,yb in parts])
-                if fit.proxy_share is None:
-                    fit.proxy_share = _flops(fit.scorer.model, batch.xb)/_flops(fit.model, batch.xb)
-                    self.record.scoring_cost *= fit.proxy_share
+            if fit.proxy_share is None:
+                xb,_ = next(self._chunks((batch.xb, batch.yb), batch.n))
+                fit.proxy_share = _flops(fit.scorer.model, fit.device, xb)/_flops(fit.model, fit.device, xb)
+                self.record.scoring_cost *= fit.proxy_share
             batch.scored += batch.n
             fit.correlations.append(rank_correlation(batch.losses, own))
         return idxs
@@ -123,7 +125,8 @@ class RhoLossCallback(BatchSelector):
         super().after_batch()
         fit = self._fit
         if fit.delivered is None: return
-        for companion,share in fit.companions: companion.step(*fit.delivered, lr=None if share is None else self.opt.hypers[-1]['lr']*share)
+        for companion,share in fit.companions:
+            companion.step(*fit.delivered, lr=None if share is None else self.opt.hypers[-1]['lr']*share, weights=fit.weights)
         fit.delivered = None
 
     def _crossfit(self):
@@ -151,6 +154,9 @@ class RhoLossCallback(BatchSelector):
         fit.il_modules = list(self.il.to(fit.device).modules())
         fit.il_scorer = ScoringForward(self.il, fit.device, self.precision, learner_precision(learn, fit.device))
         if self.update_il:
+            if isinstance(learn.opt_func, OptimWrapper):
+                raise ValueError("update_il=True needs an optimiser of the IL model's own, and this Learner's is made already, of the parameters of its "
+                                 "model: give it a function that makes one, such as opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
             learn_il = Learner(learn.dls, self.il, loss_func=fit.loss_func, opt_func=learn.opt_func)
             fit.companions.append((Companion(learn_il, fit.device), 0.01))
 
@@ -173,9 +179,9 @@ def rank_correlation(
     ranks = torch.stack([o.argsort().argsort().float() for o in (a, b)])
     return torch.corrcoef(ranks)[0,1]
 
-def _flops(model, xb):
+def _flops(model, device, xb):
     "Of a forward pass, in convolutions and matrix products"
-    with FlopCounterMode(display=False) as counter: model(*xb)
+    with scoring_mode(model, device), FlopCounterMode(display=False) as counter: model(*xb)
     return max(counter.get_total_flops(), 1)
 
 def _named_pick(name, frac):

@@ -123,6 +123,7 @@ class ScoringForward:
         if self.channels_last: xb = tuple(_channels_last(x) for x in xb)
         if not self.in_doubt: return self._run(xb)
         try: pred = self._run(xb)
+        except torch.cuda.OutOfMemoryError: raise
         except (RuntimeError, NotImplementedError, TypeError): # not every operation is there in bfloat16
             self.dtype = self.own
             pred = self._run(xb)

@@ -10,6 +10,7 @@ __all__ = ['PATIENCE', 'SelectionColumn', 'BatchSelector', 'add_selector']
 # %% ../nbs/10_selector.ipynb #2308867b
 import math
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, ValueMetric
+from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -179,7 +181,8 @@ class BatchSelector(Callback):
         if not fit.dropouts:
             raise ValueError(f"The score {_name(self.score)} compares predictions under dropout, and this model has no dropout layer: add one, or use "
                              "another score.")
-        with modules_in_mode(fit.dropouts, True):
+        # PyTorch's fused transformer layers leave dropout out whatever the mode of the dropout layers inside
+        with modules_in_mode(fit.dropouts, True), _without_fused_attention():
             parts = [torch.stack([prediction(fit.scorer(*self._scaled(xb))).float().log_softmax(1) for _ in range(self.n_mc)])
                      for xb in self._chunks(batch.xb, batch.n)]
         batch.scored += batch.n*self.n_mc
@@ -220,6 +223,8 @@ class BatchSelector(Callback):
             raise ValueError("forward='reuse' selects after the forward pass, when MixUp or CutMix have already mixed selected with rejected items: "
                              "use forward='twice' with them.")
         if next(unwrapped(learn.model).parameters(), None) is None: raise ValueError("The model has no parameters: there is nothing to train.")
+        if self.staleness > 1 and num_distrib() > 1:
+            raise ValueError(f"staleness={self.staleness} remembers losses in each process, and a row goes to another one each epoch: use staleness=1.")
         if self.needs_rows: track_rows(learn.dls.train)
 
     def before_train(self):
@@ -232,7 +237,7 @@ class BatchSelector(Callback):
         fit.model = unwrapped(learn.model) # DistributedTrainer wraps it after our before_fit
         fit.modules,fit.scorer = list(fit.model.modules()),self._scoring_forward(fit)
         fit.scored_modules = list(fit.scorer.model.modules())
-        fit.dropouts = [m for m in fit.scored_modules if isinstance(m, _DropoutNd) or 'drop' in type(m).__name__.lower()]
+        fit.dropouts = [m for m in fit.scored_modules if _drops(m)]
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fit.modules)
         fit.min_items = self.min_items or (2 if batch_norm else 1)
         try: fit.loader,fit.n_b = self._candidates(source) if self.enlarge and not fit.warm else (track_rows(source),None)
@@ -327,7 +332,8 @@ class BatchSelector(Callback):
                 fit.pending,fit.selected_at = batch,record.watch.mark() # goes on in after_pred
                 return
             selection = self._select(batch)
-        else: selection = torch.arange(min(fit.n_b or n, n), device=fit.device) if fit.n_b and fit.n_b < n else None
+        # spread over the batch, which a loader may have sorted by length
+        else: selection = torch.arange(fit.n_b, device=fit.device)*n//fit.n_b if fit.n_b and fit.n_b < n else None
         self._deliver(batch, selection)
         fit.selected_at = record.watch.mark()
         record.watch.add('scoring', started, fit.selected_at)
@@ -373,7 +379,8 @@ class BatchSelector(Callback):
         if size == n and not pick.weighted: return # the batch as it came, bit for bit, and without scoring it
         fit.selecting = True
         if pick.needs_scores:
-            with scoring_mode(fit.scorer.model, fit.device, self.mode=='train', modules=fit.scored_modules):
+            # between a forward and its backward no buffer may be written, and the scores run nothing forward then
+            with torch.no_grad() if fit.reuse else scoring_mode(fit.scorer.model, fit.device, self.mode=='train', modules=fit.scored_modules):
                 batch.scores = self.score(**{o: getattr(self, f'input_{o}')(batch) for o in self.inputs})
             if not fit.scores_checked: _check_scores(batch.scores, n, self.score)
             fit.scores_checked = True
@@ -416,6 +423,10 @@ class BatchSelector(Callback):
         self.record.end_epoch()
         self.epochs_done += 1
         self.epochs_selected += self._fit.selecting # an epoch before `start` has scored nothing that a later one could remember
+        line = self.record.lines[-1] if self.record.lines else {}
+        if self.fallback and self.epochs_selected == 1 and line.get('scored') and math.isnan(line['score_share']):
+            warnings.warn(f"fallback='uniform' can't tell what the selected are worth: the scores {_name(self.score)} are never above 0. Training "
+                          "selects to the end.")
         if self.fallback and not self.fell_back and self._no_longer_pays():
             self.fell_back = True
             warnings.warn(f"Selection no longer pays: in each of the last {PATIENCE} epochs a step with its scoring cost more plain steps (`step_cost` in the "
@@ -476,11 +487,22 @@ def _masks(track):
 
 def _name(score): return getattr(score, '__name__', score)
 
-def _by_chance_or_batch(m):
-    "Does the module, in training mode, act on an item by chance or by the company that it is in: batch norm, and dropout of every kind"
+def _drops(m):
+    "Does the module, in training mode, act on an item by chance: dropout of every kind?"
     dropout = getattr(m, 'dropout', 0.) # of a recurrent or attention layer
     named = any(word in type(m).__name__.lower() for word in ('drop', 'stochastic')) # DropPath, RNNDropout, StochasticDepth
-    return named or isinstance(m, (_BatchNorm, _DropoutNd)) or (isinstance(dropout, float) and dropout > 0)
+    return named or isinstance(m, _DropoutNd) or (isinstance(dropout, float) and dropout > 0)
+
+def _by_chance_or_batch(m):
+    "Does the module, in training mode, act on an item by chance or by the company that it is in?"
+    return _drops(m) or isinstance(m, _BatchNorm)
+
+@contextmanager
+def _without_fused_attention():
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
 
 def _check_scores(scores, n, score):
     if not isinstance(scores, Tensor) or scores.shape != (n,):

@@ -183,19 +183,21 @@ class Companion:
         learn:Learner, # Its model, loss function and optimiser
         device:torch.device # Where the batches are
     ):
-        self.model,self.loss_func = get_model(learn.model).to(device),learn.loss_func
+        self.model,self.loss_func,self.item_losses = get_model(learn.model).to(device),learn.loss_func,ItemLosses(learn.loss_func)
         if learn.opt is None: learn.create_opt()
         self.opt,self.device = learn.opt,device
 
     def step(self,
         xb:tuple, # Inputs
         yb:tuple, # Targets
-        lr:float=None # Learning rate of this step; default the optimiser's own
+        lr:float=None, # Learning rate of this step; default the optimiser's own
+        weights:Tensor=None # `(bs,)` weights of the items' losses, whose weighted mean is the loss then
     ):
         "One training step"
         if lr is not None: self.opt.set_hyper('lr', lr)
         self.model.train()
         with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [], device_type='cuda'), torch.enable_grad():
-            self.loss_func(prediction(self.model(*xb)), *yb).backward()
+            pred = prediction(self.model(*xb))
+            (self.loss_func(pred, *yb) if weights is None else (weights*self.item_losses(pred, *yb)).mean()).backward()
         self.opt.step()
         self.opt.zero_grad()

@@ -62,9 +62,12 @@ def test_batch_of_one(name):
 @pytest.mark.parametrize('others', [[0.1, 3., 0.5], [-5., -math.inf, -9.], [math.inf, 1e38, -1e38]], ids=str)
 def test_nan_comes_last(name, others):
     scores = torch.tensor([math.nan, *others[:2], math.nan, others[2], math.nan])
-    for _ in range(20):
-        idxs = picked(find_pick(name), scores, size=3).idxs
-        assert set(idxs.tolist()) <= {1, 2, 4}
+    pick = find_pick(name)
+    for _ in range(100): assert set(picked(pick, scores, size=3).idxs.tolist()) <= {1, 2, 4}
+
+def test_percentile_sample_never_draws_nan():
+    pick = PercentileSample(beta=0., sampling_min=0.5)
+    for _ in range(20): assert picked(pick, torch.tensor([1., math.nan, 2., math.nan])).idxs.tolist() == [0, 2]
 
 @each_sized
 @pytest.mark.parametrize('value', [math.nan, 0., 3., math.inf, -math.inf])

@@ -20,12 +20,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from numbered_rows import N, Rows, rows_of
 from torch import nn
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import SCORES, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
+from rholoss_fastai.all import SCORES, Companion, ImportanceSample, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
 
 BS, FRAC = 8, 0.25
 
@@ -384,6 +385,40 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     il.save(tmp_path/'il.safetensors')
     again = fit(learner_of(small_cnn(3)).rho_loss(tmp_path/'il.safetensors', frac=FRAC), 1)
     assert again.selection.ledger.seconds_il.sum() == 0
+
+
+def test_update_il_needs_an_optimiser_of_its_own():
+    "A ready-made one holds the target's parameters: stepping it for the IL model would train the target"
+    learn = learner()
+    learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match='update_il=True needs an optimiser'): fit(learn.rho_loss(model(), update_il=True, frac=FRAC), 1)
+
+
+def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
+    "With importance sampling the proxy's gradient is weighted as the target's; comparing it with the target writes no running statistics"
+    proxy, steps = learner(seed=1), []
+    learn = learner().rho_loss(il_values(), pick=ImportanceSample(FRAC), score='loss', proxy=proxy)
+    class Updates(Callback):
+        "Once a selected batch is trained on, the proxy's batch norm has seen one batch more, and nothing else"
+        order = 60
+        def after_batch(self):
+            if self.training: steps.append((proxy.model[1].num_batches_tracked.item(), self.learn.selector._fit.weights.clone()))
+    fit(learn, 1, cbs=Updates())
+    assert [n for n, _ in steps] == list(range(1, len(steps) + 1)) and any((w != 1).any() for _, w in steps)
+
+
+def test_weights_of_a_companion():
+    "Its gradient is that of the weighted mean of item losses"
+    other = learner()
+    x, y, weights = Rows().images[:5], Rows().targets[:5], torch.tensor([0., 1., 2., 3., 4.])
+    companion = Companion(other, torch.device('cpu'))
+    before = deepcopy(companion.model).train()
+    for module in (before, companion.model): module[4].p = 0.
+    companion.opt, seen = type('Opt', (), dict(step=lambda self: None, zero_grad=lambda self: None))(), None
+    companion.step((x,), (y,), weights=weights)
+    (F.cross_entropy(before(x), y, reduction='none')*weights).mean().backward()
+    seen = [p.grad for p in companion.model.parameters()]
+    for got, p in zip(seen, before.parameters()): assert torch.allclose(got, p.grad, atol=1e-6)
 
 
 def test_a_score_asked_for_is_the_score():

@@ -100,6 +100,53 @@ def test_mc_dropout_scores_disagreement():
     norms = Rows().images.flatten(1).norm(dim=1)
     assert norms[size].mean() > norms.mean()
 
+class Tokens(nn.Module):
+    "Rows of an image, as a sequence, through a layer that has dropout of its own"
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6, 3)
+    def forward(self, x):
+        x = x.squeeze(1)
+        out = self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.head((out[0] if isinstance(out, tuple) else out).mean(1))
+
+@pytest.mark.parametrize('layer', [partial(nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.3, batch_first=True),
+                                   partial(nn.LSTM, 6, 6, 2, dropout=0.3, batch_first=True),
+                                   partial(nn.MultiheadAttention, 6, 2, dropout=0.3, batch_first=True)],
+                         ids=['transformer', 'lstm', 'attention'])
+def test_dropout_inside_fused_layers_counts(layer):
+    "PyTorch's fast path of a transformer layer in eval mode leaves dropout out; recurrent and attention layers have no dropout layer inside"
+    values = []
+    def disagreement(log_probs): values.append(bald(log_probs)); return values[-1]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    learn = fit(learner(lambda: Tokens(layer())).select(disagreement, frac=0.25, precision=None), 1)
+    assert torch.cat(values).min() > 1e-7 and torch.backends.mha.get_fastpath_enabled() == fused
+    assert not any(p.isnan().any() for p in learn.model.parameters())
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+@pytest.mark.parametrize('norm', [partial(nn.BatchNorm1d, 36), nn.Identity], ids=['batch norm', 'buffer'])
+def test_one_forward_leaves_what_backward_needs(mode, norm):
+    "Buffers that a graph holds on to may not be written between forward and backward"
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(36))
+            self.register_buffer('scale', torch.full((36,), 0.5))
+        def forward(self, x): return x*self.weight*self.scale
+    learn = learner(lambda: nn.Sequential(nn.Flatten(), norm(), Scaled(), nn.Linear(36, 3)))
+    fit(learn.select('loss', TopFraction(0.5), forward='reuse', mode=mode), 2)
+    assert (learn.selection.ledger.forward == 'reuse').all() and (learn.selection.ledger.selected == 0.5).all()
+
+def test_fallback_says_where_it_cannot_tell():
+    def calm(loss): return -1 - loss
+    with pytest.warns(UserWarning, match="can't tell what the selected are worth: the scores calm"): fit(learner().select(calm, frac=0.25, fallback='uniform'), 3)
+
+def test_a_batch_that_is_not_selected_from_is_spread_over_its_candidates():
+    "A loader of texts sorts each batch by length: its first items would be the longest"
+    seen = Trained()
+    fit(learner().select('loss', frac=0.25, enlarge=True, every=2), 1, cbs=seen)
+    assert len(seen.batches[1][0]) == 4*BS and torch.equal(seen.rows[1], seen.batches[1][0][::4])
+
 
 # Weights
 
