@@ -25,7 +25,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos
 from fastai.torch_core import default_device, set_seed
-from fastcore.script import call_parse
+from fastcore.script import bool_arg, call_parse
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_data import ImageRows, image_loader, image_loaders, read_images  # noqa: E402
@@ -94,12 +94,12 @@ def read_data(path, noise, noise_seed):
                            on_the_way=test.of(torch.arange(0, len(test), 2)))
 
 
-def irreducible(data, il_file, il_epochs, noise_seed, device):
+def irreducible(data, il_file, noise_seed, device, epochs, lr, one_cycle):
     "Irreducible losses from `il_file`; fitted and written to it where it isn't there"
     if Path(il_file).exists(): return IrreducibleLosses.load(il_file)
     set_seed(noise_seed)
-    learn = make_learner(image_loaders(data.holdout, data.test, min(320, len(data.holdout)), augment=True, device=device), 'small_cnn', 1e-3)
-    il = fit_irreducible(learn, image_loader(data.train, 500, shuffle=False, device=device), il_epochs)
+    learn = make_learner(image_loaders(data.holdout, data.test, min(320, len(data.holdout)), augment=True, device=device), 'small_cnn', lr)
+    il = fit_irreducible(learn, image_loader(data.train, 500, shuffle=False, device=device), epochs, one_cycle=one_cycle)
     il.save(il_file)
     return il
 
@@ -282,7 +282,9 @@ def main(
     noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes
     noise_seed:int=0, # Seed of the labels and of the IL model
     il_file:str=None, # Irreducible losses: loaded from here if the file exists, else fitted and saved here
-    il_epochs:int=10, # Epochs of the IL model
+    il_epochs:int=12, # Epochs of the IL model
+    il_lr:float=6e-3, # Its learning rate
+    il_one_cycle:bool_arg=True, # Let its learning rate rise to that and fall to 0?
     bs:int=32, # Items trained on in each step of uniform, random and RHO-LOSS, n_b; the others narrow batches of this size
     lr:float=1e-3, # Learning rate
     arch:str='small_cnn', # small_cnn or resnet18
@@ -296,7 +298,7 @@ def main(
         if 'rho_loss' in methods and not il_file: raise SystemExit("RHO-LOSS needs --il_file: a file to load, or to write.")
         options = SimpleNamespace(bs=bs, lr=lr, arch=arch, device=default_device())
         data = read_data(path, noise, noise_seed)
-        il = irreducible(data, il_file, il_epochs, noise_seed, options.device) if 'rho_loss' in methods else None
+        il = irreducible(data, il_file, noise_seed, options.device, il_epochs, il_lr, il_one_cycle) if 'rho_loss' in methods else None
         kept = folder/f'{schedule}-noise{noise}'
         costs = step_costs(runs, data, options, il, folder/f'costs-noise{noise}.json')
         for seed in seeds:

@@ -73,6 +73,8 @@ def main(
     lr:float=1e-3, # Learning rate, constant
     il_arch:str='small_cnn', # Architecture of the irreducible-loss model
     il_epochs:int=10, # Its epochs; the best one's losses are kept
+    il_lr:float=1e-3, # Its learning rate
+    il_one_cycle:bool=False, # Let its learning rate rise to that and fall to 0? A better model for as many epochs; --il_lr 6e-3 suits
     il_folds:int=2, # Cross-fit: number of irreducible-loss models
     il_file:str=None, # Irreducible losses: loaded from here if the file exists, else fitted and saved here
     precision:str='auto', # Scoring precision: auto (bfloat16 where it is native), own (as training), float32, bfloat16 or float16
@@ -114,12 +116,13 @@ def main(
             if method == 'cross_fit':
                 def il_learner(dls):
                     dls.train.after_batch = image_loader(train, 1, augment=True).after_batch # the fold's own copy: scoring stays plain
-                    return make_learner(dls, il_arch, 1e-3, **kind)
+                    return make_learner(dls, il_arch, il_lr, **kind)
                 n_fold = len(train)*(il_folds - 1)//il_folds
-                il = crossfit_irreducible(il_learner, image_loaders(train, test, min(320, n_fold), device=device), il_epochs, il_folds, seed=noise_seed)
+                dls = image_loaders(train, test, min(320, n_fold), device=device)
+                il = crossfit_irreducible(il_learner, dls, il_epochs, il_folds, one_cycle=il_one_cycle, seed=noise_seed)
             else:
-                learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, 1e-3, **kind)
-                il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
+                learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, il_lr, **kind)
+                il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs, one_cycle=il_one_cycle)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)
         learn.rho_loss(il, frac=frac, precision=read_precision(precision), compile=compile)

@@ -52,7 +52,8 @@ def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
     for method in ('uniform', 'random', 'rho_loss', 'uniform_all', 'cross_fit'):
         out = tmp_path/'runs'/f'{method}-0'
         il_file = tmp_path/f'{method}.safetensors'
-        run('cifar10_rho_loss', path=folder, method=method, steps=12, eval_every=5, bs=8, frac=0.25, il_epochs=2, il_file=il_file, out=out)
+        run('cifar10_rho_loss', path=folder, method=method, steps=12, eval_every=5, bs=8, frac=0.25, il_epochs=2, il_file=il_file, out=out,
+            il_one_cycle=method == 'cross_fit')
         rows, summary = check(out, 12, method)
         assert [r['step'] for r in rows] == [5, 10, 12] and rows[-1]['items_trained'] == 12*8
         assert rows[-1]['items_scored'] == (12*32 if method in ('rho_loss', 'cross_fit') else 0)

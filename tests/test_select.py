@@ -139,7 +139,8 @@ def test_one_forward_leaves_what_backward_needs(mode, norm):
 
 def test_fallback_says_where_it_cannot_tell():
     def calm(loss): return -1 - loss
-    with pytest.warns(UserWarning, match="can't tell what the selected are worth: the scores calm"): fit(learner().select(calm, frac=0.25, fallback='uniform'), 3)
+    with pytest.warns(UserWarning, match="can't tell what the selected are worth: the scores calm"):
+        fit(learner().select(calm, frac=0.25, fallback='uniform'), 3)
 
 def test_a_batch_that_is_not_selected_from_is_spread_over_its_candidates():
     "A loader of texts sorts each batch by length: its first items would be the longest"
