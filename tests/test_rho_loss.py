@@ -24,6 +24,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from numbered_rows import N, Rows, rows_of
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torchvision.models import resnet18
 
 from rholoss_fastai.all import SCORES, Companion, ImportanceSample, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
@@ -540,3 +542,27 @@ def test_no_host_sync():
         def before_batch(self): torch.cuda.set_sync_debug_mode('default')
     learn = learner().rho_loss(il_values(), frac=FRAC)
     fit(learn, 2, cbs=[NoSync(), Resume()])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('settings', [{}, dict(score='gradient_norm'), dict(score='bald'), dict(on_the_fly=True), dict(compile=True),
+                                      dict(score_bs=8)], ids=str)
+def test_nothing_is_copied_to_the_host(settings):
+    "By a profiler's trace, from a batch's arrival to its training forward"
+    class Enter(Callback):
+        order = -6
+        def before_batch(self):
+            self.span = record_function('selection')
+            if self.training and self.iter > 0: self.span.__enter__()
+    class Leave(Callback):
+        order = 99
+        def before_batch(self):
+            if self.training and self.iter > 0: self.enter.span.__exit__(None, None, None)
+    settings = dict(settings)
+    il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
+    learn = fit(learner().rho_loss(il, frac=FRAC, **settings), 1) # compiled, and checked
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace: fit(learn, 1, cbs=[Enter(), Leave()])
+    spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
+    inside = [e for e in trace.events() if e.device_type == DeviceType.CPU and any(o.start <= e.time_range.start <= o.end for o in spans)]
+    launched = [kernel.name for e in inside for kernel in e.kernels]
+    assert len(spans) > 1 and launched and not [name for name in launched if 'DtoH' in name]
