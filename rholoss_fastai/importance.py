@@ -51,6 +51,10 @@ class _GradientNorms:
     def __init__(self, item_losses, max_bytes): self.item_losses,self.max_bytes,self.chunk = item_losses,check_count('max_bytes', max_bytes, 1),None
 
     def __call__(self, model, xb, yb, rows):
+        # in half precision the squares of small gradients would be 0
+        with torch.autocast(next(model.parameters()).device.type, enabled=False): return self._norms(model, xb, yb, rows)
+
+    def _norms(self, model, xb, yb, rows):
         params = {k: p for k,p in model.named_parameters() if p.requires_grad}
         if not params: raise ValueError("No parameter of this model trains, so there is no gradient: unfreeze it.")
         if self.chunk is None: self.chunk = self._fitting(model, params, xb, yb)
@@ -165,9 +169,14 @@ class ForgettingTracker(Callback):
         store_attr()
         self.fingerprint = self.source = None
 
+    active = False # in a fit, and not in `lr_find`'s
+
+    def __call__(self, event_name):
+        if self.active or event_name == 'before_fit': return super().__call__(event_name)
+
     def before_fit(self):
         "`lr_find` doesn't count"
-        self.run = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if not self.learn.lock.locked(): self.active = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
 
     def before_train(self):
         "Know the rows of the epoch's batches"

@@ -193,10 +193,17 @@ class _BatchLoss(Callback):
     "Makes a batch's loss of its items' losses and rows; subclasses say how in `batch_loss`"
     order,run_valid = TrainEvalCallback.order + 5,False # after the mode is set, before GradientAccumulation (6) divides the loss
 
+    active = False # in a fit, and not in `lr_find`'s
+
+    def __call__(self, event_name):
+        if self.active or event_name == 'before_fit': return super().__call__(event_name)
+
     def before_fit(self):
         "Check what can be checked before the first batch"
         learn = self.learn
-        self.run = not any(isinstance(cb, LRFinder) for cb in learn.cbs)
+        if learn.lock.locked(): return # `validate` and `get_preds` hold it, perhaps in the midst of a fit
+        self.active = not any(isinstance(cb, LRFinder) for cb in learn.cbs)
+        if not self.active: return
         mix = [cb for cb in learn.cbs if isinstance(cb, MixHandler)]
         if mix: raise ValueError(f"{type(mix[0]).__name__} makes one item of two, which {type(self).__name__} has no row for: use one or the other.")
         track_rows(learn.dls.train) # raises where rows can't be known
@@ -372,7 +379,7 @@ class GroupDRO(_BatchLoss):
         "The groups, where the training set is a new one"
         super().before_fit()
         train = self.learn.dls.train
-        if not self.run or self.source is train: return
+        if self.learn.lock.locked() or not self.active or self.source is train: return
         self.known,own = row_groups(train, self.groups),_own_rows(train)
         counts = (self.known.codes if own is None else self.known.codes[own]).bincount(minlength=len(self.known.names))
         self.log_q,self.margin = torch.full((len(counts),), -math.log(len(counts))),self.adjustment/counts.float().sqrt()
@@ -390,9 +397,9 @@ class GroupDRO(_BatchLoss):
         "Weigh the groups anew, then their losses"
         member = (self.codes[rows][:,None] == self.numbers).float()
         counts = member.sum(0)
-        means = losses @ member/counts.clamp(min=1)
+        means = (losses[:,None]*member).sum(0)/counts.clamp(min=1) # a matrix product would be in half precision under autocast
         with torch.no_grad(): self.log_q = (self.log_q + self.eta*(means + self.margin)*(counts > 0)).log_softmax(0)
-        return self.log_q.exp() @ means
+        return (self.log_q.exp()*means).sum()
 
     def after_train(self): self.history.append(self.log_q.exp().tolist())
 

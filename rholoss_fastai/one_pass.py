@@ -178,7 +178,13 @@ def _shuffled(dl, rows, bs, seed):
     return res
 
 def _cycle(dl):
-    while True: yield from dl
+    while True:
+        empty = True
+        for batch in dl:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("The validation batches came to an end, and there are none when they are read again: give a DataLoader, not a generator.")
 
 # %% ../nbs/40_one_pass.ipynb #d3e81c0e
 class OnePassTuner(Callback):
@@ -340,7 +346,11 @@ class OnePassTuner(Callback):
         if self.diverged is None or fit.good: return
         loss = self._validate()[0].item()
         if not math.isfinite(loss): raise ValueError(f"The validation loss before training is {loss}: check weights and inputs for NaN.")
-        if self.reference is None: self.reference = [loss, None]
+        if self.reference is None:
+            if loss <= 0:
+                raise ValueError(f"The validation loss before training is {loss:.4g}. What has diverged is told by how many times the first loss it is, so "
+                                 "this must be above 0: add a constant to the loss, or pass diverged=None for no guard.")
+            self.reference = [loss, None]
         self._remember()
 
     def after_backward(self):
@@ -379,7 +389,7 @@ class OnePassTuner(Callback):
 
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
-        if self.diverged is None: return
+        if self.diverged is None or self.reference[1] is None and self._fit.first is None: return # no step was taken yet
         if self._has_diverged(self._validate()[0]): self._roll_back()
 
     def after_fit(self):
@@ -471,7 +481,7 @@ class OnePassTuner(Callback):
         fit = self._fit
         fit.loss = loss.item()
         if self.diverged is None: return False
-        if self.reference[1] is None: self.reference[1] = max(float(fit.first), self.reference[0])
+        if self.reference[1] is None: self.reference[1] = max(self.reference[0], float(fit.first.nan_to_num(0., 0., 0.)))
         fit.level = max(fit.loss/self.reference[0], float(fit.total)/max(fit.count, 1)/self.reference[1], key=lambda o: math.inf if math.isnan(o) else o)
         fit.total,fit.count = 0.,0
         return not fit.level <= self.diverged

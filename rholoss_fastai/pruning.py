@@ -8,6 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/pruning.html.md"""
 __all__ = ['row_classes', 'prune', 'EpochPruner']
 
 # %% ../nbs/31_pruning.ipynb #fdacac88
+import math
 import random
 from collections.abc import Mapping
 from copy import copy
@@ -118,6 +119,7 @@ def prune(
     if il is not None and not offset: raise ValueError("il says which rows the offset leaves out, but offset=0 leaves out none: pass offset=... as well.")
     dl,generator = dls.train,torch.Generator().manual_seed(seed)
     if isinstance(scores, (str, Path)): scores = DatasetScores.load(scores)
+    if isinstance(scores, ItemTable): scores = DatasetScores(scores.values, scores.fingerprint, scores.info) # no NaN, which would rank first
     values = (scores if isinstance(scores, ItemTable) else DatasetScores.of(scores, dl)).check(dl).values
     rows,classes = _own_rows(dl),row_classes(dl)
     if per_class and classes is None: raise ValueError("per_class=True needs one class a row, and the targets of this data set aren't: use per_class=False.")
@@ -130,6 +132,9 @@ def prune(
                          "keep more, use per_class=True, or another strategy.")
     res = copy(dls)
     res.loaders = [restrict_rows(dl, rows[kept]), *dls.loaders[1:]]
+    if not len(res.train):
+        raise ValueError(f"{len(kept)} rows are left, fewer than a batch, and drop_last is on: an epoch would have no batches. Keep more, or use a smaller "
+                         "batch size or drop_last=False.")
     return res
 
 # %% ../nbs/31_pruning.ipynb #aab260d1
@@ -157,17 +162,20 @@ class EpochPruner(Callback):
             raise ValueError("This score needs irreducible losses: pass il=..., for example crossfit_irreducible(learner_copies(learn), learn.dls, 5).")
         self.record,self.remembered,self.source,self._fit = SelectionRecord(),None,None,None
 
+    def __call__(self, event_name):
+        "Events outside a fit that prunes (`validate`, `get_preds`, `lr_find`) pass by"
+        if self._fit is not None or event_name == 'before_fit': return super().__call__(event_name)
+
     def before_fit(self):
         "Check what can be checked before the first batch, and add the column"
         learn = self.learn
         if learn.lock.locked(): return # `validate` and `get_preds` hold it, perhaps in the midst of a fit
         self._tidy()
-        self.run = learn.opt is not None and not any(isinstance(cb, LRFinder) for cb in learn.cbs)
-        if not self.run: return
+        if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
         check_alone(learn)
-        track_rows(learn.dls.train) # raises where rows can't be known
+        restrict_rows(learn.dls.train, _own_rows(learn.dls.train), seed=0) # raises where rows can't be known, or left out
         self.learn.selection,self.record.figures = self.record,self._figures
-        self._fit = SimpleNamespace(loss_func=learn.loss_func, item_losses=ItemLosses(learn.loss_func), share=1., weights=None)
+        self._fit = SimpleNamespace(loss_func=learn.loss_func, item_losses=ItemLosses(learn.loss_func), share=1., weights=None, checked=not self.weighted)
         self.learn.metrics = learn.metrics + [SelectionColumn(partial(self.record.last, 'selected'), 'selected')]
 
     def before_train(self):
@@ -234,12 +242,21 @@ class EpochPruner(Callback):
         learn,fit = self.learn,self._fit
         if learn.loss_func is not fit.loss_func: raise ValueError("The loss function was replaced during training, so rows have no losses to remember.")
         with torch.set_grad_enabled(fit.weights is not None): losses = fit.item_losses(learn.pred, *learn.yb)
+        if not fit.checked: self._check_mean(losses)
         if fit.weights is not None:
             weighted = (fit.weights[fit.batch_rows]*losses).mean()
             self.learn.loss_grad,self.learn.loss = weighted,weighted.detach().clone()
         values = dict(loss=lambda: losses, il=lambda: self.il_values[fit.batch_rows], pred=lambda: prediction(plain(learn.pred)).float(),
                       targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
         with torch.no_grad(): self.fresh[fit.batch_rows] = self.score(**{o: values[o]() for o in self.inputs}).float()
+
+    def _check_mean(self, losses):
+        "Weighted epochs train on a mean of item losses, so the others must"
+        self._fit.checked = True
+        mean,loss = losses.detach().mean().item(),self.learn.loss.detach().item()
+        if math.isfinite(mean) and abs(loss - mean) > 0.02*abs(mean) + 1e-4:
+            raise ValueError(f"The loss of a batch, {loss:.4g}, isn't the mean of its items' losses, {mean:.4g}: reduction='sum' or class weights, perhaps. "
+                             "Epochs with weights would train on another scale. Use a loss that is the mean, or weighted=False.")
 
     def after_batch(self):
         "Count the time of the training step"

@@ -1,6 +1,7 @@
 """Just Train Twice, Group DRO and worst groups, against closed forms and brute force."""
 import importlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, error_rate
 from fastai.optimizer import SGD
@@ -254,6 +255,39 @@ def test_lr_find_and_pruned_rows_leave_the_groups_alone():
     assert len(learn.group_dro.table) == 1
     fit(learn, 1)
     assert len(learn.group_dro.table) == 2 # goes on where it was
+
+
+class Interrupt(Callback):
+    "The user's ctrl-C in the third batch"
+    def after_loss(self):
+        if self.iter == 2: raise KeyboardInterrupt
+
+
+def test_an_interrupted_lr_find_does_not_switch_it_off():
+    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
+    assert len(fit(learn, 1).group_dro.table) == 1
+
+
+def test_a_loaded_learner_predicts(tmp_path):
+    "An export leaves the training set out, which the groups were of"
+    learn = fit(learner(loaders(), path=tmp_path, cbs=GroupDRO(['ab'[i % 2] for i in range(N)])), 1)
+    learn.export('learner.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'learner.pkl')
+    with loaded.no_bar(): preds = loaded.get_preds(dl=DataLoader(VALID, bs=25))[0]
+    assert torch.allclose(preds, learn.model.eval()(VALID.images).softmax(1), atol=1e-5)
+
+
+def test_group_dro_is_in_float32_under_autocast():
+    "Half precision would round the sums of a group, and overflow in a scaled backward"
+    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
+    kinds = []
+    class Kind(Callback):
+        def after_loss(self): kinds.append(self.learn.loss_grad.dtype)
+    with torch.autocast('cpu', torch.bfloat16): fit(learn, 1, cbs=Kind())
+    assert set(kinds) == {torch.float32}
 
 
 def test_recipe(tmp_path, monkeypatch, capsys):

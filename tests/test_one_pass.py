@@ -695,6 +695,25 @@ def test_a_large_hypergradient_is_clipped():
 
 # Must show 6
 
+def test_validation_batches_that_come_to_an_end():
+    learn = learner()
+    batches = list(learn.dls.valid)
+    with pytest.raises(ValueError, match='give a DataLoader, not a generator'): fit(learn.one_pass(every=1, valid_dl=(b for b in batches)), 5)
+
+def test_a_first_loss_that_is_not_above_0():
+    "Two times -1 is no divergence"
+    def below(pred, y): return nn.functional.mse_loss(pred, y) - 100
+    learn = learner()
+    learn.loss_func = below
+    with pytest.raises(ValueError, match='must be above 0: add a constant to the loss, or pass diverged=None'): fit(learn.one_pass(every=2), 1)
+    fit(learn.one_pass(every=2, diverged=None), 1)
+
+def test_an_epoch_without_a_step():
+    "More batches are accumulated than the epoch has: the first step is in the second epoch"
+    learn = learner()
+    fit(learn.one_pass(every=1), 3, cbs=GradientAccumulation(100))
+    assert weights(learn).isfinite().all()
+
 @pytest.mark.parametrize('kwargs,message', [
     (dict(tune=('lr', 'beta')), 'expected one or several of'), (dict(tune=()), 'expected one or several of'), (dict(tune=('lr', 'lr')), 'each once'),
     (dict(every=0), 'every must be a whole number of at least 1'), (dict(n_terms=0), 'n_terms must be a whole number of at least 1'),

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
-from rholoss_fastai.all import (DatasetScores, EpochPruner, ForgettingTracker, IrreducibleLosses, fingerprint, gradient_norm_bound, prune, row_classes,
-                                track_rows)
+from rholoss_fastai.all import (DatasetScores, EpochPruner, ForgettingTracker, IrreducibleLosses, ItemTable, fingerprint, gradient_norm_bound,
+                                prune, row_classes, track_rows)
 
 N, BS = 200, 16
 
@@ -559,6 +559,39 @@ def test_two_processes(tmp_path):
     assert (torch.isclose(ranks[0]['remembered'], remembered, atol=1e-6)).sum() >= N - 4
 
 
+
+# What is refused
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(reduction='sum'), CrossEntropyLossFlat(weight=torch.tensor([1., 5., 0.2]))],
+                         ids=['sum', 'class weights'])
+def test_a_loss_that_is_not_the_mean_of_its_items(loss_func):
+    "Weighted epochs would be on another scale than the others"
+    with pytest.raises(ValueError, match="isn't the mean of its items' losses"): fit(learner(loss_func=loss_func).prune_epochs(), 2)
+    fit(learner(loss_func=loss_func).prune_epochs(weighted=False), 2)
+
+
+def test_fewer_rows_than_a_batch():
+    with pytest.raises(ValueError, match='10 rows are left, fewer than a batch'): prune(dataloaders(drop_last=True), random_scores(), 0.05)
+
+
+def test_a_table_with_nan_is_no_score():
+    table = ItemTable(random_scores().index_fill(0, torch.tensor([3]), float('nan')), fingerprint(dataloaders().train))
+    with pytest.raises(ValueError, match='1 of 200 scores are NaN or infinite, the first in rows'): prune(dataloaders(), table, 0.5)
+
+
+def test_an_interrupted_lr_find_does_not_switch_it_off():
+    class Interrupt(Callback):
+        def after_loss(self):
+            if self.iter == 2: raise KeyboardInterrupt
+    learn = learner().prune_epochs(delta=1.)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
+    fit(learn, 3)
+    assert learn.selection.ledger.trained.iloc[-1] < N
+    tracked = learner(cbs=ForgettingTracker())
+    with tracked.no_bar(), tracked.no_logging(), tracked.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): tracked.lr_find(num_it=5, show_plot=False)
+    assert fit(tracked, 2).forgetting_tracker.n_epochs == 2
+
+
 @pytest.mark.cuda
 def test_on_cuda_without_waiting():
     learn = fit(learner(dataloaders(Rows(N)).to('cuda'), net().cuda()).prune_epochs(), 4)
@@ -572,5 +605,3 @@ def test_on_cuda_without_waiting():
             if self.training: torch.cuda.set_sync_debug_mode('error')
         def after_loss(self): torch.cuda.set_sync_debug_mode('default')
     fit(learn, 2, cbs=Strict())
-
-
