@@ -4,8 +4,8 @@ python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --il_file il.s
 python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --il_file il.safetensors --folder runs/tta --schedule decayed --budgets 2000,4000
 python benchmarks/time_to_accuracy.py --folder runs/tta --out benchmarks/results/time_to_accuracy.json
 
-A run is a method and its settings, `method:name=value,name=value`; `bs` is the DataLoader's batch size. Each is kept in a file of its own, so a job
-that was stopped goes on with the next one. Two schedules:
+A run is a method and its settings, `method:name=value,name=value`; `bs` is the DataLoader's batch size, `proxy=true` scores with a narrow CNN. Each is
+kept in a file of its own, so a job that was stopped goes on with the next one. Two schedules:
 
 - `constant`: the learning rate as it is, `--steps` steps; with `--until` a run ends when it has passed the best of the uniform run of its seed;
 - `decayed`: the learning rate falls to 0 within each budget, as a comparison at equal cost needs ("No Train No Gain"). A budget is so many uniform
@@ -24,20 +24,22 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos
+from fastai.learner import Learner
 from fastai.torch_core import default_device, set_seed
 from fastcore.script import bool_arg, call_parse
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_data import ImageRows, image_loader, image_loaders, read_images  # noqa: E402
 from cifar10_rho_loss import make_learner  # noqa: E402
+from compare_selectors import narrow_cnn  # noqa: E402
 from common import accept_underscores, best, fit_steps, machine, print_table, same_machine, steps_to  # noqa: E402
 from torch import nn  # noqa: E402
 
 from rholoss_fastai.all import IrreducibleLosses, Uniform, fit_irreducible, redraw_labels  # noqa: E402
 
 METHODS = ('uniform', 'random', 'rho_loss', 'batch_loss_filter', 'selective_backprop')
-RUNS = ('uniform random:frac=0.1 rho_loss:frac=0.5 rho_loss:frac=0.33 rho_loss:frac=0.25 rho_loss:frac=0.1 '
-        'batch_loss_filter:bs=64 selective_backprop:keep=0.5,bs=64')
+RUNS = ('uniform random:frac=0.25 rho_loss:frac=0.5,compile=true rho_loss:frac=0.33,compile=true rho_loss:frac=0.25,compile=true '
+        'rho_loss:frac=0.1,compile=true batch_loss_filter:bs=64 selective_backprop:keep=0.5,bs=64')
 
 
 # A run: `method:name=value,...`
@@ -59,7 +61,9 @@ def read_run(run):
 def select(learn, method, settings, il, seed):
     "Let `learn` select"
     if method == 'random': learn.rho_loss(pick=Uniform(**settings, seed=seed))
-    if method == 'rho_loss': learn.rho_loss(il, **settings)
+    if method == 'rho_loss':
+        if settings.pop('proxy', False): settings['proxy'] = Learner(learn.dls, narrow_cnn(), loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr)
+        learn.rho_loss(il, **settings)
     # no epoch of warm-up, so that a step costs the same all through the run
     if method == 'batch_loss_filter': learn.batch_loss_filter(**settings, warmup_epochs=0)
     if method == 'selective_backprop': learn.selective_backprop(**settings, seed=seed, warmup_epochs=0)

@@ -91,12 +91,12 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
 def test_time_to_accuracy(small_cifar, tmp_path, capsys, monkeypatch):
     tta,folder,out = script('time_to_accuracy'),tmp_path/'runs',tmp_path/'out.json'
     monkeypatch.setattr(tta.step_costs, '__defaults__', (1, 4)) # one round of four steps
-    runs = 'uniform rho_loss:frac=0.5 rho_loss:frac=0.5,scale_factor=0.5 selective_backprop:keep=0.5,bs=16'
+    runs = 'uniform rho_loss:frac=0.5 rho_loss:frac=0.5,scale_factor=0.5 rho_loss:frac=0.5,proxy=true selective_backprop:keep=0.5,bs=16'
     options = dict(path=small_cifar, folder=folder, runs=runs, il_file=tmp_path/'il.safetensors', il_epochs=1, seeds='0', bs=8, noise=0.2, out=out)
     tta.main(**options, steps=8, eval_every=3)
     tta.main(**{**options, 'runs': 'uniform rho_loss:frac=0.5'}, schedule='decayed', budgets='8')
     files = {path: path.stat().st_mtime_ns for path in folder.glob('*/*.json')}
-    assert len(files) == 6
+    assert len(files) == 7
     tta.main(**options, steps=8, eval_every=3)
     assert {path: path.stat().st_mtime_ns for path in files} == files # what is there isn't run again
     assert 'rate decayed to 0' in capsys.readouterr().out
