@@ -5,8 +5,16 @@ python recipes/just_train_twice.py --preset waterbirds --path <folder> --out run
 
 Without a preset, two classes of the CIFAR-10 in the folder, in a coloured frame that agrees with the class in most training rows and in half of the others.
 With one, a folder with a metadata file: a row an image or a text, with the class, the columns whose crossing is its group, and the split (0 or train,
-1 or val, 2 or test). Any other data set: --metadata and the names of its columns. Images begin from a pretrained ResNet, texts from a pretrained AWD-LSTM
-(the papers': BERT), unless --no_pretrained. Each run reports the epoch whose worst group was best on the validation rows; one that was killed starts anew.
+1 or val, 2 or test). Any other data set: --metadata and the names of its columns. Images begin from a pretrained ResNet, texts from BERT (needs
+pip install transformers); with --no_pretrained, a ResNet or a small AWD-LSTM begins from scratch. Each run reports the epoch whose worst group was best on
+the validation rows; one that was killed starts anew. What --path must hold, by preset:
+
+waterbirds: the folder waterbird_complete95_forest2water2 (linked to by github.com/kohpangwei/group_DRO), which has metadata.csv and the images
+celeba: list_attr_celeba.csv and list_eval_partition.csv, as Kaggle and WILDS have them, and the folder img_align_celeba, or one of that name in it
+multinli: metadata_random.csv of github.com/kohpangwei/group_DRO, and multinli_1.0_train.jsonl, _dev_matched.jsonl and _dev_mismatched.jsonl of MultiNLI 1.0
+civilcomments: all_data_with_identities.csv of WILDS; the groups are by identity_any, whether any identity is named, not WILDS's 16, which overlap
+
+The authors of Just Train Twice trained BERT's first model by SGD; here it is trained as the second is, by AdamW with a learning rate that falls to 0.
 """
 import json
 import time
@@ -21,16 +29,20 @@ import torch
 from cifar10_data import ImageRows, image_loader, read_images
 from cifar10_rho_loss import ARCHITECTURES
 from common import Evaluations, accept_underscores, best, last_five, machine, print_table, read_run, steps_to, write_run
+from fastai.callback.schedule import ParamScheduler, SchedLin
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD, OptimWrapper
+from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.all import CategoryBlock, ColReader, ColSplitter, DataBlock, Flip, ImageBlock, Normalize, RandomResizedCrop, imagenet_stats, vision_learner
 from fastai.vision import models
-from fastcore.script import call_parse, store_false
+from fastcore.script import call_parse, store_true
+from text_rho_loss import SMALL_LSTM, Classifier
 
 from rholoss_fastai.all import GroupDRO, just_train_twice, misclassified, row_groups, score_rows, tune_just_train_twice, weighted_loaders
 
@@ -38,16 +50,20 @@ METHODS = ('erm', 'jtt', 'group_dro')
 COLOURS = torch.tensor([[220, 40, 40], [40, 80, 220]], dtype=torch.uint8)
 WIDTH = 3 # pixels of the frame
 
-# published: epochs, T (epochs_id), lambda_up, learning rate, weight decay, batch size; multinli and civilcomments of BERT
+BERT,SEPARATOR = 'bert-base-uncased',' xxsep '
+LR_BERT,LR_LSTM = 2e-5,1e-3
+SPLITS = dict(train=0, val=1, valid=1, test=2)
+
+# published, by paper or github.com/anniesch/jtt: epochs, T (epochs_id), lambda_up, learning rate, weight decay, batch size; of BERT also word pieces
 PRESETS = dict(
     waterbirds=dict(metadata='metadata.csv', file='img_filename', target='y', group='y,place', split='split', epochs=300, epochs_id='60', upweight='100',
                     lr=1e-5, wd=1., bs=64),
-    celeba=dict(metadata='metadata.csv', file='image_id', folder='img_align_celeba', target='Blond_Hair', group='Blond_Hair,Male', split='split', epochs=50,
-                epochs_id='1', upweight='50', lr=1e-5, wd=0.1, bs=128),
-    multinli=dict(metadata='metadata.csv', text='sentence1,sentence2', target='gold_label', group='gold_label,sentence2_has_negation', split='split', epochs=5,
-                  epochs_id='2', upweight='4', lr=2e-5, wd=0., bs=32),
-    civilcomments=dict(metadata='all_data_with_identities.csv', text='comment_text', target='toxicity', group='toxicity,identity_any', split='split', epochs=5,
-                       epochs_id='2', upweight='6', lr=1e-5, wd=0.01, bs=16))
+    celeba=dict(metadata='list_attr_celeba.csv', file='image_id', folder='img_align_celeba', target='Blond_Hair', group='Blond_Hair,Male', split='partition',
+                epochs=50, epochs_id='1', upweight='50', lr=1e-5, wd=0.1, bs=128),
+    multinli=dict(metadata='metadata_random.csv', text='sentence1,sentence2', target='gold_label', group='gold_label,sentence2_has_negation', split='split',
+                  epochs=5, epochs_id='2', upweight='4', lr=2e-5, wd=0., bs=32, max_length=128),
+    civilcomments=dict(metadata='all_data_with_identities.csv', text='comment_text', target='toxicity', group='toxicity,identity_any', split='split', epochs=3,
+                       epochs_id='2', upweight='6', lr=1e-5, wd=0.01, bs=16, max_length=300))
 
 
 def frame(images, colours):
@@ -89,21 +105,75 @@ def framed_cifar(path, classes, rows, agree, bs, lr, wd, arch, seed, device):
     return DataLoaders(train, valid).to(device), test, {name: groups for name,(_,groups) in data.items()}, make_learner
 
 
+def existing(file):
+    if not file.exists(): raise SystemExit(f"{file} is missing: --path must hold it, or --metadata name another metadata file.")
+    return file
+
+
+def with_partition(path, table):
+    "CelebA's attributes with the split, which has a file of its own"
+    return table.merge(pd.read_csv(existing(path/'list_eval_partition.csv')), on='image_id', validate='1:1')
+
+
+def with_sentences(path, table):
+    """Group DRO's metadata of MultiNLI with the sentences, which have files of their own
+
+    By its `dataset_scripts/generate_multinli.py`, the first column numbers the rows of the three files one after the other; rows whose label is '-' are left
+    out, but counted."""
+    files = [existing(path/f'multinli_1.0_{o}.jsonl') for o in ('train', 'dev_matched', 'dev_mismatched')]
+    columns = ['gold_label', 'sentence1', 'sentence2']
+    rows = pd.concat([pd.read_json(o, lines=True, dtype=False)[columns] for o in files], ignore_index=True).reindex(table.iloc[:,0])
+    labels = rows.gold_label.map(dict(contradiction=0, entailment=1, neutral=2)).to_numpy()
+    if not (labels == table.gold_label.to_numpy()).all(): raise SystemExit(f"The labels in {', '.join(map(str, files))} are not those of the metadata file.")
+    return table.assign(**{o: rows[o].to_numpy() for o in columns[1:]})
+
+
+JOINS = dict(celeba=with_partition, multinli=with_sentences)
+
+
 def read_table(path, options):
-    "The metadata: columns `x`, `target`, `group` and `split` (0, 1, 2)"
-    file = path/options.metadata
-    if not file.exists(): raise SystemExit(f"{file} is missing: --path must hold the metadata file, and --metadata name it.")
+    "The metadata: columns `file` or `text`, `target`, `group` and `split` (0, 1, 2)"
+    path,kind = Path(path),'text' if options.text else 'file'
+    file = existing(path/options.metadata)
     table = pd.read_csv(file)
-    columns = dict(group=options.group.split(','), x=(options.text or options.file).split(','), target=[options.target], split=[options.split])
-    missing = [o for names in columns.values() for o in names if o not in table.columns]
-    if missing: raise SystemExit(f"{file} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. Name its columns by "
-                                 "--target, --group, --split and --file or --text.")
+    columns = dict(group=options.group.split(','), item=(options.text or options.file).split(','), target=[options.target], split=[options.split])
+    def missing(): return [o for names in columns.values() for o in names if o not in table.columns]
+    if missing() and options.preset in JOINS: table = JOINS[options.preset](path, table)
+    if missing(): raise SystemExit(f"{file} has no column {', '.join(missing())}; it has {', '.join(map(str, table.columns))}. Name its columns by "
+                                   "--target, --group, --split and --file or --text.")
     def plain(o): return ((o >= 0.5) if o.dtype.kind == 'f' and o.nunique() > 2 else o).astype(str) # WILDS has shares of raters
-    res = pd.DataFrame(dict(target=plain(table[options.target]), split=table[options.split].replace(dict(train=0, val=1, valid=1, test=2)).astype(int)))
+    res = pd.DataFrame(dict(target=plain(table[options.target]), split=[int(SPLITS.get(o, o)) for o in table[options.split]]))
     res['group'] = pd.concat([plain(table[o]) for o in columns['group']], axis=1).agg(', '.join, axis=1)
-    x = table[columns['x']].fillna('').astype(str)
-    res['x'] = x.agg(' xxsep '.join, axis=1) if options.text else [str(path/options.folder/o) for o in x[columns['x'][0]]]
+    items = table[columns['item']].fillna('').astype(str)
+    if options.text: res[kind] = items.agg(SEPARATOR.join, axis=1)
+    else:
+        names,folder = items[columns['item'][0]].tolist(),path/options.folder
+        if not (folder/names[0]).exists() and (folder/folder.name/names[0]).exists(): folder = folder/folder.name # as Kaggle packs CelebA
+        res[kind] = [str(folder/o) for o in names]
     return res.sort_values('split', kind='stable', ignore_index=True)
+
+
+def bert_data(seen, test, paired, max_length, bs, lr, wd, device):
+    "Loaders of training and validation texts, one of test texts, and a function that makes a Learner which fine-tunes BERT as Group DRO's code does"
+    try: from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError as e: raise SystemExit(f"Texts begin from {BERT} ({e}): pip install transformers, or choose --no_pretrained.") from e
+    tokenizer = AutoTokenizer.from_pretrained(BERT)
+    numbers = {o: i for i,o in enumerate(sorted(set(seen.target)))}
+    def collate(items):
+        texts,labels = zip(*items)
+        encoded = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=max_length, padding=True, return_token_type_ids=True,
+                            return_tensors='pt')
+        return dict(encoded),torch.tensor(labels)
+    def loader(part, bs, **kwargs):
+        texts = [tuple(o.split(SEPARATOR, 1)) if paired else (o,) for o in part.text]
+        return DataLoader(list(zip(texts, part.target.map(numbers))), bs=bs, create_batch=collate, device=device, **kwargs)
+    def make_learner(dls):
+        model = Classifier(AutoModelForSequenceClassification.from_pretrained(BERT, num_labels=len(numbers)))
+        # fastai's Adam, not torch's: it spares biases and layer norms
+        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd, opt_func=partial(Adam, sqr_mom=0.999, eps=1e-8),
+                       cbs=[GradientClip(1.), ParamScheduler(dict(lr=SchedLin(lr, 0.)))])
+    dls = DataLoaders(loader(seen[~seen.is_valid], bs, shuffle=True, drop_last=True), loader(seen[seen.is_valid], 4*bs), device=device)
+    return dls, loader(test, 4*bs), make_learner
 
 
 def table_data(path, options, bs, lr, wd, arch, size, pretrained, device):
@@ -111,23 +181,26 @@ def table_data(path, options, bs, lr, wd, arch, size, pretrained, device):
     table = read_table(path, options)
     seen,test = table[table.split < 2],table[table.split == 2]
     seen = seen.assign(is_valid=seen.split == 1).reset_index(drop=True)
-    common = dict(get_x=ColReader('x'), get_y=ColReader('target'), splitter=ColSplitter())
-    optimiser = partial(OptimWrapper, opt=torch.optim.AdamW) if options.text else partial(SGD, mom=0.9)
+    groups = dict(train=seen.group[~seen.is_valid].tolist(), valid=seen.group[seen.is_valid].tolist(), test=test.group.tolist())
+    if options.text and pretrained:
+        dls,test,make_learner = bert_data(seen, test, ',' in options.text, options.max_length, bs, lr, wd, device)
+        return dls, test, groups, make_learner
+    common = dict(get_y=ColReader('target'), splitter=ColSplitter())
     if options.text:
-        block = DataBlock((TextBlock.from_df('x', n_workers=0), CategoryBlock), **dict(common, get_x=ColReader('text')))
+        block = DataBlock((TextBlock.from_df('text', n_workers=0), CategoryBlock), get_x=ColReader('text'), **common)
         def make_learner(dls):
-            return text_classifier_learner(dls, AWD_LSTM, config=None if pretrained else awd_lstm_clas_config, pretrained=pretrained, metrics=[], lr=lr, wd=wd,
-                                           opt_func=optimiser, loss_func=CrossEntropyLossFlat())
+            return text_classifier_learner(dls, AWD_LSTM, config={**awd_lstm_clas_config, **SMALL_LSTM}, pretrained=False, metrics=[], lr=lr, wd=wd,
+                                           opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), loss_func=CrossEntropyLossFlat())
     else:
-        block = DataBlock((ImageBlock, CategoryBlock), item_tfms=RandomResizedCrop(size, min_scale=0.7),
+        block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('file'), item_tfms=RandomResizedCrop(size, min_scale=0.7),
                           batch_tfms=[Flip(), Normalize.from_stats(*imagenet_stats)], **common)
         def make_learner(dls):
-            learn = vision_learner(dls, getattr(models, arch), pretrained=pretrained, normalize=False, metrics=[], lr=lr, wd=wd, opt_func=optimiser,
-                                   loss_func=CrossEntropyLossFlat())
+            # the published weight decay is an L2 penalty on all parameters
+            learn = vision_learner(dls, getattr(models, arch), pretrained=pretrained, normalize=False, metrics=[], lr=lr, wd=wd, wd_bn_bias=True,
+                                   opt_func=partial(SGD, mom=0.9, decouple_wd=False), loss_func=CrossEntropyLossFlat())
             learn.unfreeze()
             return learn
     dls = block.dataloaders(seen, bs=bs, num_workers=0 if options.text else None, device=device)
-    groups = dict(train=seen.group[~seen.is_valid].tolist(), valid=seen.group[seen.is_valid].tolist(), test=test.group.tolist())
     return dls, dls.test_dl(test, with_labels=True), groups, make_learner
 
 
@@ -152,6 +225,12 @@ class GroupEvaluations(Evaluations):
 def chosen(by_group):
     "The epoch whose worst group is best on the validation rows"
     return int(np.argmax([min(o['valid'].values()) for o in by_group]))
+
+
+def check_settings(stored, settings, what):
+    "End with an error where `stored`, what is in `what` already, was made with other settings"
+    differ = [k for k,v in settings.items() if stored.get(k) != v]
+    if differ: raise SystemExit(f"{what} with other settings ({', '.join(differ)}): choose another --out.")
 
 
 def table_of(runs):
@@ -196,7 +275,7 @@ def main(
     eta:float=0.01, # Group DRO's step size
     adjustment:float=0., # Group DRO's generalisation adjustment
     bs:int=None, # Batch size; default 64, or the preset's
-    lr:float=None, # Learning rate, constant; default 1e-3, or the preset's
+    lr:float=None, # Learning rate, constant but for BERT's; default 1e-3, BERT's 2e-5, or the preset's, which of texts is BERT's only
     wd:float=None, # Weight decay; default 0.01, or the preset's
     arch:str=None, # small_cnn or resnet18 for framed CIFAR-10, default small_cnn; a torchvision ResNet for other images, default resnet50
     classes:str='automobile,truck', # Framed CIFAR-10's two classes
@@ -210,23 +289,25 @@ def main(
     target:str=None, # Its column of classes
     group:str=None, # Its column of groups, or several to cross
     split:str=None, # Its column of splits
+    max_length:int=None, # Word pieces of a text that BERT reads; default 128, or the preset's
     size:int=224, # Height and width of images of a metadata file
-    pretrained:store_false=True, # Don't begin from pretrained weights?
+    no_pretrained:store_true=False, # Begin without pretrained weights?
     out:str='runs/just_train_twice', # A folder for each run, comparison.json and comparison.png
 ):
     "Train with each method and seed, and compare their worst groups"
-    methods,seeds = methods.split(','),[int(o) for o in seeds.split(',')]
+    methods,seeds,pretrained = methods.split(','),[int(o) for o in seeds.split(',')],not no_pretrained
     if not set(methods) <= set(METHODS): raise SystemExit(f"--methods must be of {', '.join(METHODS)}; got {','.join(methods)}.")
     if preset is not None and preset not in PRESETS: raise SystemExit(f"--preset must be one of {', '.join(PRESETS)}; got {preset}.")
-    defaults = dict(dict(epochs=8, epochs_id='1', upweight='20', bs=64, lr=1e-3, wd=0.01, folder='', text=None, split='split', file=None,
+    defaults = dict(dict(epochs=8, epochs_id='1', upweight='20', bs=64, lr=1e-3, wd=0.01, folder='', text=None, split='split', file=None, max_length=128,
                          arch='resnet50' if preset or metadata else 'small_cnn'), **PRESETS.get(preset, {}))
     given = dict(epochs=epochs, epochs_id=epochs_id, upweight=upweight, bs=bs, lr=lr, wd=wd, arch=arch, metadata=metadata, file=file, folder=folder, text=text,
-                 target=target, group=group, split=split)
-    options = SimpleNamespace(**{k: defaults.get(k) if v is None else v for k,v in given.items()})
+                 target=target, group=group, split=split, max_length=max_length)
+    options = SimpleNamespace(preset=preset, **{k: defaults.get(k) if v is None else v for k,v in given.items()})
+    if options.text and lr is None: options.lr = PRESETS.get(preset, {}).get('lr', LR_BERT) if pretrained else LR_LSTM
     if options.metadata and not (options.target and options.group and (options.file or options.text)):
         raise SystemExit("--metadata also needs --target, --group, and --file or --text: the names of its columns.")
-    settings = dict(vars(options), preset=preset, by=by, eta=eta, adjustment=adjustment, classes=classes, rows=rows, agree=agree, data_seed=data_seed,
-                    size=size)
+    settings = dict(vars(options), by=by, eta=eta, adjustment=adjustment, classes=classes, rows=rows, agree=agree, data_seed=data_seed, size=size,
+                    pretrained=pretrained)
     device,out,path = default_device(),Path(out),Path(path or untar_data(URLs.CIFAR))
     of_learner = dict(bs=options.bs, lr=options.lr, wd=options.wd, arch=options.arch, device=device)
     if options.metadata: dls,test,groups,make_learner = table_data(path, options, size=size, pretrained=pretrained, **of_learner)
@@ -237,7 +318,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     tuned = None
     if 'jtt' in methods and len(times)*len(weights) > 1:
-        if not (out/'tuned.csv').exists():
+        if (out/'tuned.csv').exists():
+            stored = json.loads((out/'tuned.json').read_text()) if (out/'tuned.json').exists() else {}
+            check_settings(stored, settings, f"{out/'tuned.csv'} is of a search")
+        else:
+            (out/'tuned.json').write_text(json.dumps(settings) + '\n')
             tune_just_train_twice(make_learner, dls, groups['valid'], times, options.epochs, weights, by=by, seed=seeds[0]).to_csv(out/'tuned.csv', index=False)
         tuned = pd.read_csv(out/'tuned.csv').to_dict('records')
         times,weights = [tuned[0]['n_epoch_id']],[tuned[0]['upweight']]
@@ -247,7 +332,7 @@ def main(
         run = out/f'{method}-{seed}'
         if (run/'summary.json').exists():
             runs.append(read_run(run))
-            if any(runs[-1][1][k] != v for k,v in settings.items()): raise SystemExit(f"{run} holds a run with other settings: choose another --out.")
+            check_settings(runs[-1][1], settings, f"{run} holds a run")
             continue
         evaluated = GroupEvaluations(test, dls.valid, groups, time.perf_counter())
         if method == 'jtt':

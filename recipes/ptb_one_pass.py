@@ -100,4 +100,5 @@ def main(
     if method == 'one_pass': summary['hypers'] = learn.one_pass_tuner.history.to_dict('list')
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out)/'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
-    print(f"{method}: validation perplexity {summary['valid'][-1]:.1f}, test perplexity {summary['test']:.1f}, {seconds:.0f} s")
+    last = f"{summary['valid'][-1]:.1f}" if valid else 'unknown (training stopped in its first epoch)'
+    print(f"{method}: validation perplexity {last}, test perplexity {summary['test']:.1f}, {seconds:.0f} s")

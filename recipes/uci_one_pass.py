@@ -177,6 +177,11 @@ def trial(config, data, steps, seed=0, reports=10):
         tune.report(dict(valid=error if math.isfinite(error) else 1e9, mse=loops.mse(data)[0], steps=done), checkpoint=tune.Checkpoint.from_directory(folder))
 
 
+def bounded(config):
+    "PBT multiplies by 1.2 again and again, and from a momentum of 1 on there is no logit"
+    return dict(config, mom=min(max(config['mom'], 0.), 0.999))
+
+
 def run_ray(method, data, n_trials, steps, seed=0):
     "Test error of the trial with the lowest validation error among `n_trials`, by Bayesian optimisation, ASHA or population-based training"
     try:
@@ -193,7 +198,8 @@ def run_ray(method, data, n_trials, steps, seed=0):
         search = OptunaSearch(sampler=GPSampler(seed=seed))
     if method == 'asha': scheduler = ASHAScheduler(time_attr='steps', max_t=steps, grace_period=steps//10)
     if method == 'pbt':
-        scheduler = PopulationBasedTraining(time_attr='steps', perturbation_interval=steps//10, hyperparam_mutations=dict(space), synch=False)
+        scheduler = PopulationBasedTraining(time_attr='steps', perturbation_interval=steps//10, hyperparam_mutations=dict(space),
+                                            custom_explore_fn=bounded, synch=False)
     began = time.perf_counter()
     tuner = tune.Tuner(tune.with_resources(tune.with_parameters(trial, data=data, steps=steps), dict(cpu=1)), param_space=space,
                        tune_config=tune.TuneConfig(metric='valid', mode='min', num_samples=n_trials, search_alg=search, scheduler=scheduler,
@@ -256,7 +262,10 @@ def main(
     if path:
         if method not in (*LOOPS, *TUNED, *RAY): raise SystemExit(f"--method must be one of {', '.join((*LOOPS, *TUNED, *RAY))}; got {method!r}.")
         rows, file = Regression(path, data), Path(out)/f'{data}-{method}.json'
-        runs = json.loads(file.read_text())['runs'] if file.exists() else []
+        stored = json.loads(file.read_text()) if file.exists() else dict(steps=steps, seed=seed, runs=[])
+        runs = stored['runs']
+        if (stored['steps'], stored['seed']) != (steps, seed) or (method in RAY and runs and runs[0]['trials'] != starts):
+            raise SystemExit(f"{file} holds runs with other settings: choose another --out.")
         settings = random_starts(starts, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         def save(): file.write_text(json.dumps(dict(data=data, method=method, steps=steps, seed=seed, machine=machine(), runs=runs), indent=1) + '\n')

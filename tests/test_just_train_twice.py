@@ -1,7 +1,9 @@
 """Just Train Twice, Group DRO and worst groups, against closed forms and brute force."""
 import importlib
 import json
+import sys
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -291,9 +293,16 @@ def test_group_dro_is_in_float32_under_autocast():
 
 
 def test_recipe(tmp_path, monkeypatch, capsys):
+
+
+@pytest.fixture
+def recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'recipes'))
-    recipe, rng = importlib.import_module('just_train_twice'), np.random.default_rng(0)
-    rows = []
+    return importlib.import_module('just_train_twice')
+
+
+def test_recipe(recipe, tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
     for split, n in (('train', 60), ('test', 12)):
         for label, name in enumerate(('automobile', 'truck')):
             (tmp_path/'data'/split/name).mkdir(parents=True)
@@ -308,15 +317,145 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     assert summary['error_set']['rows'] == sum(summary['error_set']['groups'].values()) and len(summary['by_group'][0]['test']) == 4
     assert (tmp_path/'framed'/'comparison.png').stat().st_size > 5000 and 'worst_group' in capsys.readouterr().out
     pd.DataFrame(rows, columns=['file', 'y', 'place', 'split']).to_csv(tmp_path/'data'/'metadata.csv', index=False)
-    table = dict(path=tmp_path/'data', metadata='metadata.csv', target='y', group='y,place', pretrained=False, epochs=1, bs=16, lr=1e-4, methods='erm')
+    table = dict(path=tmp_path/'data', metadata='metadata.csv', target='y', group='y,place', no_pretrained=True, epochs=1, bs=16, lr=1e-4, methods='erm')
     recipe.main(file='file', arch='resnet18', size=32, out=tmp_path/'images', **table)
     assert set(json.loads((tmp_path/'images'/'erm-0'/'summary.json').read_text())['by_group'][0]['test']) == {'0, 0', '0, 1', '1, 0', '1, 1'}
     with pytest.raises(SystemExit, match='no column species'): recipe.main(**dict(table, target='species', file='file', out=tmp_path/'none'))
 
 
-def test_recipe_frames_agree_as_told(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'recipes'))
-    recipe = importlib.import_module('just_train_twice')
+@pytest.fixture
+def texts(tmp_path):
+    "Metadata of pairs of texts, where a word agrees with the class in most rows"
+    rng, rows = np.random.default_rng(0), []
+    for i in range(96):
+        label, common = i % 2, i % 5 > 0
+        words = rng.choice(['the', 'cat', 'sat', 'on', 'a', 'mat'], rng.integers(2, 9)).tolist() + [('no', 'yes')[label if common else 1-label]]
+        rows.append((' '.join(words), ('bad', 'good')[label], ('is', 'was')[label], int(common), ('train', 'val', 'test')[(i // 20) % 3]))
+    pd.DataFrame(rows, columns=['first', 'second', 'y', 'common', 'split']).to_csv(tmp_path/'texts.csv', index=False)
+    return dict(path=tmp_path, metadata='texts.csv', text='first,second', target='y', group='y,common', epochs=1, bs=8, out=tmp_path/'out')
+
+
+def check_texts(out, methods):
+    result = json.loads((out/'comparison.json').read_text())
+    assert [row['method'] for row in result['table']] == methods
+    for method in methods:
+        summary = json.loads((out/f'{method}-0'/'summary.json').read_text())
+        assert set(summary['by_group'][0]['test']) == {'is, 0', 'is, 1', 'was, 0', 'was, 1'}
+    return summary
+
+
+def test_recipe_texts(recipe, texts):
+    recipe.main(**texts, no_pretrained=True)
+    summary = check_texts(texts['out'], ['erm', 'jtt', 'group_dro'])
+    assert summary['lr'] == 1e-3 and not summary['pretrained']
+    with pytest.raises(SystemExit, match=r'other settings \(lr\): choose another --out'): recipe.main(**texts, no_pretrained=True, lr=2e-3)
+
+
+def test_recipe_texts_by_bert(recipe, texts, monkeypatch):
+    "A tiny BERT in place of the downloaded one: it reads pairs, and its learning rate falls to 0"
+    transformers = pytest.importorskip('transformers')
+    from text_rho_loss import word_pieces
+    from tokenizers.processors import TemplateProcessing
+    table, bert = pd.read_csv(texts['path']/'texts.csv'), texts['path']/'bert'
+    tokenizer = word_pieces([*table['first'], *table['second']])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1',
+                                                                    special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    tokenizer.save_pretrained(bert)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    transformers.BertForSequenceClassification(config).save_pretrained(bert)
+    monkeypatch.setattr(recipe, 'BERT', str(bert))
+    recipe.main(**dict(texts, epochs=2), methods='erm,jtt')
+    assert check_texts(texts['out'], ['erm', 'jtt'])['lr'] == 2e-5
+    options = recipe.SimpleNamespace(**{**texts, 'preset': None, 'split': 'split', 'max_length': 6})
+    dls, test, groups, make_learner = recipe.table_data(texts['path'], options, bs=8, lr=1e-2, wd=0.1, arch=None, size=None, pretrained=True, device='cpu')
+    xb, yb = next(iter(test))
+    assert xb['input_ids'].shape[1] == 6 and xb['token_type_ids'].max() == 1 and len(test.dataset) == len(groups['test'])
+    assert [('is', 'was')[o] for o in yb] == [o.split(', ')[0] for o in groups['test'][:len(yb)]]
+    learn = fit(make_learner(dls))
+    rates = learn.recorder.hps['lr']
+    assert rates[0] == 1e-2 and np.allclose(np.diff(rates), -1e-2/len(dls.train))
+    spared = {name for name, p in learn.model.named_parameters() if not learn.opt.state[p].get('do_wd', True)}
+    assert spared == {name for name, _ in learn.model.named_parameters() if name.endswith('bias') or 'LayerNorm' in name}
+
+
+def test_recipe_says_that_transformers_is_missing(recipe, texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(SystemExit, match='pip install transformers'): recipe.main(**texts)
+
+
+def options_of(recipe, preset, **kwargs):
+    return recipe.SimpleNamespace(**{**dict(text=None, folder='', preset=preset), **recipe.PRESETS[preset], **kwargs})
+
+
+@pytest.mark.parametrize('folder', ['img_align_celeba', 'img_align_celeba/img_align_celeba'])
+def test_recipe_reads_celeba(recipe, tmp_path, folder):
+    names = [f'{i:06d}.jpg' for i in range(1, 17)]
+    attributes = pd.DataFrame(dict(image_id=names, Blond_Hair=[1, -1]*8, Male=[1, 1, -1, -1]*4, Young=1))
+    attributes.to_csv(tmp_path/'list_attr_celeba.csv', index=False)
+    with pytest.raises(SystemExit, match='list_eval_partition.csv is missing'): recipe.read_table(tmp_path, options_of(recipe, 'celeba'))
+    pd.DataFrame(dict(image_id=names[::-1], partition=[2]*4 + [1]*4 + [0]*8)).to_csv(tmp_path/'list_eval_partition.csv', index=False)
+    (tmp_path/folder).mkdir(parents=True)
+    for name in names: Image.new('RGB', (8, 10)).save(tmp_path/folder/name)
+    table = recipe.read_table(tmp_path, options_of(recipe, 'celeba'))
+    assert table.split.tolist() == [0]*8 + [1]*4 + [2]*4 and table.group[:4].tolist() == ['1, 1', '-1, 1', '1, -1', '-1, -1']
+    assert table.file.tolist() == [str(tmp_path/folder/name) for name in names]
+    dls, test, groups, make_learner = recipe.table_data(tmp_path, options_of(recipe, 'celeba'), bs=4, lr=0.1, wd=0.5, arch='resnet18', size=8,
+                                                        pretrained=False, device='cpu')
+    assert len(dls.train_ds) == 8 and len(test.dataset) == len(groups['test']) == 4
+    learn = make_learner(dls)
+    learn.create_opt()
+    ours, theirs = (dict(model.named_parameters()) for model in (learn.model, deepcopy(learn.model)))
+    sgd = torch.optim.SGD(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    learn.opt.set_hypers(lr=0.1, wd=0.5)
+    for _ in range(3):
+        for name in ours: ours[name].grad = torch.randn_like(ours[name]); theirs[name].grad = ours[name].grad.clone()
+        learn.opt.step(); sgd.step()
+    for name in ours: torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_recipe_reads_multinli(recipe, tmp_path):
+    "Rows without a label are left out of the metadata, but counted by its numbers"
+    labels, n = ['contradiction', 'entailment', '-', 'neutral'], 0
+    for name, rows in (('train', 9), ('dev_matched', 4), ('dev_mismatched', 5)):
+        lines = [dict(gold_label=labels[i % 4], sentence1=f'premise {i}', sentence2=f'hypothesis {i}', genre='fiction') for i in range(n, n + rows)]
+        (tmp_path/f'multinli_1.0_{name}.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+        n += rows
+    numbers = [i for i in range(n) if i % 4 != 2]
+    metadata = pd.DataFrame(dict(gold_label=[{0: 0, 1: 1, 3: 2}[i % 4] for i in numbers], sentence2_has_negation=[int(i > 9) for i in numbers],
+                                 split=[i % 3 for i in numbers]), index=numbers)
+    metadata.to_csv(tmp_path/'metadata_random.csv')
+    table = recipe.read_table(tmp_path, options_of(recipe, 'multinli'))
+    ordered = [i for split in range(3) for i in numbers if i % 3 == split]
+    assert table.text.tolist() == [f'premise {i} xxsep hypothesis {i}' for i in ordered]
+    assert table.group.tolist() == [f'{metadata.gold_label[i]}, {int(i > 9)}' for i in ordered] and table.split.tolist() == [i % 3 for i in ordered]
+    metadata.assign(gold_label=1).to_csv(tmp_path/'metadata_random.csv')
+    with pytest.raises(SystemExit, match='not those of the metadata'): recipe.read_table(tmp_path, options_of(recipe, 'multinli'))
+
+
+def test_recipe_reads_civilcomments(recipe, tmp_path):
+    pd.DataFrame(dict(id=range(6), comment_text=['a', None, 'c', 'd', 'e', 'f'], split=['train', 'val', 'test']*2, toxicity=[0.1, 0.5, 0.9, 0.2, 0., 1.],
+                      identity_any=[0, 1]*3)).to_csv(tmp_path/'all_data_with_identities.csv')
+    table = recipe.read_table(tmp_path, options_of(recipe, 'civilcomments'))
+    assert table.text.tolist() == ['a', 'd', '', 'e', 'c', 'f'] and table.split.tolist() == [0, 0, 1, 1, 2, 2]
+    assert table.group.tolist() == ['False, 0', 'False, 1', 'True, 1', 'False, 0', 'True, 0', 'True, 1']
+
+
+def test_recipe_reuses_a_search_with_its_own_settings_only(recipe, texts, monkeypatch):
+    searches = []
+    def search(make_learner, dls, groups, times, epochs, weights, **kwargs):
+        searches.append((times, weights))
+        return pd.DataFrame([dict(n_epoch_id=times[0], upweight=weights[0], worst_group=0.5)])
+    monkeypatch.setattr(recipe, 'tune_just_train_twice', search)
+    args = dict(texts, no_pretrained=True, methods='jtt', seeds='0')
+    for _ in range(2): recipe.main(**args, upweight='2,4')
+    assert searches == [([1], [2., 4.])]
+    for changed in (dict(upweight='2,8'), dict(upweight='2,4', lr=0.1), dict(upweight='2,4', by='loss')):
+        with pytest.raises(SystemExit, match=r'tuned.csv is of a search with other settings'): recipe.main(**args, **changed)
+    (texts['out']/'tuned.json').unlink()
+    with pytest.raises(SystemExit, match=r'tuned.csv is of a search with other settings'): recipe.main(**args, upweight='2,4')
+
+
+def test_recipe_frames_agree_as_told(recipe):
     images, targets = torch.randint(0, 255, (200, 3, 32, 32), dtype=torch.uint8), torch.arange(200) % 2
     data, groups = recipe.framed(images, targets, list(range(200)), 0.95, 0)
     own = (data.images[:, :, 0, 0] == recipe.COLOURS[targets]).all(1)

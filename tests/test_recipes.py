@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 
 from rholoss_fastai.all import IrreducibleLosses, restrict_rows, scoring_loader, track_rows
@@ -223,6 +224,11 @@ def test_uci_one_pass(regression, tmp_path, capsys):
     run('uci_one_pass', path=regression, data='toy', method='one_pass', starts=2, steps=40, out=tmp_path) # nothing is run again
     assert (tmp_path/'toy-one_pass.json').read_text() == before and 'one_pass_all' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='--method must be one of'): run('uci_one_pass', path=regression, method='best', out=tmp_path)
+    for changed in (dict(steps=80), dict(seed=1)):
+        for method in ('one_pass', 'random'):
+            with pytest.raises(SystemExit, match='other settings: choose another --out'):
+                run('uci_one_pass', **{**dict(path=regression, data='toy', method=method, starts=3, steps=40, out=tmp_path), **changed})
+    assert (tmp_path/'toy-one_pass.json').read_text() == before
 
 
 def test_uci_loops_are_the_learners_steps(regression):
@@ -252,6 +258,12 @@ def test_uci_by_ray_tune(regression, tmp_path, method):
     run('uci_one_pass', path=regression, data='toy', method=method, starts=3, steps=40, out=tmp_path, results=tmp_path/'all.json')
     row, = json.loads((tmp_path/'all.json').read_text())['table']
     assert row['runs'] == 1 and math.isfinite(row['median'])
+    with pytest.raises(SystemExit, match='other settings'): run('uci_one_pass', path=regression, data='toy', method=method, starts=4, steps=40, out=tmp_path)
+
+
+def test_pbt_keeps_the_momentum_below_one():
+    bounded = importlib.import_module('uci_one_pass').bounded
+    assert [bounded(dict(lr=0.2, wd=0., mom=mom))['mom'] for mom in (0.99*1.2, 0.5, -0.1)] == [0.999, 0.5, 0.] and bounded(dict(lr=0.2, mom=0.))['lr'] == 0.2
 
 
 def test_image_one_pass(folder, tmp_path):
@@ -262,7 +274,7 @@ def test_image_one_pass(folder, tmp_path):
     assert summary['last']['lr'] != 1e-5 and (tmp_path/'one_pass'/'hypers.png').stat().st_size > 5000
 
 
-def test_ptb_one_pass(tmp_path, capsys):
+def test_ptb_one_pass(tmp_path, monkeypatch, capsys):
     "A made-up language in which the next word follows from the last"
     rng = np.random.default_rng(0)
     for name, n in (('train', 200), ('valid', 40), ('test', 40)):
@@ -274,3 +286,8 @@ def test_ptb_one_pass(tmp_path, capsys):
         perplexities.append(json.loads((tmp_path/method/'summary.json').read_text())['test'])
     assert perplexities[1] < 0.8*perplexities[0]
     with pytest.raises(FileNotFoundError, match='ptb.train.txt'): run('ptb_one_pass', path=tmp_path/'elsewhere')
+    class Stops(Callback):
+        def before_train(self): raise CancelFitException
+    monkeypatch.setattr(importlib.import_module('ptb_one_pass'), 'ModelResetter', Stops)
+    run('ptb_one_pass', path=tmp_path, method='constant', epochs=1, hidden=16, bs=4, seq_len=10, out=tmp_path/'stopped')
+    assert json.loads((tmp_path/'stopped'/'summary.json').read_text())['valid'] == [] and 'stopped in its first epoch' in capsys.readouterr().out
