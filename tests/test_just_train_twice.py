@@ -292,9 +292,6 @@ def test_group_dro_is_in_float32_under_autocast():
     assert set(kinds) == {torch.float32}
 
 
-def test_recipe(tmp_path, monkeypatch, capsys):
-
-
 @pytest.fixture
 def recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'recipes'))
