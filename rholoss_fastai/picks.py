@@ -239,7 +239,8 @@ class PercentileSample(Pick):
         below,upto = torch.searchsorted(past, key),torch.searchsorted(past, key, right=True)
         percentile = (below + upto + (upto > below))/(2*len(past)) # the mean rank of equal losses
         p = (percentile ** scheduled(self.beta, pct_train)).clamp(min=scheduled(self.sampling_min, pct_train), max=1.)
-        return p.masked_fill(scores.isnan(), 0.)
+        nan = scores.isnan()
+        return p.masked_fill(nan & ~nan.all(), 0.) # where there is nothing else, they are drawn as equal losses are
 
     def past_losses(self)->Tensor: # `(min(n_seen, history),)`
         "The history, ascending; empty before the first pick"
