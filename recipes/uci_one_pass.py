@@ -12,6 +12,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -191,6 +192,7 @@ def run_ray(method, data, n_trials, steps, seed=0):
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as e: raise SystemExit(f'--method {method} runs on Ray Tune, which is not installed ({e}): pip install ".[tune]"') from e
     ray.init(num_cpus=1, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    storage = TemporaryDirectory() # in place of ~/ray_results
     space = dict(lr=tune.loguniform(1e-6, 1e-1), wd=tune.loguniform(1e-7, 1e-2), mom=tune.uniform(0, 1))
     search = scheduler = None
     if method == 'bayesopt':
@@ -204,11 +206,12 @@ def run_ray(method, data, n_trials, steps, seed=0):
     tuner = tune.Tuner(tune.with_resources(tune.with_parameters(trial, data=data, steps=steps), dict(cpu=1)), param_space=space,
                        tune_config=tune.TuneConfig(metric='valid', mode='min', num_samples=n_trials, search_alg=search, scheduler=scheduler,
                                                    max_concurrent_trials=1 if method == 'bayesopt' else None),
-                       run_config=tune.RunConfig(verbose=0))
+                       run_config=tune.RunConfig(verbose=0, storage_path=storage.name))
     results = tuner.fit()
     best = results.get_best_result()
     spent = sum(r.metrics.get('steps', 0) for r in results)
     ray.shutdown()
+    storage.cleanup()
     return [dict(start={k: best.config[k] for k in space}, mse=best.metrics['mse'], seconds=time.perf_counter() - began, trials=n_trials, steps=spent)]
 
 

@@ -10,7 +10,7 @@ __all__ = ['Update', 'hypergradient', 'OnePassTuner']
 # %% ../nbs/40_one_pass.ipynb #22dad320
 import math
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .items import batch_size, dataset_size, loader_batch_size, preserve_rng, restrict_rows, scoring_loader, subset_batch
 from .losses import ItemLosses, plain, prediction
 from .picks import check_count, check_number
+from .selector import BatchSelector
 
 # %% ../nbs/40_one_pass.ipynb #d082a2ec
 # fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is updated
@@ -177,6 +178,11 @@ def _shuffled(dl, rows, bs, seed):
     res.get_idxs = lambda: torch.randperm(res.n, generator=generator).tolist()
     return res
 
+def _one_tensor(loss_func):
+    "Is it a library's loss, of a single tensor of predictions?"
+    try: return ItemLosses(loss_func).one_tensor
+    except (TypeError, ValueError): return False # it has no item losses, which are not needed here
+
 def _cycle(dl):
     while True:
         empty = True
@@ -204,7 +210,7 @@ class OnePassTuner(Callback):
         diverged:float=2., # Validation or training loss, in multiples of the first, that means divergence: back to the last good weights; None: don't
         seed:int=0 # Of the split and of the order of validation batches
     ):
-        tune = (tune,) if isinstance(tune, str) else tuple(tune)
+        tune = tuple(L(tune))
         unknown = [o for o in tune if o not in _scales]
         if unknown or not tune or len(set(tune)) < len(tune):
             raise ValueError(f"tune={tune!r}: expected one or several of {', '.join(map(repr, _scales))}, each once.")
@@ -234,16 +240,20 @@ class OnePassTuner(Callback):
 
     def check(self,
         learn:Learner, # The Learner to tune
-        opt # Its optimiser, or one like it
+        opt, # Its optimiser, or one like it
+        wd=None # Weight decay that the next fit will set, if any
     )->Update: # Its step
         "Raise what would go wrong later"
+        if any(isinstance(m, torch.jit.ScriptModule) for m in learn.model.modules()):
+            raise ValueError("one_pass can't guard the buffers of a TorchScript model, so validation batches would change its batch norm: tune the model it "
+                             "was scripted from.")
         update,mend = Update(opt),dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
         for name in self.tune:
             if not update.has(name):
                 raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, "
                                  f"or begin with some, for example {mend[name]}.")
-            own = name=='wd' and learn.wd is not None and opt is not learn.opt # the next fit will set it
-            for value in L(learn.wd) if own else [hyper[name] for hyper in opt.hypers]:
+            values = [hyper[name] for hyper in opt.hypers] if name!='wd' or wd is None else [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
+            for value in values:
                 if not 0 < value < (1 if name=='mom' else math.inf):
                     raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < {name}{' < 1' if name=='mom' else ''}: begin "
                                      f"elsewhere, for example {mend[name]}, or leave {name!r} out of tune.")
@@ -256,7 +266,7 @@ class OnePassTuner(Callback):
             raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use to_fp16().")
         if not self.valid_pct:
             dl = learn.dls[1] if self.valid_dl is None and len(learn.dls.loaders) > 1 else self.valid_dl
-            if dl is None or not hasattr(dl, '__iter__'):
+            if dl is None or isinstance(dl, str) or not hasattr(dl, '__iter__'):
                 raise ValueError(f"one_pass needs validation batches, but got {dl!r}: pass valid_dl=, or valid_pct=0.1 to split them off the training set.")
             if hasattr(dl, '__len__') and not len(dl):
                 raise ValueError("The validation set is empty: pass valid_dl=, or valid_pct=0.1 to split one off the training set.")
@@ -277,7 +287,8 @@ class OnePassTuner(Callback):
 
     def _begin(self):
         "Go on with what was learnt, unless the optimiser has been given other values"
-        opt,scalar = self.learn.opt,next(self.learn.model.parameters()).new_zeros(())
+        opt,p = self.learn.opt,next(self.learn.model.parameters())
+        scalar = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         given = {name: [float(hyper[name]) for hyper in opt.hypers] for name in self.tune}
         def differ(own): return [(name, v, new) for name in given for v,new in zip(given[name], own[name]) if not math.isclose(v, new, rel_tol=1e-3)]
         if self.theta is not None and len(opt.hypers) == len(self.theta[self.tune[0]]) and not differ(self._values()): return
@@ -300,6 +311,13 @@ class OnePassTuner(Callback):
             groups = zip(self.learn.opt.param_lists, self.theta['lr'], self.learn.opt.hypers)
             self._fit.relative = [10**t.detach()/hyper['lr'] for group,leaves,hyper in groups for _,t in zip(group, leaves)]
 
+    def _pool(self):
+        "One rate for a group of single weights"
+        if self.theta is None or self.per=='group' or self.learn.opt is None: return
+        rates = [10**torch.cat([t.detach().flatten() for t in group]).median().item() for group in self.theta['lr']]
+        self.learn.opt.set_hyper('lr', rates)
+        self.learn.lr = rates if len(rates) > 1 else rates[0]
+
     # The events
 
     def __call__(self, event_name):
@@ -310,20 +328,28 @@ class OnePassTuner(Callback):
         "Check, begin with the optimiser's values, and add the columns"
         learn = self.learn
         if learn.lock.locked(): return # `validate` and `get_preds` hold it, perhaps in the midst of a fit
-        self._tidy()
+        given = {name: [hyper[name] for hyper in learn.opt.hypers] for name in _scales if name in learn.opt.hypers[0]} if self._fit else {}
+        self._tidy() # a fit that was interrupted may have left NaN
+        for name,values in given.items(): learn.opt.set_hyper(name, values)
         if learn.opt is None or learn._grab_cbs(LRFinder): return
         update,modules = self.check(learn, learn.opt),list(learn.model.modules())
         device,loss_func = next(learn.model.parameters()).device,learn.loss_func # MixUp replaces it in training
-        self._fit = SimpleNamespace(update=update, modules=modules, device=device, loss_func=loss_func, one_tensor=ItemLosses(loss_func).one_tensor,
+        self._fit = SimpleNamespace(update=update, modules=modules, device=device, loss_func=loss_func, one_tensor=_one_tensor(loss_func),
                                     batches=None, train_dl=None, due=False, size=None, before=None, relative=None, verdict=None,
-                                    stepping=False, good=None, rolled_back=0, in_a_row=0, loss=math.nan, level=math.nan, first=None, total=0., count=0)
+                                    stepping=False, good=None, rolled_back=0, in_a_row=0, loss=math.nan, what='', level=math.nan, first=None, total=0., count=0,
+                                    rebased=False, whole=False, n_look=1, n_train=1, selects=bool(learn._grab_cbs(BatchSelector)), skipped=False)
         self._begin()
         self._apply()
         valid_dl = self._split(learn.dls.train) if self.valid_pct else self.valid_dl
         if valid_dl is None:
             sizes = [o for o in map(loader_batch_size, (learn.dls.train, learn.dls.valid)) if o]
             with preserve_rng(): valid_dl = _shuffled(learn.dls.valid, None, self.valid_bs or min(sizes, default=None), self.seed+self.steps_done)
-        self._fit.batches = _cycle(valid_dl)
+            if self.valid_bs and valid_dl is learn.dls.valid:
+                raise ValueError(f"valid_bs={self.valid_bs}, but {type(valid_dl).__name__} can't be read in batches of another size: leave valid_bs out, or "
+                                 "pass valid_dl=.")
+        # single batches differ too much to tell what has diverged
+        n_look,self._fit.n_train = (math.ceil(512/(loader_batch_size(dl) or 64)) for dl in (valid_dl, learn.dls.train))
+        self._fit.batches,self._fit.n_look = _cycle(valid_dl),min(n_look, len(valid_dl)) if hasattr(valid_dl, '__len__') else n_look
         self.learn.metrics = learn.metrics + [_HyperColumn(lambda name=name: learn.opt.hypers[-1][name], name) for name in self.tune]
 
     def _split(self, dl):
@@ -332,8 +358,11 @@ class OnePassTuner(Callback):
         rows = torch.arange(dataset_size(dl)) if rows is None else torch.as_tensor(rows).long()
         n,order = round(self.valid_pct*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         with preserve_rng():
-            self._fit.train_dl = restrict_rows(dl, rows[order[n:].sort().values])
-            return _shuffled(dl, rows[order[:n].sort().values], self.valid_bs, self.seed+self.steps_done)
+            try:
+                self._fit.train_dl = restrict_rows(dl, rows[order[n:].sort().values])
+                return _shuffled(dl, rows[order[:n].sort().values], self.valid_bs, self.seed+self.steps_done)
+            except ValueError as e:
+                raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: pass valid_dl= in its place.") from e
 
     def before_train(self):
         "With `valid_pct`, train on the other rows; note the first validation loss"
@@ -344,13 +373,12 @@ class OnePassTuner(Callback):
                                  "pass valid_dl= in place of valid_pct.")
             self.learn.dl = fit.train_dl
         if self.diverged is None or fit.good: return
-        loss = self._validate()[0].item()
+        loss = self._look()
         if not math.isfinite(loss): raise ValueError(f"The validation loss before training is {loss}: check weights and inputs for NaN.")
-        if self.reference is None:
-            if loss <= 0:
-                raise ValueError(f"The validation loss before training is {loss:.4g}. What has diverged is told by how many times the first loss it is, so "
-                                 "this must be above 0: add a constant to the loss, or pass diverged=None for no guard.")
-            self.reference = [loss, None]
+        if loss <= 0 and self.reference is None:
+            raise ValueError(f"The validation loss before training is {loss:.4g}. What has diverged is told by how many times the first loss it is, so "
+                             "this must be above 0: add a constant to the loss, or pass diverged=None for no guard.")
+        self.reference = [max(loss, self.reference[0]), self.reference[1]] if self.reference else [loss, None] # a later fit may have another loss
         self._remember()
 
     def after_backward(self):
@@ -383,23 +411,26 @@ class OnePassTuner(Callback):
         verdict,fit.verdict = fit.verdict,None
         if verdict == 'diverged': self._roll_back()
         elif verdict == 'good':
+            self.adam.step()
+            with torch.no_grad():
+                for name,groups in self.theta.items():
+                    for leaf in (t for group in groups for t in group): leaf.clamp_(_scales[name].low, _scales[name].high)
             self._apply()
             self._note()
-            if self.diverged is not None and fit.level <= 1: self._remember() # what is worse than at first may be on its way to NaN
+            # what is worse than at first may be on its way to NaN, or dead after a jump that the training losses are yet to tell
+            if self.diverged is not None and fit.level <= 1 and (fit.whole or fit.selects): self._remember()
 
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
-        if self.diverged is None or self.reference[1] is None and self._fit.first is None: return # no step was taken yet
+        if self.diverged is None or self.reference is None or self.reference[1] is None and self._fit.first is None: return # no step was taken yet
         if self._has_diverged(self._validate()[0]): self._roll_back()
 
     def after_fit(self):
         "Take the columns out again; a fit that something else stopped may have left NaN"
-        learn,fit = self.learn,self._fit
-        if learn.lock.locked(): return
-        if fit and fit.good and not all(p.isfinite().all() for p in learn.model.parameters()): self._roll_back(stop=True)
-        self._tidy()
+        if not self.learn.lock.locked(): self._tidy()
 
     def _tidy(self):
+        if self._fit and self._fit.good and not all(p.isfinite().all() for p in self.learn.model.parameters()): self._roll_back(stop=True)
         if any(isinstance(m, _HyperColumn) for m in self.learn.metrics):
             self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _HyperColumn))
         self._fit = None
@@ -419,8 +450,15 @@ class OnePassTuner(Callback):
         with preserve_rng(): batch = plain(to_device(next(self._fit.batches), self._fit.device))
         n_inp = getattr(self.learn.dls, 'n_inp', max(len(batch)-1, 1))
         with _values_in_place(weights, values), torch.set_grad_enabled(bool(weights)):
-            loss = self._loss(batch[:n_inp], batch[n_inp:], training=False)
+            try: loss = self._loss(batch[:n_inp], batch[n_inp:], training=False)
+            except Exception as e:
+                raise RuntimeError(f"one_pass could not take the loss of a validation batch: {e}. It calls the model and `loss_func` itself, on plain tensors: "
+                                   "what other callbacks do in before_batch and after_pred must be done in them.") from e
             return loss.detach(),torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
+
+    def _look(self):
+        "Mean loss of about 512 validation items, or all"
+        return sum(self._validate()[0].item() for _ in range(self._fit.n_look))/self._fit.n_look
 
     def _curved(self, weights):
         "The gradients that the optimiser is about to use, as functions of the weights: their derivative is that of a part of the batch"
@@ -429,7 +467,7 @@ class OnePassTuner(Callback):
         n_part = min(n, max(2, math.ceil(n*self.hessian_share)))
         if n_part < n and batch_size(yb) == n:
             part = torch.arange(n_part, device=self._fit.device)
-            xb,yb = subset_batch(xb, part),subset_batch(yb, part)
+            with suppress(ValueError): xb,yb = subset_batch(xb, part),subset_batch(yb, part) # where a tensor is not of items, the whole batch
         grads = torch.autograd.grad(self._loss(xb, yb), weights, create_graph=True, materialize_grads=True)
         factor = (get_total_norm(used)/self._fit.size).nan_to_num(1.) # of mixed precision and clipping
         return [g + factor*(o - o.detach()) for g,o in zip(used, grads)]
@@ -439,7 +477,9 @@ class OnePassTuner(Callback):
         fit,opt = self._fit,self.learn.opt
         places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers)) for i,p in enumerate(group)
                   if p.grad is not None and p.requires_grad]
-        weights = [p for p,*_ in places]
+        weights,moved = [p for p,*_ in places],{(k, i) for _,k,i,_ in places}
+        lives = [(k, i) in moved if len(group) > 1 else any(o == k for o,_ in moved) for groups in self.theta.values() for k,group in enumerate(groups)
+                 for i in range(len(group))]
         def stepped(grads):
             values = {name: [[_scales[name].outward(t) for t in group] for group in groups] for name,groups in self.theta.items()}
             own = lambda k, i: {name: groups[k][i if len(groups[k]) > 1 else 0] for name,groups in values.items()}
@@ -447,20 +487,21 @@ class OnePassTuner(Callback):
         with torch.no_grad(): new = stepped([p.grad for p in weights])
         loss,v = self._validate(weights, new)
         del new # before the graph that takes the most memory
-        new = stepped([p.grad for p in weights] if self.n_terms == 1 else self._curved(weights))
-        try: slopes = hypergradient(new, weights, self._leaves, v, self.n_terms)
+        try:
+            new = stepped([p.grad for p in weights] if self.n_terms == 1 else self._curved(weights))
+            slopes = hypergradient(new, weights, self._leaves, v, self.n_terms)
         except RuntimeError as e:
-            if 'derivative' not in str(e) and 'double backward' not in str(e): raise
+            if not any(o in str(e) for o in ('derivative', 'double backward', 'create_graph')): raise
             raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no second derivative.") from e
         finite = torch.stack([o.isfinite().all() for o in slopes]).all()
         if self._has_diverged(loss): fit.verdict = 'diverged'
         elif finite:
             fit.verdict = 'good'
-            for leaf,slope in zip(self._leaves, slopes): leaf.grad = self._clipped(leaf, slope)
-            self.adam.step()
-            with torch.no_grad():
-                for name,groups in self.theta.items():
-                    for leaf in (t for group in groups for t in group): leaf.clamp_(_scales[name].low, _scales[name].high)
+            for leaf,slope,live in zip(self._leaves, slopes, lives): leaf.grad = self._clipped(leaf, slope) if live else None # Adam leaves a frozen group alone
+        elif not fit.skipped:
+            fit.skipped = True
+            warnings.warn(f"The hypergradient at step {self.steps_done+1} is not finite: lr, wd and mom stay what they are in such steps. Where a second "
+                          "derivative is NaN, as that of a norm at 0, one_pass(n_terms=1) does without.")
 
     def _clipped(self, leaf, slope):
         "Adam forgets a single large slope only after a thousand steps"
@@ -477,13 +518,21 @@ class OnePassTuner(Callback):
     # Divergence
 
     def _has_diverged(self, loss):
-        "Is this validation loss, or the mean training loss since the last look, NaN or `diverged` times what it was at first? Waits for the device"
+        """Is this validation loss, or the mean training loss of the last 512 items or more, NaN or `diverged` times what it was at first? Waits for the device
+
+        A finite validation loss that looks so is taken again over several batches. With a selector training losses are those of hard items, and tell nothing."""
         fit = self._fit
         fit.loss = loss.item()
         if self.diverged is None: return False
-        if self.reference[1] is None: self.reference[1] = max(self.reference[0], float(fit.first.nan_to_num(0., 0., 0.)))
-        fit.level = max(fit.loss/self.reference[0], float(fit.total)/max(fit.count, 1)/self.reference[1], key=lambda o: math.inf if math.isnan(o) else o)
-        fit.total,fit.count = 0.,0
+        if fit.count and not fit.rebased: # a fit's first training loss
+            self.reference[1] = max(self.reference[0], self.reference[1] or 0., float(fit.first.nan_to_num(0., 0., 0.)))
+            fit.rebased = True
+        trained,fit.whole = float(fit.total)/max(fit.count, 1),fit.count >= fit.n_train
+        if fit.whole: fit.total,fit.count = 0.,0
+        if math.isfinite(fit.loss) and fit.loss > self.diverged*self.reference[0]: fit.loss = self._look()
+        levels = dict(validation=fit.loss/self.reference[0])
+        if fit.whole and not fit.selects or not math.isfinite(trained): levels['training'] = trained/(self.reference[1] or self.reference[0])
+        fit.what,fit.level = max(levels.items(), key=lambda o: math.inf if math.isnan(o[1]) else o[1])
         return not fit.level <= self.diverged
 
     def _remember(self):
@@ -498,6 +547,8 @@ class OnePassTuner(Callback):
         learn,fit,good = self.learn,self._fit,self._fit.good
         learn.model.load_state_dict(good.model)
         learn.opt.load_state_dict(deepcopy(good.opt))
+        fit.total,fit.count = 0.,0
+        learn.opt.zero_grad() # a fit that ends here leaves no gradients of what diverged to the next
         if hasattr(learn.model, 'reset'): learn.model.reset() # a hidden state of NaN
         with torch.no_grad():
             for t,value in zip(self._leaves, good.theta): t.copy_(value)
@@ -507,8 +558,8 @@ class OnePassTuner(Callback):
         self._apply()
         self._note(rolled_back=True)
         fit.rolled_back,fit.in_a_row = fit.rolled_back+1,fit.in_a_row+1
-        what = (f"Training diverged by step {self.steps_done} (validation loss {fit.loss:.3g}, at first {self.reference[0]:.3g}): back to the weights of "
-                f"step {good.step}, ")
+        of = 'weights not finite' if stop else f'{fit.what} loss {fit.level:.3g} times the first' if math.isfinite(fit.level) else f'{fit.what} loss not finite'
+        what = f"Training diverged by step {self.steps_done} ({of}): back to the weights of step {good.step}, "
         if 'lr' not in self.tune: warnings.warn(f"{what}and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
         elif fit.in_a_row > 10: warnings.warn(f"{what}and stopped: a tenth of the learning rate did not help, ten times in a row. Check the data.")
         elif fit.rolled_back == 1: warnings.warn(f"{what}with a tenth of the learning rate, {learn.opt.hypers[-1]['lr']:.3g}. From now on see `history`.")
@@ -553,9 +604,11 @@ class OnePassTuner(Callback):
         "Go on from `state`: the next fit begins with its hyper-parameters"
         learn,state = self.learn,deepcopy(state)
         if learn.opt is None: learn.create_opt()
-        shapes = {name: len(groups) for name,groups in state['theta'].items()}
-        expected = {name: len(learn.opt.param_lists) for name in self.tune}
-        if shapes != expected: raise ValueError(f"The state holds parameter groups by name {shapes}, but here they are {expected}: make the Learner as it was.")
+        each = lambda name, group: [p.shape for p in group] if name=='lr' and self.per=='parameter' else [torch.Size()]
+        shapes = {name: [[t.shape for t in group] for group in groups] for name,groups in state['theta'].items()}
+        if shapes != {name: [each(name, group) for group in learn.opt.param_lists] for name in self.tune}:
+            raise ValueError(f"The state is of {', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other names, number or kind than "
+                             f"here, with tune={self.tune!r}, per={self.per!r} and {len(learn.opt.param_lists)} groups: make the Learner and tuner as they were.")
         device = next(learn.model.parameters()).device
         self.theta = {name: [[t.to(device).requires_grad_() for t in group] for group in groups] for name,groups in state['theta'].items()}
         self._restart_adam()
@@ -563,7 +616,8 @@ class OnePassTuner(Callback):
         self.steps_done,self.reference,self.lines = state['steps_done'],state['reference'],state['lines']
         self._apply()
 
-    def __getstate__(self): return dict(self.__dict__, _fit=None, valid_dl=None)
+    def __getstate__(self):
+        return dict(self.__dict__, _fit=None, valid_dl=None if self.valid_dl is None else 'nothing: the one given is not copied or exported with the Learner')
 
 # %% ../nbs/40_one_pass.ipynb #e9db7bdc
 @patch
@@ -576,10 +630,12 @@ def one_pass(self:Learner,
     tuner = OnePassTuner(tune, **kwargs)
     opt = self.opt or self.opt_func # an optimiser that was made already, or one to look at
     if not isinstance(opt, (Optimizer, OptimWrapper)): opt = opt(self.splitter(self.model), lr=self.lr)
-    tuner.check(self, opt)
+    tuner.check(self, opt, self.wd)
     return self.no_one_pass().add_cb(tuner)
 
 @patch
 def no_one_pass(self:Learner)->Learner: # The Learner
-    "Leave the hyper-parameters alone again: they stay as they were learnt"
-    return self.remove_cbs(self._grab_cbs(OnePassTuner))
+    "Leave the hyper-parameters alone again: they stay as they were learnt; of the rates of single weights the median of each group"
+    tuners = self._grab_cbs(OnePassTuner)
+    for o in tuners: o._pool()
+    return self.remove_cbs(tuners)

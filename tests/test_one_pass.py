@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from fastai.basics import OptimWrapper, RMSProp
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches fit_one_cycle, lr_find)
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback
@@ -392,18 +392,21 @@ class NoValidation(Callback):
     def before_validate(self): raise CancelValidException
 
 
-def test_transforms_of_training_stay_on():
-    "fastai's loaders share their batch transforms: fetching a validation batch must not switch training's augmentation off"
+@pytest.mark.parametrize('valid_pct', [0., 0.2])
+def test_transforms_of_training_stay_on(valid_pct):
+    "A validation batch cut from the training set has no augmentation, and fetching it does not switch training's off"
     class Marks(Transform):
         split_idx = 0
         def encodes(self, x: torch.Tensor): return x + 100
     items = [(torch.randn(3), torch.randn(1)) for _ in range(40)]
     dsets = Datasets(list(range(40)), [[lambda i: items[i][0]], [lambda i: items[i][1]]], splits=[range(30), range(30, 40)])
     dls, seen = dsets.dataloaders(bs=5, after_batch=[Marks]), []
-    class Look(Callback):
-        def before_batch(self): seen.append((self.training, self.xb[0].mean().item() > 50))
-    fit(Learner(dls, mlp(3, 4, 1, double=False), loss_func=nn.MSELoss(), cbs=Look(), lr=1e-6).one_pass(every=2), 2)
-    assert all(training == marked for training, marked in seen) and sum(training for training, _ in seen) == 2*6
+    class Net(nn.Sequential):
+        def forward(self, x):
+            seen.append((self.training, x.mean().item() > 50))
+            return super().forward(x)
+    fit(Learner(dls, Net(*mlp(3, 4, 1, double=False)), loss_func=nn.MSELoss(), lr=1e-6).one_pass(every=2, valid_pct=valid_pct, n_terms=1), 2)
+    assert all(training == marked for training, marked in seen) and sum(training for training, _ in seen) == 2*(4 if valid_pct else 6)
 
 
 def test_validation_batches_are_shuffled_and_cover_the_set():
@@ -533,7 +536,7 @@ def test_two_fits_are_one(name, per, tmp_path):
     for learn in (halves, resumed):
         assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 10
         assert torch.allclose(flat(tuner(whole)._leaves).detach(), flat(tuner(learn)._leaves).detach(), rtol=1e-6)
-    with pytest.raises(ValueError, match='make the Learner as it was'): tuner(learner(name).one_pass()).load_state_dict(state)
+    with pytest.raises(ValueError, match='make the Learner and tuner as they were'): tuner(learner(name).one_pass()).load_state_dict(state)
 
 
 def test_an_explicit_rate_begins_anew():
@@ -576,8 +579,13 @@ def test_frozen_groups():
     history = tuner(learn).history
     assert torch.equal(first, learn.model[0].weight) and history.lr_0.tolist() == pytest.approx([0.05]*3) and history.lr_1.iloc[-1] != pytest.approx(0.05)
     learn.unfreeze()
+    fit(learn, 2)
+    last = tuner(learn).history.iloc[-1]
+    assert last.lr_0 != pytest.approx(0.05) and last.mom_0 != pytest.approx(0.8)
+    learn.freeze() # Adam's own momentum must not carry them on
     fit(learn)
-    assert tuner(learn).history.lr_0.iloc[-1] != pytest.approx(0.05) and tuner(learn).history.mom_0.iloc[-1] != pytest.approx(0.8)
+    again = tuner(learn).history.iloc[-1]
+    assert all(again[f'{name}_0'] == last[f'{name}_0'] and again[f'{name}_1'] != last[f'{name}_1'] for name in ('lr', 'wd', 'mom'))
 
 
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2', 'adamw', 'torch_sgd'])
@@ -643,8 +651,8 @@ def test_training_losses_count_too():
     class Loud(Callback):
         order = OnePassTuner.order - 1
         def before_step(self): self.learn.loss = self.loss + (100. if self.iter == 2 else 0.)
-    with pytest.warns(UserWarning, match='diverged by step 5'): learn = fit(learner(dls=loaders(n=200), cbs=Loud()).one_pass(every=5))
-    assert tuner(learn).history.rolled_back.tolist() == [True, False] and tuner(learn).history.valid_loss.iloc[0] < 2*tuner(learn).reference[0]
+    with pytest.warns(UserWarning, match='diverged by step 10 .training loss'): learn = fit(learner(dls=loaders(100, n=1000), cbs=Loud()).one_pass(every=5))
+    assert tuner(learn).history.rolled_back.tolist() == [False, True] and tuner(learn).history.valid_loss.iloc[1] < 2*tuner(learn).reference[0]
 
 
 def test_a_fit_that_another_callback_stops():
@@ -667,6 +675,84 @@ def test_what_no_rate_helps():
     with pytest.warns(UserWarning, match='ten times in a row'): learn = fit(learner(dls=loaders(n=600), cbs=Break()).one_pass(every=1))
     broken = learn.model[0].weight.isnan().sum()
     assert broken <= 1 and len(tuner(learn).lines) <= 12 # the callback acts after the roll-back
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_lucky_validation_batch_is_no_measure(seed):
+    "Losses of single items differ a hundredfold; nothing moves, so nothing diverges"
+    train, valid = data(n_valid=60)
+    learn = learner(dls=DataLoaders(loader(*train, 20), loader(*valid, 1, False)), lr=1e-8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn.one_pass(every=1, hyper_lr=1e-6, valid_bs=1, seed=seed), 10)
+    history = tuner(learn).history
+    assert not history.rolled_back.any() and history.valid_loss.min() < 0.1*tuner(learn).reference[0]
+
+
+def test_losses_of_selected_items_are_no_divergence():
+    class Loud(Callback):
+        order = OnePassTuner.order - 1
+        def before_step(self): self.learn.loss = self.loss + (100. if self.iter == 2 else 0.)
+    learn = fit(learner(dls=loaders(100, n=1000), cbs=Loud()).batch_loss_filter(0.9, warmup_epochs=0).one_pass(every=5))
+    assert not tuner(learn).history.rolled_back.any()
+
+
+def test_another_loss_is_no_divergence():
+    learn = fit(learner().one_pass(every=1), 1)
+    learn.loss_func = lambda pred, y: 10*nn.functional.mse_loss(pred, y)
+    fit(learn, 20, lr=1e-4)
+    assert not tuner(learn).history.rolled_back.any()
+
+
+def test_a_stopped_fit_leaves_no_gradients():
+    "The next fit would begin with those that blew up"
+    learn = learner(dls=loaders(n=600), lr=1e4).one_pass(('wd', 'mom'), every=2)
+    with pytest.warns(UserWarning, match='loss .*: back to the weights of step .*and stopped'): fit(learn, 5)
+    assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+    fit(learn, 2, lr=0.01)
+    assert len(learn.recorder.values) == 2 and not tuner(learn).history.rolled_back.iloc[-1]
+
+
+def test_nan_and_an_interruption():
+    class Stop(Callback):
+        def after_step(self):
+            if self.iter == 25: raise KeyError('power cut')
+    learn = learner(dls=loaders(n=600), lr=1e12).one_pass(('wd', 'mom'), every=1000)
+    with pytest.raises(KeyError): fit(learn, cbs=Stop())
+    assert not finite(learn)
+    with pytest.warns(UserWarning, match='weights not finite'): fit(learn, 1, lr=0.01)
+    assert finite(learn) and learn.recorder.values[-1][1] < 2*tuner(learn).reference[0]
+
+
+def test_each_roll_back_is_a_tenth_again():
+    "Adam begins anew, from the good values and no others"
+    learn = learner(dls=loaders(600, n=6000)).one_pass('lr', every=1)
+    class Break(Callback):
+        order = OnePassTuner.order - 1
+        def before_step(self):
+            if self.iter in (4, 5, 6): self.learn.loss = self.loss*math.nan
+    with pytest.warns(UserWarning, match='training loss not finite'): fit(learn, cbs=Break())
+    history = tuner(learn).history
+    back = history[history.rolled_back]
+    assert back.step.tolist() == [5, 6, 7]
+    assert (back.lr/history.lr.iloc[back.index[0] - 1]).tolist() == pytest.approx([0.1, 0.01, 0.001])
+    assert next(iter(tuner(learn).adam.state.values()))['step'] == len(history) - back.index[-1] - 1
+
+
+def test_hypergradients_that_are_not_finite():
+    "The second derivative of a norm at 0 is NaN"
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 1, dtype=torch.float64))
+        def forward(self, x): return nn.functional.normalize((x*(x[:, :1] > 0))@self.weight, dim=1)
+    learn = learner(model=Norms, lr=1e-3)
+    with pytest.warns(UserWarning, match=r'not finite.*one_pass\(n_terms=1\) does without'): fit(learn.one_pass(every=1))
+    assert finite(learn) and learn.lr == pytest.approx(1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn.one_pass(every=1, n_terms=1))
+    assert len(tuner(learn).lines) == 3
 
 
 def test_the_guard_can_be_left_out():
@@ -755,6 +841,107 @@ def test_what_the_fit_finds_out():
     fit(learn.one_pass(valid_pct=0.2, every=1), 1, cbs=NoValidation())
     learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5).one_pass(valid_pct=0.2)
     with pytest.raises(ValueError, match='a selector'): fit(learn)
+
+
+def test_steps_that_another_callback_cancels():
+    "The hyper-parameters stay, too"
+    class Skip(Callback):
+        order = OnePassTuner.order + 1
+        def before_step(self): raise CancelStepException
+    class NoTraining(Callback):
+        order = OnePassTuner.order - 1
+        def before_train(self): raise CancelTrainException
+    learn = fit(learner().one_pass(every=1), cbs=Skip())
+    assert learn.lr == pytest.approx(0.05) and tuner(learn)._values()['lr'] == pytest.approx([0.05]) and not tuner(learn).lines
+    fit(learner().one_pass(every=1), cbs=NoTraining())
+
+
+def test_what_other_callbacks_do_to_a_batch():
+    class Flat(Callback):
+        def before_batch(self): self.learn.xb = (self.x.flatten(1),)
+    (x, y), _ = data()
+    dls = DataLoaders(loader(x[:, :, None], y, 20), loader(x[:, :, None], y, 20))
+    with pytest.raises(RuntimeError, match='what other callbacks do in before_batch'): fit(learner(dls=dls, cbs=Flat()).one_pass())
+
+
+def test_single_rates_become_one():
+    learn = fit(learner().one_pass('lr', per='parameter', every=1, hyper_lr=0.2), 3)
+    rates = torch.cat([10**t.detach().flatten() for t in tuner(learn)._leaves])
+    assert learn.no_one_pass().lr == pytest.approx(rates.median().item()) == learn.opt.hypers[0]['lr'] and rates.max() > 1.5*learn.lr
+
+
+def test_state_of_another_kind():
+    single, group = (fit(learner().one_pass('lr', per=per, every=1)) for per in ('parameter', 'group'))
+    for a, b in ((single, group), (group, single)):
+        with pytest.raises(ValueError, match='make the Learner and tuner as they were'): tuner(a).load_state_dict(tuner(b).state_dict())
+
+
+def test_a_tensor_that_is_not_of_items():
+    "Then second derivatives are of the whole batch"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(3, 4, 1)
+        def forward(self, x, edges): return self.net(x)*edges.mean()
+    (x, y), _ = data()
+    batches = [(x[i:i+20], torch.ones(2, 11).double(), y[i:i+20]) for i in (0, 20, 40)]
+    dls = DataLoaders(batches, batches)
+    dls.n_inp = 2
+    whole, part = (fit(learner(model=Net, dls=dls).one_pass(every=1, hessian_share=o)) for o in (1., 0.5))
+    assert len(tuner(part).lines) == 3 and torch.equal(weights(whole), weights(part))
+
+
+def test_a_loss_without_item_losses():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 5)
+        def forward(self, x): return self.net(x).log_softmax(-1).transpose(0, 1)
+    items = [(torch.randn(6, 3), torch.randint(1, 5, (2,))) for _ in range(20)]
+    dls = DataLoaders(*(DataLoader(items, bs=5) for _ in range(2)))
+    def ctc(pred, y): return nn.CTCLoss()(pred, y, torch.full((len(y),), 6), torch.full((len(y),), 2))
+    for loss_func in (ctc, partial(nn.functional.ctc_loss, input_lengths=torch.full((5,), 6), target_lengths=torch.full((5,), 2))):
+        assert len(tuner(fit(Learner(dls, Net(), loss_func=loss_func, opt_func=partial(SGD, mom=0.9), wd=1e-4).one_pass(every=1, n_terms=1))).lines) == 4
+
+
+def test_half_precision_weights():
+    (x, y), (vx, vy) = data(double=False)
+    dls = DataLoaders(loader(x.bfloat16(), y.bfloat16(), 20), loader(vx.bfloat16(), vy.bfloat16(), 20))
+    learn = learner(model=lambda: mlp(3, 4, 1, double=False).bfloat16(), dls=dls)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn.one_pass(every=1))
+    assert len(tuner(learn).lines) == 3 and learn.lr != pytest.approx(0.05, rel=1e-3)
+
+
+def test_validation_batches_do_not_travel():
+    learn = deepcopy(learner().one_pass(valid_dl=loader(*data()[1], 7)))
+    with pytest.raises(ValueError, match='not copied or exported with the Learner.*pass valid_dl='): fit(learn)
+    assert len(tuner(fit(deepcopy(learner().one_pass(every=1)))).lines) == 3
+
+
+def test_weight_decay_of_the_next_fit():
+    learn = fit(learner(), 1)
+    learn.opt.set_hyper('wd', 0.)
+    with pytest.raises(ValueError, match='wd begins at 0'): learn.one_pass()
+    learn.wd = slice(1e-4, 1e-2)
+    fit(learn.one_pass(every=1))
+    learn.wd = 1e-3
+    assert fit(learn.one_pass(every=1)).wd == pytest.approx(1e-3, rel=0.5)
+
+
+def test_loaders_that_cannot_be_cut():
+    batches = [tuple(data()[0])]
+    with pytest.raises(ValueError, match='valid_bs=2, but list'): fit(learner(dls=DataLoaders(batches, batches)).one_pass(valid_bs=2))
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(zip(*data()[0]))
+        def __len__(self): return 60
+    dls = DataLoaders(TorchDataLoader(Stream(), 20), batches)
+    with pytest.raises(ValueError, match="valid_pct can't split.*pass valid_dl="): fit(learner(dls=dls).one_pass(valid_pct=0.1))
+
+
+def test_scripted_models():
+    with pytest.raises(ValueError, match='TorchScript'): learner(model=lambda: torch.jit.script(mlp(3, 4, 1))).one_pass()
 
 
 def test_with_a_selector():

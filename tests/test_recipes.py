@@ -2,6 +2,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tarfile
@@ -253,8 +254,9 @@ def test_ray_is_optional(regression, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['bayesopt', 'asha', 'pbt'])
-def test_uci_by_ray_tune(regression, tmp_path, method):
+def test_uci_by_ray_tune(regression, tmp_path, method, monkeypatch):
     pytest.importorskip('ray.tune'); pytest.importorskip('optuna')
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(RECIPES), *sys.path])) # of Ray's workers
     run('uci_one_pass', path=regression, data='toy', method=method, starts=3, steps=40, out=tmp_path, results=tmp_path/'all.json')
     row, = json.loads((tmp_path/'all.json').read_text())['table']
     assert row['runs'] == 1 and math.isfinite(row['median'])
