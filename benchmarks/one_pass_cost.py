@@ -1,4 +1,4 @@
-"""What one-pass tuning costs in time and memory, as ratios against plain fastai training taken in the same process, in alternation.
+"""What one-pass tuning costs in time (on a CPU processor seconds) and memory, against plain fastai training in the same process, in alternation.
 
 python benchmarks/one_pass_cost.py --out benchmarks/results/one_pass_cost.json
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
+from fastcore.basics import noop
 from fastcore.script import call_parse
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -22,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
 from common import accept_underscores, machine, print_table  # noqa: E402
-from step_cost import clock, loader  # noqa: E402
+from step_cost import clock  # noqa: E402
 
 import rholoss_fastai.all  # noqa: E402, F401 (patches one_pass)
 
@@ -44,7 +46,7 @@ class Clock(Callback):
     order = 99
     def __init__(self, device): self.device, self.seconds = device, []
     def before_train(self): self.began = clock(self.device)
-    def after_train(self): self.seconds.append(clock(self.device) - self.began)
+    def after_train(self): self.seconds.append((clock(self.device) - self.began)[0 if self.device.type == 'cuda' else 1].item())
     def before_validate(self): raise CancelValidException
 
 
@@ -52,7 +54,9 @@ def learner(arch, n_batches, device):
     model, bs, shape = MODELS[arch]
     set_seed(0)
     images, targets = torch.randn(bs*n_batches, *shape), torch.randint(0, 10, (bs*n_batches,))
-    dls = DataLoaders(loader(images, targets, bs, device), loader(images[:bs], targets[:bs], bs, device), device=device)
+    def loader(n): return DataLoader(list(range(n)), bs=bs, shuffle=True, create_item=noop, create_batch=lambda rows: (images[rows], targets[rows]),
+                                     retain=lambda b,_: b, device=device)
+    dls = DataLoaders(loader(len(targets)), loader(bs), device=device)
     learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4, cbs=Clock(device))
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     return learn

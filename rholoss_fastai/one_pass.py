@@ -252,7 +252,8 @@ class OnePassTuner(Callback):
             if not update.has(name):
                 raise ValueError(f"tune={self.tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, "
                                  f"or begin with some, for example {mend[name]}.")
-            values = [hyper[name] for hyper in opt.hypers] if name!='wd' or wd is None else [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
+            values = [hyper[name] for hyper in opt.hypers]
+            if name=='wd' and wd is not None: values = [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
             for value in values:
                 if not 0 < value < (1 if name=='mom' else math.inf):
                     raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < {name}{' < 1' if name=='mom' else ''}: begin "
@@ -520,7 +521,7 @@ class OnePassTuner(Callback):
     def _has_diverged(self, loss):
         """Is this validation loss, or the mean training loss of the last 512 items or more, NaN or `diverged` times what it was at first? Waits for the device
 
-        A finite validation loss that looks so is taken again over several batches. With a selector training losses are those of hard items, and tell nothing."""
+        A finite validation loss that looks so is taken again over several batches. A selector's training losses are those of hard items, and tell nothing."""
         fit = self._fit
         fit.loss = loss.item()
         if self.diverged is None: return False
@@ -607,8 +608,8 @@ class OnePassTuner(Callback):
         each = lambda name, group: [p.shape for p in group] if name=='lr' and self.per=='parameter' else [torch.Size()]
         shapes = {name: [[t.shape for t in group] for group in groups] for name,groups in state['theta'].items()}
         if shapes != {name: [each(name, group) for group in learn.opt.param_lists] for name in self.tune}:
-            raise ValueError(f"The state is of {', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other names, number or kind than "
-                             f"here, with tune={self.tune!r}, per={self.per!r} and {len(learn.opt.param_lists)} groups: make the Learner and tuner as they were.")
+            raise ValueError(f"The state is of {', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other names, number or kind "
+                             f"than here, with tune={self.tune!r}, per={self.per!r}, {len(learn.opt.param_lists)} groups: make Learner and tuner as they were.")
         device = next(learn.model.parameters()).device
         self.theta = {name: [[t.to(device).requires_grad_() for t in group] for group in groups] for name,groups in state['theta'].items()}
         self._restart_adam()

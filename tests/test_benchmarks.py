@@ -191,3 +191,16 @@ def test_scaling(tmp_path, capsys):
         us = o['microseconds']
         assert us['all'] == pytest.approx(sum(v for k,v in us.items() if k != 'all'), abs=0.05)
         assert o['bytes_a_row'] == result['rows'][0]['bytes_a_row'] < 32 and o['share_of_step'] == pytest.approx(us['all']/1e4, abs=1e-5)
+
+
+# one_pass_cost
+
+def test_one_pass_cost(tmp_path, capsys):
+    out, variants = tmp_path/'one_pass_cost.json', {'plain', *script('one_pass_cost').VARIANTS}
+    script('one_pass_cost').main(archs='mlp', n_batches=10, repeats=1, out=out)
+    stored = json.loads(out.read_text())
+    run, = stored['runs']
+    assert (stored['every'], stored['n_terms'], run['arch']) == (10, 5, 'mlp') and 'one_pass time' in capsys.readouterr().out
+    for of, ratio in (('ms_per_step', 'time_ratio'), ('megabytes', 'memory_ratio')):
+        assert set(run[of]) == set(run[ratio]) == variants and run[ratio]['plain'] == 1
+        assert all(math.isclose(run[ratio][o], run[of][o]/run[of]['plain'], rel_tol=0.02) for o in variants)

@@ -536,7 +536,7 @@ def test_two_fits_are_one(name, per, tmp_path):
     for learn in (halves, resumed):
         assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 10
         assert torch.allclose(flat(tuner(whole)._leaves).detach(), flat(tuner(learn)._leaves).detach(), rtol=1e-6)
-    with pytest.raises(ValueError, match='make the Learner and tuner as they were'): tuner(learner(name).one_pass()).load_state_dict(state)
+    with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(learner(name).one_pass()).load_state_dict(state)
 
 
 def test_an_explicit_rate_begins_anew():
@@ -873,7 +873,7 @@ def test_single_rates_become_one():
 def test_state_of_another_kind():
     single, group = (fit(learner().one_pass('lr', per=per, every=1)) for per in ('parameter', 'group'))
     for a, b in ((single, group), (group, single)):
-        with pytest.raises(ValueError, match='make the Learner and tuner as they were'): tuner(a).load_state_dict(tuner(b).state_dict())
+        with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(a).load_state_dict(tuner(b).state_dict())
 
 
 def test_a_tensor_that_is_not_of_items():
