@@ -4,6 +4,7 @@ python recipes/image_one_pass.py --path <folder of CIFAR-10> --method one_pass -
 python recipes/image_one_pass.py --path <folder of CIFAR-10> --method constant --lr 0.03 --out runs/constant-0.03
 python recipes/image_one_pass.py --method one_pass --lr 1e-5     (FashionMNIST by torchvision, with the MLP of Clarke et al. 2022)
 """
+import json
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from cifar10_data import ImageRows, image_loaders, read_images
 from cifar10_rho_loss import ARCHITECTURES
-from common import accept_underscores, best, fit_steps, last_five, machine, write_run
+from common import accept_underscores, best, fit_steps, last_five, machine, print_table, read_run, write_run
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
@@ -33,6 +34,18 @@ def fashion(folder, train):
     "FashionMNIST in memory, its one channel three times"
     data = FashionMNIST(folder, train=train, download=True)
     return ImageRows(data.data[:, None].expand(-1, 3, -1, -1), data.targets, range(len(data)))
+
+
+def collect(folder, results):
+    "Print the table of all runs in `folder`, and write it to the JSON file `results`"
+    summaries = [read_run(file.parent)[1] for file in sorted(Path(folder).glob('*/summary.json'))]
+    runs = [{k: s[k] for k in ('method', 'lr', 'bs', 'steps', 'valid_bs', 'seed', 'accuracy', 'best', 'seconds', 'finite')} for s in summaries]
+    for run, s in zip(runs, summaries):
+        if s['method'] == 'one_pass': run.update({f'last_{k}': s['last'][k] for k in ('lr', 'wd', 'mom') if k in s['last']}, rolled_back=s['rolled_back'])
+    runs.sort(key=lambda o: (o['bs'], o['method'], o['lr']))
+    columns = list(max(runs, key=len))
+    print_table(columns, [[f'{v:.4g}' if isinstance(v := run.get(k, ''), float) else v for k in columns] for run in runs])
+    Path(results).write_text(json.dumps(dict(machine=machine(), runs=runs), indent=1) + '\n')
 
 
 accept_underscores()
@@ -57,12 +70,13 @@ def main(
     eval_every:int=500, # Steps between evaluations
     seed:int=0, # Of weights and batches
     out:str='runs/image_one_pass', # Folder for history.csv, summary.json and figures
+    results:str=None, # JSON file for the table of this run and all others beside `out`
 ):
     "Train for a number of steps at a constant rate, or with one-pass tuning"
     if method not in ('one_pass', 'constant'): raise SystemExit(f"--method must be one_pass or constant; got {method!r}.")
     arch = arch or ('small_cnn' if path else 'mlp')
     if arch not in MODELS: raise SystemExit(f"--arch must be one of {', '.join(MODELS)}; got {arch!r}.")
-    settings = {k: v for k, v in locals().items() if k not in ('path', 'out')}
+    settings = {k: v for k, v in locals().items() if k not in ('path', 'out', 'results')}
     device, folder = default_device(), Path(path or Path.home()/'.fastai'/'data'/'fashion')
     train, test = (ImageRows(*read_images(folder/o)) if path else fashion(folder, o == 'train') for o in ('train', 'test'))
     set_seed(seed)
@@ -84,3 +98,4 @@ def main(
         plt.close('all')
     print(f"{method} from lr {lr:g}: accuracy {summary['accuracy']:.4f} after {steps} steps, {summary['seconds']:.0f} s")
     print(f"Written to {out}")
+    if results: collect(Path(out).parent, results)

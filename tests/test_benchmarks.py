@@ -204,3 +204,12 @@ def test_one_pass_cost(tmp_path, capsys):
     for of, ratio in (('ms_per_step', 'time_ratio'), ('megabytes', 'memory_ratio')):
         assert set(run[of]) == set(run[ratio]) == variants and run[ratio]['plain'] == 1
         assert all(math.isclose(run[ratio][o], run[of][o]/run[of]['plain'], rel_tol=0.02) for o in variants)
+
+
+# importance_cost
+
+def test_importance_cost(tmp_path):
+    out = tmp_path/'importance_cost.json'
+    script('importance_cost').main(rows=16, repeats=1, archs='small_cnn', out=out)
+    model, = json.loads(out.read_text())['models']
+    assert model['arch'] == 'small_cnn' and math.isclose(model['ratio'], model['grand_ms']/model['el2n_ms'], rel_tol=0.05)

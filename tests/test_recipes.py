@@ -270,9 +270,12 @@ def test_pbt_keeps_the_momentum_below_one():
 
 def test_image_one_pass(folder, tmp_path):
     for method in ('constant', 'one_pass'):
-        run('image_one_pass', path=folder, method=method, steps=25, eval_every=10, bs=8, out=tmp_path/method)
+        run('image_one_pass', path=folder, method=method, steps=25, eval_every=10, bs=8, out=tmp_path/method, results=tmp_path/'all.json')
         rows, summary = check(tmp_path/method, 25, method)
         assert summary['finite'] and [r['step'] for r in rows] == [10, 20, 25]
+    constant, tuned = json.loads((tmp_path/'all.json').read_text())['runs']
+    assert (constant['method'], tuned['method'], tuned['accuracy']) == ('constant', 'one_pass', summary['accuracy'])
+    assert tuned['last_lr'] == summary['last']['lr']
     assert summary['last']['lr'] != 1e-5 and (tmp_path/'one_pass'/'hypers.png').stat().st_size > 5000
 
 
