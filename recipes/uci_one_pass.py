@@ -224,9 +224,9 @@ def read(folder):
 
 def summarise(rows):
     "Mean, median and best of the final test errors, those that are no numbers left out"
-    mses = [row['mse'] for row in rows if math.isfinite(row['mse'])]
-    if not mses: return dict(runs=len(rows), failed=len(rows), mean=None, median=None, best=None, seconds=None)
-    return dict(runs=len(rows), failed=len(rows) - len(mses), mean=float(np.mean(mses)), median=float(np.median(mses)), best=min(mses),
+    mses, runs = [row['mse'] for row in rows if math.isfinite(row['mse'])], rows[0].get('trials', len(rows))
+    if not mses: return dict(runs=runs, failed=len(rows), mean=None, median=None, best=None, seconds=None)
+    return dict(runs=runs, failed=len(rows) - len(mses), mean=float(np.mean(mses)), median=float(np.median(mses)), best=min(mses),
                 seconds=float(np.median([row['seconds'] for row in rows])))
 
 

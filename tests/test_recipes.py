@@ -259,7 +259,7 @@ def test_uci_by_ray_tune(regression, tmp_path, method, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(RECIPES), *sys.path])) # of Ray's workers
     run('uci_one_pass', path=regression, data='toy', method=method, starts=3, steps=40, out=tmp_path, results=tmp_path/'all.json')
     row, = json.loads((tmp_path/'all.json').read_text())['table']
-    assert row['runs'] == 1 and math.isfinite(row['median'])
+    assert row['runs'] == 3 and math.isfinite(row['median'])
     with pytest.raises(SystemExit, match='other settings'): run('uci_one_pass', path=regression, data='toy', method=method, starts=4, steps=40, out=tmp_path)
 
 
