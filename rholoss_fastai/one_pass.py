@@ -19,7 +19,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import ReduceLROnPlateau
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .items import batch_size, dataset_size, loader_batch_size, preserve_rng, restrict_rows, scoring_loader, subset_batch
 from .losses import ItemLosses, plain, prediction
 from .picks import check_count, check_number
-from .selector import BatchSelector
+from .selector import BatchSelector, FitCallback
 
 # %% ../nbs/40_one_pass.ipynb #d082a2ec
 # fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is updated
@@ -193,9 +193,9 @@ def _cycle(dl):
             raise ValueError("The validation batches came to an end, and there are none when they are read again: give a DataLoader, not a generator.")
 
 # %% ../nbs/40_one_pass.ipynb #d3e81c0e
-class OnePassTuner(Callback):
+class OnePassTuner(FitCallback):
     "Learns the optimiser's own hyper-parameters while it trains (Clarke et al. 2022, algorithm 1)"
-    order,run_valid = GradientClip.order+1,False # after all that changes the gradient
+    order,run_valid,column = GradientClip.order+1,False,_HyperColumn # after all that changes the gradient
     def __init__(self,
         tune=('lr', 'wd', 'mom'), # What to learn: any of 'lr', 'wd', 'mom'
         every:int=10, # Training steps between two steps of the hyper-parameters
@@ -229,14 +229,6 @@ class OnePassTuner(Callback):
         self.per,self.hessian_share,self.hyper_clip,self.diverged,self.seed = per,hessian_share,hyper_clip,diverged,seed
         self.steps_done,self.reference,self.lines = 0,None,[] # training steps, first validation and training loss, a line for each step of the hyper-parameters
         self.theta = self.adam = self._fit = None
-
-    # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after a fit that was interrupted
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-    @learn.setter
-    def learn(self, learn):
-        if learn is None and self.learn is not None: self._tidy()
-        self.__dict__['_learn'] = learn
 
     def check(self,
         learn:Learner, # The Learner to tune
@@ -320,10 +312,6 @@ class OnePassTuner(Callback):
         self.learn.lr = rates if len(rates) > 1 else rates[0]
 
     # The events
-
-    def __call__(self, event_name):
-        "Events outside a fit that tunes (`validate`, `get_preds`, `lr_find`) pass by"
-        if self._fit is not None or event_name in ('before_fit', 'after_fit'): return super().__call__(event_name)
 
     def before_fit(self):
         "Check, begin with the optimiser's values, and add the columns"
@@ -426,15 +414,10 @@ class OnePassTuner(Callback):
         if self.diverged is None or self.reference is None or self.reference[1] is None and self._fit.first is None: return # no step was taken yet
         if self._has_diverged(self._validate()[0]): self._roll_back()
 
-    def after_fit(self):
-        "Take the columns out again; a fit that something else stopped may have left NaN"
-        if not self.learn.lock.locked(): self._tidy()
-
     def _tidy(self):
+        "A fit that something else stopped may have left NaN"
         if self._fit and self._fit.good and not all(p.isfinite().all() for p in self.learn.model.parameters()): self._roll_back(stop=True)
-        if any(isinstance(m, _HyperColumn) for m in self.learn.metrics):
-            self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _HyperColumn))
-        self._fit = None
+        super()._tidy()
 
     # A step of the hyper-parameters
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders, Datasets
@@ -38,7 +38,7 @@ from .noise import row_targets
 from .picks import check_count, check_number
 from .record import SelectionRecord
 from .scores import find_score, score_inputs
-from .selector import BatchSelector, SelectionColumn
+from .selector import BatchSelector, FitCallback, SelectionColumn
 
 # %% ../nbs/31_pruning.ipynb #8d0232ce
 def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0 and not (o.is_floating_point() or o.is_complex())
@@ -138,7 +138,7 @@ def prune(
     return res
 
 # %% ../nbs/31_pruning.ipynb #aab260d1
-class EpochPruner(Callback):
+class EpochPruner(FitCallback):
     "Train each epoch on a part of the rows: at random, without a share of those whose remembered score is below the mean (Qin et al. 2024)"
     order,run_valid = TrainEvalCallback.order + 5,False # after the mode is set, before GradientAccumulation (6) divides the loss
 
@@ -161,10 +161,6 @@ class EpochPruner(Callback):
         if 'il' in self.inputs and il is None:
             raise ValueError("This score needs irreducible losses: pass il=..., for example crossfit_irreducible(learner_copies(learn), learn.dls, 5).")
         self.record,self.remembered,self.source,self._fit = SelectionRecord(),None,None,None
-
-    def __call__(self, event_name):
-        "Events outside a fit that prunes (`validate`, `get_preds`, `lr_find`) pass by"
-        if self._fit is not None or event_name == 'before_fit': return super().__call__(event_name)
 
     def before_fit(self):
         "Check what can be checked before the first batch, and add the column"
@@ -273,17 +269,11 @@ class EpochPruner(Callback):
         self.record.end_epoch()
 
     def after_fit(self):
-        "Take the column out again"
-        if self.learn.lock.locked(): return
-        self.record.end_epoch(interrupted=True) # a fit that was cancelled inside an epoch
-        self._tidy()
+        "The record of an epoch that was cancelled, and the column"
+        if not self.learn.lock.locked(): self.record.end_epoch(interrupted=True)
+        super().after_fit()
 
     def _figures(self): return dict(selected=self._fit.share) # of the whole training set, of which the rest isn't even loaded
-
-    def _tidy(self):
-        "Undo what a fit added, also one that was interrupted"
-        self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, SelectionColumn))
-        self._fit = None
 
     def __getstate__(self): return dict(self.__dict__, remembered=None, fresh=None, source=None, il_values=None, _fit=None)
 
@@ -316,6 +306,4 @@ def prune_epochs(self:Learner,
 @patch
 def no_pruning(self:Learner)->Learner: # The Learner
     "Train every epoch on everything again; what was recorded stays in `learn.selection`"
-    pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
-    for cb in pruners: cb._tidy()
-    return self.remove_cbs(pruners)
+    return self.remove_cbs([cb for cb in self.cbs if isinstance(cb, EpochPruner)])
