@@ -205,7 +205,7 @@ def run_ray(method, data, n_trials, steps, seed=0):
     began = time.perf_counter()
     tuner = tune.Tuner(tune.with_resources(tune.with_parameters(trial, data=data, steps=steps), dict(cpu=1)), param_space=space,
                        tune_config=tune.TuneConfig(metric='valid', mode='min', num_samples=n_trials, search_alg=search, scheduler=scheduler,
-                                                   max_concurrent_trials=1 if method == 'bayesopt' else None),
+                                                   max_concurrent_trials=1 if method == 'bayesopt' else None, reuse_actors=True),
                        run_config=tune.RunConfig(verbose=0, storage_path=storage.name))
     results = tuner.fit()
     best = results.get_best_result()

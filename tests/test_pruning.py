@@ -550,13 +550,14 @@ def test_two_processes(tmp_path):
     remembered = torch.full((N,), torch.nan)
     for epoch in range(4):
         rows, losses = (torch.cat([o[key][epoch] for o in ranks]) for key in ('rows', 'losses'))
-        below = remembered < remembered.nanmean()
+        below = remembered < remembered.nanmean() + 1e-6
         dropped = torch.ones(N, dtype=torch.bool).index_fill_(0, rows, False)
         assert not (dropped & ~below).any() and bool(dropped.any()) == (0 < epoch < 3)
-        assert len(rows) - len(rows.unique()) <= 1 # one row twice where their number is odd
-        remembered[rows] = losses
+        assert len(rows) - len(rows.unique()) <= 1 # one row twice where their number is odd: the mean of both losses counts
+        sums = torch.zeros(2, N).index_add_(1, rows, torch.stack([losses, torch.ones_like(losses)]))
+        remembered = remembered.where(sums[1] == 0, sums[0]/sums[1])
         assert ranks[0]['ledger']['trained'][epoch] == len(rows)
-    assert (torch.isclose(ranks[0]['remembered'], remembered, atol=1e-6)).sum() >= N - 4
+    assert torch.allclose(ranks[0]['remembered'], remembered, atol=1e-6)
 
 
 
