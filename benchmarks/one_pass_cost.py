@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
-from fastcore.basics import noop
 from fastcore.script import call_parse
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -24,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
 from common import accept_underscores, machine, print_table  # noqa: E402
-from step_cost import clock  # noqa: E402
+from step_cost import clock, loader  # noqa: E402
 
 import rholoss_fastai.all  # noqa: E402, F401 (patches one_pass)
 
@@ -54,9 +52,7 @@ def learner(arch, n_batches, device):
     model, bs, shape = MODELS[arch]
     set_seed(0)
     images, targets = torch.randn(bs*n_batches, *shape), torch.randint(0, 10, (bs*n_batches,))
-    def loader(n): return DataLoader(list(range(n)), bs=bs, shuffle=True, create_item=noop, create_batch=lambda rows: (images[rows], targets[rows]),
-                                     retain=lambda b,_: b, device=device)
-    dls = DataLoaders(loader(len(targets)), loader(bs), device=device)
+    dls = DataLoaders(loader(images, targets, bs, device), loader(images[:bs], targets[:bs], bs, device), device=device)
     learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4, cbs=Clock(device))
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     return learn
