@@ -442,7 +442,7 @@ class OnePassTuner(FitCallback):
 
     def _look(self):
         "Mean loss of about 512 validation items, or all"
-        return sum(self._validate()[0].item() for _ in range(self._fit.n_look))/self._fit.n_look
+        return sum(self._validate()[0].double() for _ in range(self._fit.n_look)).item()/self._fit.n_look
 
     def _curved(self, weights):
         "The gradients that the optimiser is about to use, as functions of the weights: their derivative is that of a part of the batch"
@@ -461,12 +461,12 @@ class OnePassTuner(FitCallback):
         fit,opt = self._fit,self.learn.opt
         places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers)) for i,p in enumerate(group)
                   if p.grad is not None and p.requires_grad]
-        weights,moved = [p for p,*_ in places],{(k, i) for _,k,i,_ in places}
-        lives = [(k, i) in moved if len(group) > 1 else any(o == k for o,_ in moved) for groups in self.theta.values() for k,group in enumerate(groups)
-                 for i in range(len(group))]
+        weights = [p for p,*_ in places]
+        def of(groups, k, i): return groups[k][i if len(groups[k]) > 1 else 0] # the parameter's own value, or its group's
+        live = {id(of(groups, k, i)) for groups in self.theta.values() for _,k,i,_ in places}
         def stepped(grads):
             values = {name: [[_scales[name].outward(t) for t in group] for group in groups] for name,groups in self.theta.items()}
-            own = lambda k, i: {name: groups[k][i if len(groups[k]) > 1 else 0] for name,groups in values.items()}
+            own = lambda k, i: {name: of(groups, k, i) for name,groups in values.items()}
             return [fit.update(p, g, {**hyper, **own(k, i)}) for g,(p,k,i,hyper) in zip(grads, places)]
         with torch.no_grad(): new = stepped([p.grad for p in weights])
         loss,v = self._validate(weights, new)
@@ -481,7 +481,7 @@ class OnePassTuner(FitCallback):
         if self._has_diverged(loss): fit.verdict = 'diverged'
         elif finite:
             fit.verdict = 'good'
-            for leaf,slope,live in zip(self._leaves, slopes, lives): leaf.grad = self._clipped(leaf, slope) if live else None # Adam leaves a frozen group alone
+            for leaf,slope in zip(self._leaves, slopes): leaf.grad = self._clipped(leaf, slope) if id(leaf) in live else None # a frozen group stays
         elif not fit.skipped:
             fit.skipped = True
             warnings.warn(f"The hypergradient at step {self.steps_done+1} is not finite: lr, wd and mom stay what they are in such steps. Where a second "
