@@ -2,11 +2,15 @@
 
 from . import (
     batch_loss_filter,
+    checks,
+    fit_callback,
     importance,
     interpret,
     irreducible,
-    items,
+    item_table,
+    loaders,
     losses,
+    nested,
     noise,
     one_pass,
     picks,
@@ -14,6 +18,7 @@ from . import (
     record,
     report,
     rho_loss,
+    rows,
     scores,
     scoring,
     select,
@@ -23,12 +28,16 @@ from . import (
 )
 from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
 from .batch_loss_filter import *
+from .checks import *
+from .fit_callback import *
 from .importance import *
 from .interpret import *
 from .irreducible import *
-from .items import *
+from .item_table import *
+from .loaders import *
 from .just_train_twice import *
 from .losses import *
+from .nested import *
 from .noise import *
 from .one_pass import *
 from .picks import *
@@ -36,6 +45,7 @@ from .pruning import *
 from .record import *
 from .report import *
 from .rho_loss import *
+from .rows import *
 from .scores import *
 from .scoring import *
 from .select import *
@@ -43,6 +53,7 @@ from .selective_backprop import *
 from .selector import *
 from .side_models import *
 
-_modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
+_modules = (checks, nested, losses, scores, picks, rows, loaders, item_table, scoring, fit_callback, record,
+            side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
             rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
