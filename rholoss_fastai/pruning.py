@@ -42,7 +42,8 @@ from .noise import row_targets
 from .checks import check_count, check_number
 from .record import SelectionRecord
 from .scores import find_score, score_inputs
-from .selector import BatchSelector, FitCallback, SelectionColumn
+from .fit_callback import FitCallback
+from .selector import BatchSelector, SelectionColumn
 
 # %% ../nbs/31_pruning.ipynb #8d0232ce
 def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0 and not (o.is_floating_point() or o.is_complex())
