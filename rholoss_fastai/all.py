@@ -3,6 +3,7 @@
 from . import (
     batch_loss_filter,
     checks,
+    epoch_pruner,
     epoch_rules,
     fit_callback,
     importance,
@@ -30,6 +31,7 @@ from . import (
 from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
 from .batch_loss_filter import *
 from .checks import *
+from .epoch_pruner import *
 from .epoch_rules import *
 from .fit_callback import *
 from .importance import *
@@ -57,5 +59,5 @@ from .side_models import *
 
 _modules = (checks, nested, losses, scores, picks, rows, loaders, item_table, scoring, fit_callback, record,
             side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, epoch_rules, just_train_twice_module, one_pass, interpret, report)
+            rho_loss, importance, pruning, epoch_rules, epoch_pruner, just_train_twice_module, one_pass, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
