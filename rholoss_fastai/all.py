@@ -2,10 +2,12 @@
 
 from importlib import import_module
 
-_modules = ('losses scores picks rows loaders item_table candidates fit_callback scoring record side_models noise irreducible il_source scorers delivery beside '
-            'selector batch_loss_filter selective_backprop rho_loss importance pruning just_train_twice one_pass interpret report')
+_modules = '''losses scores picks rows loaders item_table candidates fit_callback scoring record side_models noise
+irreducible il_source scorers delivery beside selector batch_loss_filter selective_backprop rho_loss
+importance pruning epoch_rules epoch_pruner just_train_twice one_pass interpret report'''.split()
+
 __all__ = []
-for _name in _modules.split():
+for _name in _modules:
     _module = import_module(f'.{_name}', __package__)
-    for _o in _module.__all__: globals()[_o] = getattr(_module, _o)
+    globals().update({_o: getattr(_module, _o) for _o in _module.__all__})
     __all__ += _module.__all__
