@@ -4,6 +4,7 @@ from . import (
     batch_loss_filter,
     checks,
     fit_callback,
+    groups,
     importance,
     interpret,
     irreducible,
@@ -18,6 +19,7 @@ from . import (
     record,
     report,
     rho_loss,
+    row_weights,
     rows,
     scores,
     scoring,
@@ -30,6 +32,7 @@ from . import just_train_twice as just_train_twice_module # `just_train_twice` i
 from .batch_loss_filter import *
 from .checks import *
 from .fit_callback import *
+from .groups import *
 from .importance import *
 from .interpret import *
 from .irreducible import *
@@ -45,6 +48,7 @@ from .pruning import *
 from .record import *
 from .report import *
 from .rho_loss import *
+from .row_weights import *
 from .rows import *
 from .scores import *
 from .scoring import *
@@ -55,5 +59,5 @@ from .side_models import *
 
 _modules = (checks, nested, losses, scores, picks, rows, loaders, item_table, scoring, fit_callback, record,
             side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
+            rho_loss, importance, pruning, groups, row_weights, just_train_twice_module, one_pass, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
