@@ -13,7 +13,6 @@ from collections.abc import Callable
 from copy import copy
 from types import MethodType
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import TrainEvalCallback
@@ -27,12 +26,13 @@ from .checks import check_number
 from .fit_callback import FitCallback, batch_rows, weigh_loss
 from .groups import row_groups
 from .loaders import restrict_rows
+from .nested import as_tensor
 from .rows import dataset_size, is_distributed, own_rows, track_rows
 
 # %% ../nbs/36_row_weights.ipynb #bccc3182
 def _checked_weights(weights, dl):
     "`(n,)` float64 on the CPU: one number from 0 for each row of `dl`'s data set, by position"
-    weights = torch.as_tensor(weights if isinstance(weights, Tensor) else np.array(weights)).detach().cpu().double()
+    weights = as_tensor(weights).detach().cpu().double()
     n = dataset_size(dl)
     if weights.shape != (n,): raise ValueError(f"weights of shape {tuple(weights.shape)} for a data set of {n} rows: expected one a row, ({n},).")
     if not weights.isfinite().all() or (weights < 0).any() or not weights[own_rows(dl)].sum():
