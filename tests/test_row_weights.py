@@ -18,8 +18,8 @@ from numbered_rows import BS, N, VALID, Interrupt, Noted, Rows, fit, item_losses
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import GroupDRO, RowWeights, prune, restrict_rows, track_rows, weigh_loss, weighted_loaders
-from rholoss_fastai.fit_callback import FitCallback
+from rholoss_fastai.all import FitCallback, GroupDRO, RowWeights, prune, restrict_rows, track_rows, weigh_loss, weighted_loaders
+
 
 
 @pytest.mark.parametrize('adjustment', [0., 3.])
@@ -245,6 +245,18 @@ def test_the_weights_are_those_of_the_rows_that_are_in_the_batch():
         assert len(rows) == len(range(1, len(items)*3, 3)) and loss == pytest.approx(((weights/weights.mean())[rows]*items).mean().item(), rel=1e-5)
     for weigh in RowWeights(weights), GroupDRO((torch.arange(N) % 2).tolist()):
         with pytest.raises(ValueError, match='31 items, but 32 rows'): losses_of('cross entropy', weigh, Drop())
+
+
+def test_beside_a_selector_the_weights_are_those_of_what_it_delivers():
+    weights, data, groups = torch.linspace(0.1, 5, N), Rows(), torch.arange(N) % 2
+    for weigh in RowWeights(weights), GroupDRO(groups.tolist(), eta=1e-9):
+        learn, noted = learner(loaders(), lr=0.), Trained()
+        fit(learn.batch_loss_filter(min_loss_perc=0.3, warmup_epochs=0), cbs=[weigh, noted])
+        for rows, loss, _ in noted.batches:
+            items = F.cross_entropy(learn.model(data.images[rows]), data.targets[rows], reduction='none')
+            expected = ((weights/weights.mean())[rows]*items).mean() if isinstance(weigh, RowWeights) else \
+                sum(items[groups[rows] == g].mean()/2 for g in groups[rows].unique())
+            assert len(rows) < BS and loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_weights_are_taken_by_position():
