@@ -2,6 +2,7 @@
 
 from . import (
     batch_loss_filter,
+    features,
     importance,
     interpret,
     irreducible,
@@ -10,10 +11,12 @@ from . import (
     noise,
     one_pass,
     picks,
+    probe,
     pruning,
     record,
     report,
     rho_loss,
+    ridge,
     scores,
     scoring,
     select,
@@ -23,6 +26,7 @@ from . import (
 )
 from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
 from .batch_loss_filter import *
+from .features import *
 from .importance import *
 from .interpret import *
 from .irreducible import *
@@ -32,10 +36,12 @@ from .losses import *
 from .noise import *
 from .one_pass import *
 from .picks import *
+from .probe import *
 from .pruning import *
 from .record import *
 from .report import *
 from .rho_loss import *
+from .ridge import *
 from .scores import *
 from .scoring import *
 from .select import *
@@ -44,5 +50,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
+            ridge, features, probe, rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
 __all__ = [name for module in _modules for name in module.__all__]
