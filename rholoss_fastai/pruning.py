@@ -31,11 +31,15 @@ from torch import Tensor
 
 from .importance import DatasetScores
 from .irreducible import IrreducibleLosses
-from .items import ItemTable, RowSubset, batch_size, dataset_size, is_distributed, loader_batch_size, restrict_rows, track_rows
-from .items import whole_dataset
-from .losses import ItemLosses, plain, prediction
+from .item_table import ItemTable
+from .loaders import restrict_rows
+from .nested import batch_size
+from .rows import dataset_size, is_distributed, loader_batch_size, track_rows
+from .rows import whole_dataset, own_rows, reader
+from .losses import ItemLosses
+from .nested import plain, prediction
 from .noise import row_targets
-from .picks import check_count, check_number
+from .checks import check_count, check_number
 from .record import SelectionRecord
 from .scores import find_score, score_inputs
 from .selector import BatchSelector, FitCallback, SelectionColumn
@@ -43,19 +47,12 @@ from .selector import BatchSelector, FitCallback, SelectionColumn
 # %% ../nbs/31_pruning.ipynb #8d0232ce
 def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0 and not (o.is_floating_point() or o.is_complex())
 
-def _reader(dl): return dl.dl if is_distributed(dl) else dl
-
-def _own_rows(dl):
-    "Rows that `dl` goes through"
-    dataset = _reader(dl).dataset
-    return torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset) else torch.arange(dataset_size(dl))
-
 # %% ../nbs/31_pruning.ipynb #06f76162
 def row_classes(
     dl # Any loader that `track_rows` takes
 )->Tensor: # `(n,)` long, of the rows that `dl` goes through; None where the targets aren't one class a row
     "The class of each row, without decoding inputs where the data set can tell it"
-    rows,dataset = _own_rows(dl),whole_dataset(dl)
+    rows,dataset = own_rows(dl),whole_dataset(dl)
     if not isinstance(dataset, Tabular): # one row tells whether reading all is worth while
         first = dataset.tls[-1][int(rows[0])] if isinstance(dataset, Datasets) else dataset[int(rows[0])]
         if isinstance(first, (tuple, list)): first = first[-1]
@@ -121,7 +118,7 @@ def prune(
     if isinstance(scores, (str, Path)): scores = DatasetScores.load(scores)
     if isinstance(scores, ItemTable): scores = DatasetScores(scores.values, scores.fingerprint, scores.info) # no NaN, which would rank first
     values = (scores if isinstance(scores, ItemTable) else DatasetScores.of(scores, dl)).check(dl).values
-    rows,classes = _own_rows(dl),row_classes(dl)
+    rows,classes = own_rows(dl),row_classes(dl)
     if per_class and classes is None: raise ValueError("per_class=True needs one class a row, and the targets of this data set aren't: use per_class=False.")
     noise,values = None if il is None else IrreducibleLosses.given(il, dl).values[rows],values[rows]
     groups = [(classes == c).nonzero().flatten() for c in classes.unique()] if per_class else [torch.arange(len(rows))]
@@ -169,7 +166,7 @@ class EpochPruner(FitCallback):
         self._tidy()
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
         check_alone(learn)
-        restrict_rows(learn.dls.train, _own_rows(learn.dls.train), seed=0) # raises where rows can't be known, or left out
+        restrict_rows(learn.dls.train, own_rows(learn.dls.train), seed=0) # raises where rows can't be known, or left out
         self.learn.selection,self.record.figures = self.record,self._figures
         self._fit = SimpleNamespace(loss_func=learn.loss_func, item_losses=ItemLosses(learn.loss_func), share=1., weights=None, checked=not self.weighted)
         self.learn.metrics = learn.metrics + [SelectionColumn(partial(self.record.last, 'selected'), 'selected')]
@@ -178,7 +175,7 @@ class EpochPruner(FitCallback):
         "Draw this epoch's rows; `learn.dls` stays as it is"
         learn,fit = self.learn,self._fit
         source,fit.device = learn.dls.train,next(learn.model.parameters()).device
-        if self.source is not _reader(source): self._begin(source) # `distrib_ctx` wraps it anew for each fit
+        if self.source is not reader(source): self._begin(source) # `distrib_ctx` wraps it anew for each fit
         kept = self._draw() if self._prunes() else None
         fit.share,fit.weights = 1.,None
         if kept is not None:
@@ -197,7 +194,7 @@ class EpochPruner(FitCallback):
     def _begin(self, source):
         "Forget what was remembered of another training set"
         n,device = dataset_size(source),self._fit.device
-        self.source,self.rows,self.since_all = _reader(source),_own_rows(source),0
+        self.source,self.rows,self.since_all = reader(source),own_rows(source),0
         self.remembered,self.fresh = (torch.full((n,), torch.nan, device=device) for _ in range(2))
         self.il_values = IrreducibleLosses.given(self.il, source).values.to(device) if 'il' in self.inputs else None
 

@@ -8,15 +8,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/ridge.html.md"""
 __all__ = ['check_features', 'standardise', 'HeldOutRidge', 'FoldRidge', 'class_logits', 'smoothed_shares', 'fit_scale',
            'best_penalty']
 
-# %% ../nbs/13_ridge.ipynb #a0cdd90c
-from math import log
-
+# %% ../nbs/13_ridge.ipynb #b69efa61
 import torch
 from fastcore.basics import noop, store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/13_ridge.ipynb #bb1cc4a8
+# %% ../nbs/13_ridge.ipynb #3dfbac90
 def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
 def check_features(
@@ -30,28 +28,31 @@ def check_features(
         raise ValueError(f"{bad.sum().item()} of {len(x)} rows have features that are NaN or infinite, the first {bad.nonzero()[:5,0].tolist()}: check "
                          "these inputs, fill in what is missing (`FillMissing` in a table), or pass other `features`.")
 
+def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
 def standardise(
     x:Tensor, # `(n, d)` features, changed in place
     block:int=8192 # Rows at a time
 )->Tensor: # `x`: each column has mean 0 and variance 1, or is 0 where it was constant
     "Standardise the columns of `x` in place, block by block"
-    total,first = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device),x[0].clone()
+    first = _wide(x[0]).clone()
+    total = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     for rows in _blocks(len(x), block):
-        values = x[rows].sub_(first) # squares about a point nearby lose fewer digits
+        values = _wide(x[rows]) - first # squares about a point nearby lose fewer digits
         total += torch.stack([values.sum(0), (values*values).sum(0)])
     shift,square = total/len(x)
     std = (square - shift*shift).clamp(min=0).sqrt()
     known = std > 4*torch.finfo(x.dtype).eps*torch.maximum(square.sqrt(), first.double().abs()) # else its digits are spent
-    shift,scale = shift.to(x.dtype),torch.where(known, 1/std, 0).to(x.dtype)
-    for rows in _blocks(len(x), block): x[rows].sub_(shift).mul_(scale)
+    shift,scale = (shift + first).to(first.dtype),torch.where(known, 1/std, 0).to(first.dtype)
+    for rows in _blocks(len(x), block): x[rows] = _wide(x[rows]).sub_(shift).mul_(scale)
     return x
 
-# %% ../nbs/13_ridge.ipynb #d346c883
+# %% ../nbs/13_ridge.ipynb #0038388d
 def _gram(x, block, rows=None):
     "`x.T @ x` in float64, summed over blocks, each in the precision of `x`"
     res = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in _blocks(len(x) if rows is None else len(rows), block):
-        values = x[part] if rows is None else x[rows[part]]
+        values = _wide(x[part] if rows is None else x[rows[part]])
         res += values.T @ values
     return res
 
@@ -60,7 +61,7 @@ def _cross(x, targets, block, rows=None):
     res = 0
     for part in _blocks(len(x) if rows is None else len(rows), block):
         idxs = part if rows is None else rows[part]
-        res = res + (x[idxs].T @ targets(idxs)).double()
+        res = res + (_wide(x[idxs]).T @ targets(idxs)).double()
     return res
 
 class _Ridge:
@@ -71,7 +72,7 @@ class _Ridge:
         self.n,self.d = x.shape
         if self.n < 2: raise ValueError(f"{self.n} row: a prediction for a row comes from the others, so two are needed at least.")
         if len(y) != self.n: raise ValueError(f"{len(y)} targets for {self.n} rows of features: expected one a row.")
-        self.x,self.dtype = standardise(x, block),x.dtype
+        self.x,self.dtype = standardise(x, block),_wide(x[:1]).dtype
         self.mean = sum(self.targets(rows).double().sum(0) for rows in _blocks(self.n, block))/self.n
 
     def targets(self, rows):
@@ -85,16 +86,16 @@ class _Ridge:
         if self.n > self.d:
             squares,directions = torch.linalg.eigh(_gram(self.x, self.block))
             directions = directions.to(self.dtype)
-            for rows in _blocks(self.n, self.block): self.x[rows] = self.x[rows] @ directions
+            for rows in _blocks(self.n, self.block): self.x[rows] = (_wide(self.x[rows]) @ directions).to(self.x.dtype)
         else: # fewer rows than features: the rows' own Gram matrix is the smaller one
-            squares,directions = torch.linalg.eigh((self.x @ self.x.T).double())
+            squares,directions = torch.linalg.eigh((_wide(self.x) @ _wide(self.x).T).double())
             self.x = (directions*squares.clamp(min=0).sqrt()).to(self.dtype)
         return squares.clamp(min=0)
 
 class HeldOutRidge(_Ridge):
     "Ridge regression with an intercept for any penalty at once, which predicts each row by all the others (leave-one-out, exact)"
     def __init__(self,
-        x:Tensor, # `(n, d)` features, float32 or float64: overwritten
+        x:Tensor, # `(n, d)` features: overwritten. float64 is exact, float32 serves, float16 saves memory
         y:Tensor, # `(n,)` or `(n, k)` numbers, or `(n,)` classes of an integer type, which become one-hot
         n_classes:int=None, # Number of classes; None: those in `y`
         block:int=8192, # Rows at a time
@@ -120,16 +121,16 @@ class HeldOutRidge(_Ridge):
         weights,inverse,mean = (self.cross*inverse[:,None]).to(self.dtype),inverse.to(self.dtype),self.mean.to(self.dtype)
         idxs,res = torch.arange(self.n, device=self.x.device)[rows],[]
         for part in _blocks(len(idxs), self.block):
-            x,y = self.x[idxs[part]],self.targets(idxs[part]) - mean
+            x,y = _wide(self.x[idxs[part]]),self.targets(idxs[part]) - mean
             leverage = (x.square() @ inverse + 1/self.n)[:,None]
             res.append((x @ weights - leverage*y)/(1 - leverage).clamp(min=1e-6) + mean)
         return torch.cat(res)
 
-# %% ../nbs/13_ridge.ipynb #c235df1b
+# %% ../nbs/13_ridge.ipynb #499ffaae
 class FoldRidge(_Ridge):
     "Ridge regression with an intercept that predicts each fold by the others; the folds share one Gram matrix, each fold's part subtracted"
     def __init__(self,
-        x:Tensor, # `(n, d)` features, float32 or float64: overwritten
+        x:Tensor, # `(n, d)` features: overwritten. float64 is exact, float32 serves, float16 saves memory
         y:Tensor, # `(n,)` or `(n, k)` numbers, or `(n,)` classes of an integer type, which become one-hot
         folds:int=5, # Number of folds
         n_classes:int=None, # Number of classes; None: those in `y`
@@ -151,7 +152,7 @@ class FoldRidge(_Ridge):
         "Gram matrix, product with the targets, and the sums of both, of `rows`"
         blocks = [rows[part] for part in _blocks(len(rows), self.block)]
         return (_gram(self.x, self.block, rows), _cross(self.x, self.targets, self.block, rows),
-                sum(self.x[o].double().sum(0) for o in blocks), sum(self.targets(o).double().sum(0) for o in blocks))
+                sum(_wide(self.x[o]).sum(0).double() for o in blocks), sum(self.targets(o).double().sum(0) for o in blocks))
 
     penalty = HeldOutRidge.penalty
 
@@ -176,10 +177,10 @@ class FoldRidge(_Ridge):
         res = torch.empty(len(idxs), len(self.mean), dtype=self.dtype, device=self.x.device)
         for k,(weights,intercept) in enumerate(self.solved[alpha]):
             at = (fold_of[idxs] == k).nonzero().flatten()
-            for part in at.split(self.block): res[part] = self.x[idxs[part]] @ weights + intercept
+            for part in at.split(self.block): res[part] = _wide(self.x[idxs[part]]) @ weights + intercept
         return res
 
-# %% ../nbs/13_ridge.ipynb #5090675c
+# %% ../nbs/13_ridge.ipynb #fd6ef06d
 def class_logits(
     pred:Tensor, # `(n, C)` predictions of one-hot targets, or `(n, k)` of targets from 0 to 1 where `binary`
     shares:Tensor, # `(C,)` share of each class, or of 1 in each target
@@ -233,7 +234,7 @@ def _entropy(
     if binary: return F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction='none').mean(1)
     return F.cross_entropy(logits, y.long(), reduction='none')
 
-# %% ../nbs/13_ridge.ipynb #b0a474ee
+# %% ../nbs/13_ridge.ipynb #bd659720
 def best_penalty(
     ridge, # `HeldOutRidge` or `FoldRidge`
     loss, # Function of held-out predictions `(m, k)` and the rows they are of; lower is better

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat,
                            L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
-from rholoss_fastai.losses import ItemLosses, item_losses, plain, prediction
+from rholoss_fastai.losses import ItemLosses, item_losses
+from rholoss_fastai.nested import plain, prediction
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # PyTorch's on batching rules, broadcasting and KL divergence's mean
 few = settings(max_examples=8, deadline=None, derandomize=True)
