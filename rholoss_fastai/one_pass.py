@@ -44,7 +44,8 @@ from .rows import dataset_size, loader_batch_size, preserve_rng
 from .losses import ItemLosses
 from .nested import plain, prediction
 from .checks import check_count, check_number
-from .selector import BatchSelector, FitCallback
+from .fit_callback import FitCallback
+from .selector import BatchSelector
 
 # %% ../nbs/41_one_pass.ipynb #d082a2ec
 # fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is updated

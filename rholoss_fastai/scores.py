@@ -151,7 +151,7 @@ def loss_plus_conditional_entropy(
     return loss + conditional_entropy(log_probs, axis)
 
 # %% ../nbs/03_scores.ipynb #23e5d873
-_inputs = ('loss', 'il', 'pred', 'targ', 'log_probs')
+FIGURES = dict.fromkeys(('loss', 'il', 'pred', 'targ', 'log_probs')) # name -> function of `Candidates` (see `candidates`)
 
 # %% ../nbs/03_scores.ipynb #cd7b913f
 def score_inputs(
@@ -159,14 +159,14 @@ def score_inputs(
 ) -> tuple[str, ...]: # The names of those parameters, in order
     "What `score` needs"
     if not callable(score):
-        raise TypeError(f"score is {score!r}, expected a function of one or more of {', '.join(_inputs)}, such as training_loss")
+        raise TypeError(f"score is {score!r}, expected a function of one or more of {', '.join(FIGURES)}, such as training_loss")
     try: params = signature(score).parameters.values()
     except ValueError: params = [] # a builtin
     params = [p for p in params if p.default is Parameter.empty and p.kind is not Parameter.VAR_KEYWORD]
     names = tuple(p.name for p in params)
-    wrong = [str(p) for p in params if p.name not in _inputs or p.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_POSITIONAL)]
+    wrong = [str(p) for p in params if p.name not in FIGURES or p.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_POSITIONAL)]
     if wrong or not names:
-        raise ValueError(f"score has the parameters ({', '.join(names)}), expected one or more of {', '.join(_inputs)}, positional. Rename "
+        raise ValueError(f"score has the parameters ({', '.join(names)}), expected one or more of {', '.join(FIGURES)}, positional. Rename "
                          "them, or give the others a default or a value by functools.partial.")
     return names
 
