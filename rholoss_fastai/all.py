@@ -2,6 +2,8 @@
 
 from . import (
     batch_loss_filter,
+    budget,
+    executors,
     importance,
     interpret,
     irreducible,
@@ -21,8 +23,12 @@ from . import (
     selector,
     side_models,
 )
+from . import compare as compare_module # `compare` is its function
 from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
 from .batch_loss_filter import *
+from .budget import *
+from .compare import *
+from .executors import *
 from .importance import *
 from .interpret import *
 from .irreducible import *
@@ -44,5 +50,5 @@ from .selector import *
 from .side_models import *
 
 _modules = (losses, scores, picks, items, scoring, record, side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
+            rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report, executors, budget, compare_module)
 __all__ = [name for module in _modules for name in module.__all__]
