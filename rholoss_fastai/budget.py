@@ -158,7 +158,7 @@ class FitMeter(FitCallback):
         self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl or learn.dls.valid,metric
         self.clocks = _Clocks(getattr(learn.dls, 'device', None) or 'cpu')
         self.steps,self.epochs,self.loaded,self.scored,self.trained,self.cost,self.history,self.share_at_end,self.lr_at_end = 0,0,0,0,0,0.,[],0.,0.
-        self.seen,self.evaluating,self.next_look = np.zeros(3, dtype=int),False,math.inf if every is None else every
+        self.seen,self.evaluating,self.next_look = [0, 0, 0],False,math.inf if every is None else every
 
     @property
     def spent(self)->float:
@@ -211,10 +211,11 @@ class FitMeter(FitCallback):
         learn,record = self.learn,getattr(self.learn, 'selection', None)
         loaded = scored = trained = 0
         if isinstance(record, SelectionRecord):
-            now = np.array([record.total(o) for o in ('loaded', 'scored', 'trained')])
-            (loaded,scored,trained),self.seen = now - self.seen,now
+            now = [record.total(o) for o in ('loaded', 'scored', 'trained')]
+            loaded,scored,trained = (int(b - a) for a,b in zip(self.seen, now))
+            self.seen = now
         if not loaded and len(learn.yb): loaded = trained = batch_size(learn.yb)
-        self.loaded,self.scored,self.trained,self.steps = self.loaded + loaded,self.scored + scored,self.trained + trained,self.steps + (trained > 0)
+        self.loaded += loaded; self.scored += scored; self.trained += trained; self.steps += trained > 0
         # with one forward for both, every candidate takes part in the step
         in_step = max(loaded, trained) if getattr(record, 'forward', None) == 'reuse' and trained else trained
         price = self.prices.of(loaded, scored*getattr(record, 'scoring_cost', 1.), in_step, trained > 0)
@@ -268,8 +269,8 @@ class FitMeter(FitCallback):
     def note(self, value):
         "A line of the history"
         seconds,clock = self.clocks.seconds.tolist()
-        self.history.append(dict(step=self.steps, epoch=self.epochs, cost=self.cost, seconds=seconds, clock=clock, scored=int(self.scored),
-                                 trained=int(self.trained), value=math.nan if value is None else float(value)))
+        self.history.append(dict(step=self.steps, epoch=self.epochs, cost=self.cost, seconds=seconds, clock=clock, scored=self.scored,
+                                 trained=self.trained, value=math.nan if value is None else float(value)))
         self.step()
 
 # %% ../nbs/44_budget.ipynb #dc17496e

@@ -167,7 +167,7 @@ def train_run(
     return res
 
 def _outcome(run, learn, meter):
-    counts = {k: int(getattr(meter, k)) for k in ('steps', 'epochs', 'loaded', 'scored', 'trained')}
+    counts = {k: getattr(meter, k) for k in ('steps', 'epochs', 'loaded', 'scored', 'trained')}
     seconds,clock = meter.clocks.seconds.tolist()
     return dict(method=run['label'], seed=run['seed'], settings=run['settings'], final=meter.history[-1]['value'], **counts, cost=meter.cost,
                 seconds=seconds, clock=clock, cost_il=run['cost_il'], seconds_il=run['seconds_il'], bill=run['bill'],

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
@@ -96,14 +96,16 @@ def test_cost_is_that_of_plain_training_and_the_rate_decays(method):
     assert watch.shares == sorted(watch.shares) and watch.shares[0] == 0 and watch.shares[-1] > 1 - 2*a_step/6
     assert watch.rates[-1] < 0.05*max(watch.rates) and max(watch.rates) == pytest.approx(0.02, rel=0.02) and all(watch.modes)
     assert [o['cost'] for o in meter.history] == sorted(o['cost'] for o in meter.history) and len(meter.history) == 10
-    assert watch.epochs[-1] == meter.epochs + (meter.cost < 6 - 1e-9 or not meter.ended) or abs(watch.epochs[-1] - meter.epochs) <= 1
+    assert 0 <= watch.epochs[-1] - meter.epochs <= 2 # what callbacks are told of the epochs to come
 
 
 @pytest.mark.parametrize('fit', ['fit_one_cycle', 'fit_flat_cos', 'fit', 'fine_tune'])
 def test_plain_training_is_fastais_own(fit):
+    class NoValidation(Callback): # which would draw random numbers
+        def before_validate(self): raise CancelValidException
     runs = []
     for i in range(2):
-        learn = learner()
+        learn = learner(cbs=[] if i else NoValidation())
         with learn.no_bar(), learn.no_logging():
             if i: fit_within(learn, 3, fit, lr=0.01, evaluations=1 + 4*i)
             else: getattr(learn, fit)(3, 0.01)
@@ -255,7 +257,7 @@ def test_runs_that_are_there_are_not_run_again(tmp_path):
 @pytest.mark.parametrize('changed', [dict(n_epoch=3), dict(lr=0.1), dict(fit='fit_flat_cos'), dict(evaluations=4), dict(metric='valid_loss'),
                                      dict(dls=data(n=N+16)[0]), dict(make=partial(make_learner, lr=0.1)), dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
 def test_runs_with_other_settings_are_refused(tmp_path, changed):
-    quick((), folder=tmp_path, seeds=1) if False else quick(folder=tmp_path, seeds=1)
+    quick(folder=tmp_path, seeds=1)
     with pytest.raises(ValueError, match='other settings'): quick(folder=tmp_path, seeds=1, **changed)
 
 
