@@ -25,10 +25,12 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, Learner, Metric, mk_metric
 from fastcore.basics import noop
 
-from .items import batch_size, epoch_size, loader_batch_size, preserve_rng
-from .picks import check_count, check_number
+from .nested import batch_size
+
+from .rows import epoch_size, loader_batch_size, preserve_rng
+from .checks import check_count, check_number
 from .record import STEP_COST, SelectionRecord
-from .selector import FitCallback
+from .fit_callback import FitCallback
 
 # %% ../nbs/44_budget.ipynb #d8d5b107
 @dataclass(frozen=True)
@@ -355,7 +357,7 @@ def measure_prices(
     frac:float=0.25 # Share of the items that is left where a batch is narrowed, or chosen from
 )->Prices: # In forward passes of an item, and the seconds of one
     "What loading, scoring and training cost here, by timed handfuls of steps in alternation"
-    from rholoss_fastai.select import select # noqa: F401 (patches `learn.select`)
+    from rholoss_fastai.selector import select
     bs,kinds,seconds = loader_batch_size(dls.train),_kinds(frac),{}
     with preserve_rng():
         for _ in range(rounds):

@@ -36,10 +36,12 @@ import rholoss_fastai
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, greater_is_better, measure_prices, seeded_loaders, timed_steps
 from .executors import run_tasks, worker_threads
 from .irreducible import IrreducibleLosses, crossfit_irreducible
-from .items import dataset_size, fingerprint, loader_batch_size, preserve_rng
-from .picks import Uniform, check_count, check_number
+from .item_table import fingerprint
+from .rows import dataset_size, loader_batch_size, preserve_rng
+from .checks import check_count, check_number
+from .picks import Uniform
 from .record import SelectionRecord
-from .scores import by_name
+from .checks import by_name
 from .scoring import native_bfloat16
 from .side_models import batch_progress, new_learner
 
