@@ -22,7 +22,7 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from .candidates import Candidates, LossMemory, When
+from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_count, short_name
 from .delivery import Enlarge, Narrow
 from .fit_callback import FitCallback, weigh_loss
@@ -60,7 +60,7 @@ class BatchSelector(FitCallback):
         self.scorer,self.il_source,self.when = scorer or find_scorer(),il_source(il),when or When()
         self.memory,self.delivery,self.enlarge,self.min_items,self.beside = memory,delivery or Narrow(),enlarge,min_items,list(beside)
         self.inputs = score_inputs(self.score) if self.pick.needs_scores else ()
-        self.asked = tuple(dict.fromkeys((*self.inputs, *self.pick.needs)))
+        self.asked = what_is_asked((*self.inputs, *self.pick.needs), self.il_source is not None)
         if enlarge: enlarge.check(self.pick)
         check_sentence(self)
         self.record,self.epochs_done,self.epochs_selected,self.off = SelectionRecord(),0,0,False
