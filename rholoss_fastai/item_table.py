@@ -220,11 +220,21 @@ class ItemTable:
         **info
     ):
         "A table of `values` for the data set of `dl`"
-        values,marks,rows = as_tensor(values),fingerprint(dl),own_rows(dl)
-        if len(rows) < marks['n']:
+        return cls.of_rows(as_tensor(values), dl, fingerprint(dl), info)
+
+    @classmethod
+    def of_rows(cls,
+        values:Tensor, # `(n,)`, or `(k,)` of the rows that a restricted `dl` goes through, ascending
+        dl, # Loader of the data set
+        fingerprint:dict, # Of that data set
+        info:dict # How the values were made
+    ):
+        "A table where the fingerprint is at hand"
+        rows = own_rows(dl)
+        if len(rows) < fingerprint['n']:
             if len(values) == len(rows): values = spread(values.float(), dl)
-            if len(values) == marks['n'] and values.isnan().any() and not values[rows].isnan().any(): info['n_known'] = int((~values.isnan()).sum())
-        return cls(values, marks, info)
+            if len(values) == fingerprint['n'] and values.isnan().any() and not values[rows].isnan().any(): info = dict(info, n_known=int((~values.isnan()).sum()))
+        return cls(values, fingerprint, info)
 
     @property
     def unknown(self)->Tensor: # `(n,)` bool
