@@ -295,12 +295,21 @@ class HyperParams:
             for t in (t for group in self.theta.get('lr', ()) for t in group): t.sub_(1).clamp_(SCALES['lr'].low)
         self.restart()
 
+    def state(self)->dict:
+        "Values of the leaves, and Adam's averages"
+        return dict(theta={name: [[t.detach() for t in group] for group in groups] for name,groups in self.theta.items()}, adam=self.adam.state_dict())
+
     def load(self,
-        theta:dict, # Values of the leaves
-        adam:dict, # State of Adam
-        device:torch.device # Where the leaves go
+        opt, # Optimiser whose hyper-parameters they are
+        theta:dict, # From `state`
+        adam:dict # From `state`
     ):
         "Go on from what was saved"
+        shapes = {name: [[t.shape for t in group] for group in groups] for name,groups in theta.items()}
+        if shapes != {name: [[o.shape for o in self.likes(name, group) or [torch.empty(())]] for group in opt.param_lists] for name in self.tune}:
+            raise ValueError(f"The state is of {', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other names, number or kind "
+                             f"than here, {type(self).__name__} of {self.tune!r}, {len(opt.param_lists)} groups: make Learner and tuner as they were.")
+        device = next(p for group in opt.param_lists for p in group).device
         self.theta = {name: [[t.to(device).requires_grad_() for t in group] for group in groups] for name,groups in theta.items()}
         self.restart()
         self.adam.load_state_dict(adam)
@@ -308,8 +317,6 @@ class HyperParams:
     def before_step(self, opt): "For subclasses"
     def after_step(self, opt): "For subclasses"
     def pool(self, opt): "For subclasses"
-
-    def shapes(self, param_lists): return {name: [[o.shape for o in self.likes(name, group) or [torch.empty(())]] for group in param_lists] for name in self.tune}
 
 # %% ../nbs/40_hypergradient.ipynb #aafbe40d
 class WeightRates(HyperParams):
