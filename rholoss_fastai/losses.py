@@ -382,8 +382,8 @@ def _adds_up(whole, losses, of_items, of_batch):
     shares,rest = along/length[known].square(),finite & ~known
     left = (1 - shares.sum())/rest.sum().clamp(min=1)
     expected = (shares*losses[known]).sum() + left*losses[rest].sum()
-    near = (whole - expected).abs() <= 0.2*(whole.abs() + losses[finite].abs().mean())
-    return bool(near & (alike.float().mean() >= 0.75) & (shares.sum() > 0.5) & (shares.sum() < 2))
+    near = (whole - expected).abs() <= 0.15*(whole.abs() + losses[finite].abs().mean())
+    return bool(near & (alike.float().mean() >= 0.9) & (shares.sum() > 0.5) & (shares.sum() < 2))
 
 @patch
 def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
