@@ -21,6 +21,7 @@ from .checks import check_number
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .irreducible import IrreducibleLosses
+from .label_noise import share_of_wrong_labels
 from .probe import ProbePredictions, probe_irreducible, probe_predictions
 from .rows import own_rows, reader
 
@@ -107,16 +108,15 @@ def is_log_loss(
 
 # %% ../nbs/33_rho_epochs.ipynb #f2c2a740
 def estimated_wrong(
-    found:ProbePredictions, # Held-out predictions
-    confident:float=0.05 # Share of the rows, those of the surest predictions, that are looked at
-)->float:
-    "About which share of the labels is wrong: the share of sure predictions that disagree with the label"
-    if found.kind == 'classes': sure,wrong = found.probs.max(1).values,found.logits.argmax(1) != found.targets
-    elif found.kind == 'labels': sure,wrong = found.logits.abs().flatten(),((found.logits > 0) != (found.targets.reshape(found.logits.shape) > 0.5)).flatten()
-    else: # of numbers: those more than 4 robust deviations off, of which there are none among normal errors
-        off = (found.logits - found.targets).reshape(len(found), -1).abs()
-        return (off > 4*1.4826*off.median(0).values).any(1).float().mean().item()
-    return wrong[sure.topk(max(1, round(confident*len(sure)))).indices].float().mean().item()
+    found:ProbePredictions # Held-out predictions
+)->float: # Share of the rows
+    "About how many labels are wrong"
+    if found.kind == 'classes': return share_of_wrong_labels(found.logits, found.targets)[0]
+    if found.kind == 'labels': # those that disagree with the surest twentieth of the predictions
+        sure,wrong = found.logits.abs().flatten(),((found.logits > 0) != (found.targets.reshape(found.logits.shape) > 0.5)).flatten()
+        return wrong[sure.topk(max(1, len(sure)//20)).indices].float().mean().item()
+    off = (found.logits - found.targets).reshape(len(found), -1).abs() # numbers: more than 4 robust deviations off, as hardly any normal error is
+    return (off > 4*1.4826*off.median(0).values).any(1).float().mean().item()
 
 # %% ../nbs/33_rho_epochs.ipynb #9edc90be
 class RhoEpochs(Reducible):
@@ -130,7 +130,7 @@ class RhoEpochs(Reducible):
         by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
         refresh:bool=None, # Irreducible losses anew from the model's own features, at a quarter of the fit? None: in a fit from scratch of 4 epochs or more
         gate:bool=True, # Train plainly where fewer than `threshold` of the labels look wrong?
-        threshold:float=0.08, # By the estimate, which is too high rather than too low
+        threshold:float=0.05, # By the estimate, which is too high rather than too low
         features='auto', # Of `probe_predictions`
         look:int=4000 # Rows for the first estimate, at most
     ):
@@ -175,7 +175,8 @@ class RhoEpochs(Reducible):
     def _clean(self): return self.gate and self.wrong is not None and self.wrong < self.threshold
 
     def _estimate(self, learn, dl, n_rows):
-        found = probe_predictions(learn, dl, self.features, n_rows=n_rows, verbose=n_rows is None and learn.logger is not noop)
+        folds = 5 if (n_rows or len(own_rows(dl))) > 10_000 else None # leave-one-out costs twice as much, and is worth it where rows are few
+        found = probe_predictions(learn, dl, self.features, folds, n_rows, verbose=n_rows is None and learn.logger is not noop)
         return estimated_wrong(found),found
 
     def prepare(self, learn, dl, epoch, memory):

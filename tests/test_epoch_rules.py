@@ -546,7 +546,7 @@ def test_ies_leaves_and_comes_back():
     fit(learn, 2, lr=0.5, cbs=watch) # nothing is remembered of the fit before but losses; rows move again
     trained = [len(torch.cat(o)) for o in watch.rows]
     assert trained[0] == BS and trained[1] > 100
-    assert learn.selection.ledger.scored.tolist()[-2:] == [0, N - BS]
+    assert N - BS <= learn.selection.ledger.scored.iloc[-1] <= N
 
 
 @pytest.mark.parametrize('keep', [0.1, 0.3, 0.5, 0.7, 1.])
