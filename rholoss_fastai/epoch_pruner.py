@@ -28,7 +28,7 @@ from torch import Tensor
 from .checks import by_name, check_choice, check_count
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
 from .fit_callback import FitCallback, batch_rows, weigh_loss
-from .irreducible import IrreducibleLosses
+from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
@@ -161,14 +161,14 @@ class EpochPruner(FitCallback):
         if self.source is not reader(dl): # `distrib_ctx` wraps it anew for each fit
             self.source,self.rows,self.since_all = reader(dl),own_rows(dl),0
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
-            self.il_values = IrreducibleLosses.given(self.rule.il, dl).values.to(self._fit.device) if 'il' in self.inputs else None
+            self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
         self.learn.selection,self.record.figures,self.share = self.record,self._figures,1.
         self._fit.rounds = self._fit.weights = None
         self._fit.checked = False
         began = time.perf_counter()
-        self.rule.begin(learn, dl)
-        self.record.seconds_il += time.perf_counter() - began
+        seconds = self.rule.begin(learn, dl)
+        self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
         self.say(self.rule.says(self.epoch_info(dl)), len(track_rows(dl)))
         self.add_columns(selected=partial(self.record.last, 'selected'))
 
@@ -295,7 +295,9 @@ class EpochPruner(FitCallback):
 def add_pruner(learn, pruner):
     "Put a pruner in place of any other"
     check_alone(learn, pruner.rule)
-    if pruner.rule.il is not None and not isinstance(pruner.rule.il, str): pruner.rule.il = IrreducibleLosses.given(pruner.rule.il, learn.dls.train)
+    if pruner.rule.il is not None:
+        pruner.rule.il = il_source(pruner.rule.il)
+        pruner.rule.il.check(learn)
     learn.no_pruning().add_cb(pruner)
     learn.selection = pruner.record
     return learn
