@@ -49,9 +49,8 @@ def data(n=N, bs=BS, **kwargs):
 def net(): return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
 def make_learner(dls, **kwargs): return Learner(dls, net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.02), **kwargs})
 def learner(**kwargs):
-    dls,_ = data()
     set_seed(0)
-    return make_learner(dls, **kwargs)
+    return make_learner(data()[0], **kwargs)
 
 
 def quick(methods=('random',), make=make_learner, dls=None, **kwargs):
