@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 import torch
 from fastcore.basics import noop
 
-from .picks import check_count
+from .checks import check_count
 
 # %% ../nbs/19_executors.ipynb #ffb4e500
 def _attempt(func, threads, named):

@@ -27,11 +27,16 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from .irreducible import IrreducibleLosses
-from .items import ItemTable, batch_size, dataset_size, fingerprint, is_distributed, preserve_rng, restrict_rows, scoring_loader, subset_batch
-from .items import track_rows
-from .losses import ItemLosses, prediction
-from .picks import check_count
-from .scores import SCORES, by_name, find_score, gradient_norm_bound
+from .item_table import ItemTable, fingerprint
+from .loaders import restrict_rows, scoring_loader
+from .nested import batch_size, subset_batch
+from .rows import dataset_size, is_distributed, preserve_rng
+from .rows import track_rows
+from .losses import ItemLosses
+from .nested import prediction
+from .checks import check_count
+from .checks import by_name
+from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
 from .side_models import batch_progress, fit_quietly, map_rows, new_learner, on_its_own, score_rows, shows_progress
 

@@ -21,10 +21,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from .irreducible import IrreducibleLosses, irreducible_losses
-from .items import dataset_size, preserve_rng, scoring_loader, track_rows, whole_dataset
-from .losses import ItemLosses, plain, prediction
+from .loaders import scoring_loader
+from .rows import dataset_size, preserve_rng, track_rows, whole_dataset
+from .losses import ItemLosses
+from .nested import plain, prediction
 from .noise import class_names
-from .picks import check_count
+from .checks import check_count
 from .record import SelectionRecord
 
 # %% ../nbs/50_interpret.ipynb #e571464d

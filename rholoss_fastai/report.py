@@ -12,7 +12,7 @@ import math
 
 from fastcore.basics import patch
 
-from .picks import check_number
+from .checks import check_number
 from .record import SelectionRecord
 
 # %% ../nbs/51_report.ipynb #a7e7d547

@@ -1,15 +1,18 @@
 import os
 from pathlib import Path
 
+os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: the tests run side by side, one on each core
+
 import numpy as np
 import pytest
 from PIL import Image
 
-os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
 ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items):
-    "Skip what needs CUDA where there is none"
+    "Long tests first, so that no process is left with one at the end; skip what needs CUDA where there is none"
+    items.sort(key=lambda item: not ('slow' in item.keywords or item.path.stem == 'test_notebooks'))
     cuda = [item for item in items if 'cuda' in item.keywords]
     if not cuda: return
     import torch

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
 from rholoss_fastai.irreducible import IrreducibleLosses, crossfit_irreducible, fit_irreducible, irreducible_losses, learner_copies
-from rholoss_fastai.items import restrict_rows
+from rholoss_fastai.loaders import restrict_rows
 
 quiet = dict(progress=False)
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)

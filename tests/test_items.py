@@ -23,8 +23,13 @@ from safetensors.torch import save_file
 from torch import tensor
 from torch.utils.data import DataLoader as TorchDataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset, WeightedRandomSampler
 
-from rholoss_fastai.items import (ItemTable, RowSubset, batch_size, dataset_size, epoch_size, fingerprint, preserve_rng, restrict_rows,
-                                  scoring_loader, subset_batch, track_rows)
+from rholoss_fastai.item_table import ItemTable, fingerprint
+
+from rholoss_fastai.loaders import restrict_rows, scoring_loader
+
+from rholoss_fastai.nested import batch_size, subset_batch
+
+from rholoss_fastai.rows import RowSubset, dataset_size, epoch_size, preserve_rng, track_rows
 
 N = 53
 
@@ -621,7 +626,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.data.core import Datasets, TfmdDL
 from fastai.data.load import DataLoader
-from rholoss_fastai.items import fingerprint, ItemTable
+from rholoss_fastai.item_table import fingerprint, ItemTable
 rng = np.random.default_rng(0)
 files = [Path('/data')/str(i%3)/f'{i}.png' for i in range(300)]
 loaders = [TfmdDL(Datasets(files, [[lambda o: o], [lambda o: {o.parent.name, 'x'}]]), num_workers=0),
@@ -701,7 +706,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 killed = '''
 import os, signal, sys, torch
-from rholoss_fastai.items import ItemTable
+from rholoss_fastai.item_table import ItemTable
 os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 ItemTable(torch.arange(12), dict(n=12, targets='', items='')).save(sys.argv[1])
 '''
@@ -751,7 +756,7 @@ def test_cuda():
 def test_cuda_begun_inside():
     code = '''
 import torch
-from rholoss_fastai.items import preserve_rng
+from rholoss_fastai.rows import preserve_rng
 torch.manual_seed(3)
 assert not torch.cuda.is_initialized()
 with preserve_rng(): torch.rand(3, device='cuda')

@@ -1,6 +1,7 @@
-"Every notebook's cells, run by nbdev's own runner, each notebook in a process of its own, two at a time"
-import os, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
+"Every notebook's cells, run by nbdev's own runner, each notebook in a process of its own"
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,9 @@ sys.exit(not passed)
 
 def has_flag(path, flag): return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
 
-def run_notebook(name, flags):
-    "Run the cells of notebook `name`, those flagged with one of `flags` too; the finished process"
-    env = dict(os.environ, OMP_NUM_THREADS='1', IN_TEST='1')  # two run at a time
-    return subprocess.run([sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags],
-                          env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
-
-@pytest.fixture(scope='session')
-def runs(request):
-    "The runs of all selected notebooks, started together when the first is asked for"
-    with ThreadPoolExecutor(2) as pool:
-        chosen = {(item.callspec.params['name'], item.callspec.params['flags']) for item in request.session.items
-                  if getattr(item, 'originalname', None) == 'test_notebook' and not item.get_closest_marker('skip')}
-        yield {key: pool.submit(run_notebook, *key) for key in sorted(chosen)}
-
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
-def test_notebook(name, flags, runs):
-    result = runs[name, flags].result()
+def test_notebook(name, flags):
+    result = subprocess.run([sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags],
+                            env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'

@@ -1,0 +1,66 @@
+"How the site shows a function: a short signature, its docstring and a table of its parameters (`[tool.nbdev] renderer`)"
+import inspect, re, textwrap
+
+from fastcore.docments import DocmentTbl, empty
+from nbdev.showdoc import BasicMarkdownRenderer
+
+KINDS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+WIDTHS = dict(name=16, anno=16, default=12, docment=56) # pandoc divides a table's width as the dashes under its header say
+
+def type_text(anno):
+    "A type as a reader writes it, without module paths; nothing where it is only the type of a default of None"
+    if anno is empty or anno is type(None): return ''
+    text = anno.__name__ if inspect.isclass(anno) and not hasattr(anno, '__args__') else str(anno).strip("'")
+    return re.sub(r'\bfunction\b', 'callable', re.sub(r'\bNoneType\b', 'None', re.sub(r'\b(?:\w+\.)+(?=\w)', '', text)))
+
+def default_text(default):
+    "A default as it stands in code"
+    return '' if default is empty else getattr(default, '__name__', None) or repr(default)
+
+def signature_text(name, params, width=84):
+    "`name(a, b=1, *, c=2)`, broken where a page would end"
+    parts,star = [],False
+    for param,d in params.items():
+        if d.kind is inspect.Parameter.KEYWORD_ONLY and not star: parts.append('*')
+        star = star or d.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        parts.append(KINDS.get(d.kind, '') + param + (f'={default_text(d.default)}' if d.default is not empty else ''))
+    text = re.sub(r'^Learner\.', 'learn.', name) + f"({', '.join(parts)})"
+    return textwrap.fill(text, width, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+
+class ParameterTable(DocmentTbl):
+    "Parameters with type, default and what they mean; empty where none is described"
+    def __init__(self, obj):
+        super().__init__(obj)
+        self.signature = {name: type(d)(d) for name,d in self.dm.items() if name != 'return'}
+        if inspect.isclass(obj) and set(self.signature) == {'args', 'kwargs'}: # a tuple with names
+            self.signature = dict(inspect.signature(obj).parameters)
+        for d in self.dm.values():
+            d.anno,default = type_text(d.anno) or empty,default_text(d.default)
+            d.default = f'`{default}`' if default else empty
+            if isinstance(d.anno, str): d.anno = f'`{d.anno}`'
+
+    @property
+    def hdr_str(self):
+        titles = dict(anno='Type', default='Default', docment='What it is')
+        names = ['Parameter', *(titles[column] for column in self._columns)]
+        dashes = ['-'*WIDTHS[column] for column in ('name', *self._columns)]
+        return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (names, dashes))
+
+    @property
+    def params_str(self):
+        rows = super().params_str.split('\n')
+        return '\n'.join(re.sub(r'^\| (\w+)', lambda m: f'| `{KINDS.get(self.signature[m[1]].kind, "")}{m[1]}`', row) for row in rows)
+
+class ParameterRenderer(BasicMarkdownRenderer):
+    "Source link, heading, short signature, docstring, table of parameters"
+    def __init__(self, sym, name=None, title_level=3):
+        super().__init__(sym, name=name, title_level=title_level)
+        self.table = ParameterTable(self.sym)
+        self.dm = signature_text(self.nm, self.table.signature)
+
+    def _repr_markdown_(self):
+        text = super()._repr_markdown_()
+        try: line = inspect.getsourcelines(inspect.unwrap(self.sym))[1]
+        except (OSError, TypeError): line = None
+        text = text.replace('.py#LNone)', f'.py#L{line})' if line else '.py)') # nbdev looks the line up under another name
+        return f'{text}\n\n{self.table}'.rstrip()
