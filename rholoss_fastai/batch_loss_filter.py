@@ -46,9 +46,8 @@ class ScaleRate(FitCallback):
         self.opt.set_hyper('lr', [rate*factor for rate in fit.rates])
 
     def _restore(self):
-        if self._fit is not None and self._fit.rates is not None:
-            self.learn.opt.set_hyper('lr', self._fit.rates)
-            self._fit.rates = None
+        rates = getattr(self._fit, 'rates', None)
+        if rates is not None: self.learn.opt.set_hyper('lr', rates); self._fit.rates = None
 
     def after_step(self):
         "The step is done: the user's own rate again"
@@ -63,9 +62,10 @@ class ScaleRate(FitCallback):
         "The batch ends without a step where gradients accumulate"
         self._restore()
 
-    def _tidy(self):
-        self._restore() # the fit was cancelled inside a step
-        super()._tidy()
+    def after_fit(self):
+        "The fit may have been cancelled inside a step"
+        if not self.learn.lock.locked(): self._restore()
+        super().after_fit()
 
 # %% ../nbs/21_batch_loss_filter.ipynb #f552d93a
 class BatchLossFilter(BatchSelector):
