@@ -372,14 +372,15 @@ def _dividing(total, whole, divisors):
 @patch
 def _derivatives(self:ItemLosses, pred, targs, bs):
     "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)` each; None where they don't depend on them"
+    if self.one_tensor: pred = prediction(pred)
     leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs) else t.detach(), pred)
     inputs = [t for t in tensors(leaves) if t.requires_grad]
+    if not inputs: raise TypeError('an output whose tensors are not to be found')
     def of(loss):
-        if not inputs or not isinstance(loss, Tensor) or not loss.requires_grad: return None
+        if not isinstance(loss, Tensor) or not loss.requires_grad: return None
         grads = [g.reshape(bs, -1).float() for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
         return torch.cat(grads, 1)
     items = self(leaves, *targs)
-    if self.one_tensor: leaves = prediction(leaves)
     return of(items), of(plain(self.loss_func(map_tensors(_full, leaves), *map_tensors(_full, targs))))
 
 def _adds_up(whole, losses, of_items, of_batch):

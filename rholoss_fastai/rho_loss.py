@@ -20,10 +20,13 @@ from .scores import reducible_loss
 from .selector import BatchSelector, add_selector, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
-def _il_source(il, update_il, crossfit):
+def _il_source(il, budget, update_il, crossfit):
     "The source of irreducible losses that the arguments speak of"
     crossfit = {k: v for k,v in crossfit.items() if v is not None}
-    source = CrossFitIL(**crossfit) if il is None or isinstance(il, str) and il == 'crossfit' else il_source(il)
+    named = il if isinstance(il, str) else None
+    if crossfit and named not in ('auto', 'crossfit'):
+        raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is given: leave one of them out.")
+    source = CrossFitIL(**crossfit) if crossfit or named == 'crossfit' else il_source(il, budget)
     if update_il:
         if not isinstance(source, ModelIL):
             raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a Learner, not its losses.")
@@ -42,7 +45,7 @@ class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
     @delegates(selector_parts)
     def __init__(self,
-        il='crossfit', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+        il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
         frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
         score:str|Callable=reducible_loss, # How much an item is wanted: a function of any of `loss`, `il`, `pred`, `targ`, `log_probs`, or its name
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
@@ -55,7 +58,7 @@ class RhoLossCallback(BatchSelector):
         il_arch:Callable=None, # Cross-fitting: function that returns a new model, such as `partial(small_cnn, 10)`; default copies of the Learner's
         **kwargs
     ):
-        source = _il_source(il, update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
+        source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
         parts = selector_parts(il=source, enlarge=enlarge, **kwargs)
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
         super().__init__(score, _pick(pick, frac), **parts)
@@ -64,11 +67,11 @@ class RhoLossCallback(BatchSelector):
 @patch
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
-    il='crossfit', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+    il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
     frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
-    if before and isinstance(il, str) and il == 'crossfit': il = before[0].il_source # another `frac`, the same irreducible losses
+    if before and isinstance(il, str) and il == 'auto': il = before[0].il_source # another `frac`, the same irreducible losses
     return add_selector(self, RhoLossCallback(il, frac, **kwargs))

@@ -24,7 +24,7 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from .candidates import Candidates, LossMemory, When
+from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, goes_on_from_state
 from .fit_callback import FitCallback, weigh_loss
@@ -63,7 +63,7 @@ class BatchSelector(FitCallback):
         self.scorer,self.il_source,self.when = scorer or find_scorer(),il_source(il),when or When()
         self.memory,self.delivery,self.enlarge,self.min_items,self.beside = memory,delivery or Narrow(),enlarge,min_items,list(beside)
         self.inputs = score_inputs(self.score) if self.pick.needs_scores else ()
-        self.asked = tuple(dict.fromkeys((*self.inputs, *self.pick.needs)))
+        self.asked = what_is_asked((*self.inputs, *self.pick.needs), self.il_source is not None)
         if enlarge: enlarge.check(self.pick)
         check_sentence(self)
         self.record,self.epochs_done,self.epochs_selected,self.off = SelectionRecord(),0,0,False
@@ -445,7 +445,8 @@ def selector_parts(
     every:int=1, # Select in each `every`-th batch
     warmup_epochs:int=0, # Epochs, counted over the Learner's life, before selection begins
     staleness:int=1, # Score a row's loss only every so many epochs, and remember it in between
-    il=None, # Irreducible losses: a table, a file, one number per row, a module, a Learner, or a name
+    il=None, # Irreducible losses: a table, a file, one number per row, a module, a Learner, or a name ('auto', 'probe', 'crossfit')
+    il_budget:float=0.2, # With il='auto': largest share of the fit to come that they may cost
     enlarge:bool=False, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
     epoch:str='candidates', # With `enlarge`: one pass over the 'candidates', as many 'steps' as plain training, or as many as 'cost' what its epoch costs
     min_items:int=None, # Fewest items to train on; default 2 where batch norm is in train mode (it needs two), else 1
@@ -459,7 +460,7 @@ def selector_parts(
     beside = [TrainBeside(scorer.companion)] if proxy is not None else []
     if track is not None: beside.append(TrackSubsets(track, track_columns))
     if fallback is not None: beside.append(FallBack(fallback))
-    return dict(scorer=scorer, il=il, when=When(start, end, every, warmup_epochs), memory=LossMemory(staleness) if staleness > 1 else None,
+    return dict(scorer=scorer, il=il_source(il, il_budget), when=When(start, end, every, warmup_epochs), memory=LossMemory(staleness) if staleness > 1 else None,
                 enlarge=Enlarge(epoch) if enlarge else None, min_items=min_items, beside=beside)
 
 # %% ../nbs/20_selector.ipynb #9a4c4604
