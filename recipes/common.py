@@ -16,7 +16,8 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from fastprogress.fastprogress import progress_bar
 
 import rholoss_fastai
-from rholoss_fastai.all import native_bfloat16, prediction
+from rholoss_fastai.all import native_bfloat16
+from rholoss_fastai.nested import prediction
 
 matplotlib.use('Agg') # figures go to files
 

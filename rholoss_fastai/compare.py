@@ -33,15 +33,15 @@ from fastcore.basics import noop, patch
 from scipy import stats
 
 import rholoss_fastai
-from .budget import UNITS, Prices, find_metric, fit_function, fit_within, greater_is_better, measure_prices, seeded_loaders, timed_steps
+from .budget import UNITS, Prices, find_metric, fit_function, fit_within, greater_is_better, il_epochs, measure_prices, seeded_loaders, timed_steps
+from .checks import by_name, check_choice, check_count, check_number
 from .executors import run_tasks, worker_threads
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .item_table import fingerprint
-from .rows import dataset_size, loader_batch_size, preserve_rng
-from .checks import check_count, check_number
 from .picks import Uniform
+from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
-from .checks import by_name
+from .rows import dataset_size, loader_batch_size, preserve_rng
 from .scoring import native_bfloat16
 from .side_models import batch_progress, new_learner
 
@@ -58,7 +58,7 @@ METHODS = dict( # name -> function of a Learner, and of irreducible losses `il` 
     divbs=lambda learn: learn.select('loss', 'divbs', frac=0.3),
     rho_loss=lambda learn, il: learn.rho_loss(il),
     rho_loss_published=lambda learn, il: learn.rho_loss(il, frac=0.1, score='reducible', enlarge=True),
-    rho_epochs=lambda learn, il: learn.rho_epochs(il),
+    rho_epochs=lambda learn: learn.rho_epochs(),
 )
 
 # %% ../nbs/52_compare.ipynb #c5e912c3
@@ -120,33 +120,26 @@ def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy
                 noisy=None if noisy is None else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
 
 # %% ../nbs/52_compare.ipynb #7d9276ca
-def _il_cost(info, prices, n, plain_epoch):
-    "What irreducible losses cost by counts, in plain epochs, as far as `info` says what was done"
-    n_epoch = info.get('n_epoch', 0)
-    trained = info.get('items_trained', n_epoch*n*max(1, info.get('n_folds', 1) - 1))
-    scored = info.get('items_scored', max(1, n_epoch)*n)
-    return prices.of(loaded=trained + scored, scored=scored, trained=trained)/plain_epoch
-
-def _crossfit_epochs(prices, n, plain_epoch, most):
+def _crossfit_epochs(learn, prices, most):
     "As many epochs of cross-fitting as cost at most `most` plain epochs, from 1 to 5"
-    return int(min(5, max(1, most/_il_cost(dict(n_epoch=1, n_folds=2), prices, n, plain_epoch))))
+    return int(min(5, max(1, most/il_epochs(learn, dict(n_epoch=1, n_folds=2), prices))))
 
-def _make_il(make_learner, dls, n_epoch, progress):
-    "Cross-fitted irreducible losses"
-    return crossfit_irreducible(make_learner, dls, n_epoch, one_cycle=True, progress=progress)
+def _make_il(make_learner, dls, prices, most, progress):
+    "Irreducible losses by a probe where features are at hand, else cross-fitted"
+    with preserve_rng():
+        set_seed(0)
+        learn = make_learner(dls)
+        if choose_features(learn)[0]: return probe_irreducible(learn, progress=progress, verbose=False)
+    return crossfit_irreducible(make_learner, dls, _crossfit_epochs(learn, prices, most), one_cycle=True, progress=progress)
 
 # %% ../nbs/52_compare.ipynb #2bcb980a
 def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
-    if isinstance(il, (str, Path)) and il != 'auto': il = IrreducibleLosses.load(il)
-    if il is not None and not callable(il) and not isinstance(il, str): return IrreducibleLosses.given(il, dls.train)
+    if not callable(il) and not (isinstance(il, str) and il == 'auto'): return IrreducibleLosses.given(il, dls.train)
     if file and file.exists(): return IrreducibleLosses.load(file).check(dls.train)
     began = time.process_time()
-    if callable(il): il = il(make_learner, dls)
-    else:
-        n = dataset_size(dls.train)
-        il = _make_il(make_learner, dls, _crossfit_epochs(prices, n, prices.plain_epoch(dls.train), most), progress)
+    il = il(make_learner, dls) if callable(il) else _make_il(make_learner, dls, prices, most, progress)
     il.info['process_seconds'] = time.process_time() - began
     if file: il.save(file)
     return il
@@ -173,6 +166,7 @@ def _outcome(run, learn, meter):
     seconds,clock = meter.clocks.seconds.tolist()
     return dict(method=run['label'], seed=run['seed'], settings=run['settings'], final=meter.history[-1]['value'], **counts, cost=meter.cost,
                 seconds=seconds, clock=clock, cost_il=run['cost_il'], seconds_il=run['seconds_il'], bill=run['bill'],
+                own_cost_il=meter.cost_il, own_seconds_il=meter.seconds_il,
                 wrong_labels=_wrong(learn, run['noisy']), share_at_end=meter.share_at_end, lr_at_end=meter.lr_at_end,
                 history=meter.history, machine=machine())
 
@@ -278,8 +272,8 @@ class Comparison:
         return {'method': method, self.metric: mean('final'), 'spread': float(np.std(finals, ddof=1)) if len(finals) > 1 else math.nan,
                 'difference': difference, 'low': difference - half, 'high': difference + half, 'seeds': len(own), 'steps': mean('steps'),
                 'steps_to_plain': at('step'), 'seconds': mean('seconds') + mean('seconds_il'), 'seconds_to_plain': at('seconds', 'seconds_il'),
-                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'), 'cost_il': mean('cost_il'),
-                'seconds_il': mean('seconds_il'), 'loaded': mean('loaded'), 'scored': mean('scored'), 'trained': mean('trained'),
+                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'), 'cost_il': mean('cost_il') + mean('own_cost_il'),
+                'seconds_il': mean('seconds_il') + mean('own_seconds_il'), 'loaded': mean('loaded'), 'scored': mean('scored'), 'trained': mean('trained'),
                 'wrong_labels': mean('wrong_labels')}
 
 # %% ../nbs/52_compare.ipynb #74793d6b
@@ -328,8 +322,8 @@ class Verdict:
         lines = [self.head(), *[self.of(o) for o in self.table.index if o != 'plain']]
         il = [o for o in self.table.index if self.table.cost_il[o] > 0]
         if il:
-            bill = f"{self.table.cost_il[il[0]]:.2f} plain epochs a run ({self.table.seconds_il[il[0]]:.1f} s)"
-            lines.append(f"Irreducible losses are in it, at {bill}; without them {_joined([f'`{o}`' for o in il])} would have had so much more to train with.")
+            bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs ({self.table.seconds_il[o]:.1f} s)" for o in il]
+            lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would have been so much more to train with.")
         lines += [f"Not in it: {name}, {why}" for name,why in self.comparison.errors.items()]
         return '\n'.join(lines)
 
@@ -461,13 +455,13 @@ def _checked_learner(make_learner, dls, methods, metric):
     return first
 
 # %% ../nbs/52_compare.ipynb #fafd29b4
-def _bills(needs_il, il, n_seeds, bill, unit, prices, dls):
+def _bills(needs_il, il, n_seeds, bill, unit, prices, learn):
     "What irreducible losses cost each run of a method: in plain epochs, in seconds, and in the unit of the budget"
     if not needs_il or bill == 'none' or il is None: return 0.,0.,0.
-    share,plain_epoch = 1/n_seeds if bill == 'share' else 1.,prices.plain_epoch(dls.train)
+    share,plain_epoch = 1/n_seeds if bill == 'share' else 1.,prices.plain_epoch(learn.dls.train)
     seconds = il.info.get('seconds', 0.) if torch.cuda.is_available() else il.info.get('process_seconds', il.info.get('seconds', 0.))
     measured = getattr(prices, 'seconds', None) # of a forward pass, where prices were measured
-    cost = seconds/measured/plain_epoch if measured else _il_cost(il.info, prices, len(il), plain_epoch)
+    cost = seconds/measured/plain_epoch if measured else il_epochs(learn, il.info, prices)
     return share*cost,share*seconds,share*dict(cost=cost, seconds=seconds, steps=0.)[unit]
 
 # %% ../nbs/52_compare.ipynb #c6ed9ef4
@@ -568,8 +562,7 @@ def compare(
 )->Comparison: # A table, a picture, a verdict; with `dry_run` a DataFrame of seconds
     "Train with each method and seed at equal cost, and say which of them pay"
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders; got {type(dls).__name__}.")
-    if budget not in UNITS: raise ValueError(f"budget must be one of {', '.join(UNITS)}; got {budget!r}.")
-    if bill not in ('share', 'whole', 'none'): raise ValueError(f"bill must be 'share', 'whole' or 'none'; got {bill!r}.")
+    check_choice('budget', budget, UNITS); check_choice('bill', bill, ('share', 'whole', 'none'))
     check_count('n_epoch', n_epoch, 1); check_count('evaluations', evaluations, 1); check_number('il_budget', il_budget, schedule=False)
     fit_function(fit)
     methods,seeds = find_methods(methods),_seeds(seeds)
@@ -582,12 +575,13 @@ def compare(
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast
     settings = _settings(learn, n_epoch, fit, lr, budget, evaluations, metric_name, test_dl, noisy, prices)
-    del learn
     needs_il = any(map(_needs_il, methods.values()))
     most = il_budget*n_epoch*(len(seeds) if bill == 'share' else 1)
     il = _irreducible(il, make_learner, dls, folder, prices, most, progress) if needs_il else None
-    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, dls) for label,func in methods.items()}
+    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, learn) for label,func in methods.items()}
     _check_bills(bills, n_epoch, bill)
+    del learn
+    if il is not None: il.booked = True # in these bills, and in no run's own
     shared = dict(make_learner=make_learner, dls=dls, n_epoch=n_epoch, fit=fit, lr=lr, unit=budget, per_epoch=None, prices=prices, metric=metric, test_dl=test_dl,
                   evaluations=evaluations, noisy=noisy, folder=folder, threads=threads)
     runs = {f'{label}, seed {seed}': _run_of(label, func, seed, settings, il, bills[label], **shared) for seed in seeds for label,func in methods.items()}

@@ -49,9 +49,8 @@ def data(n=N, bs=BS, **kwargs):
 def net(): return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
 def make_learner(dls, **kwargs): return Learner(dls, net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.02), **kwargs})
 def learner(**kwargs):
-    dls,_ = data()
     set_seed(0)
-    return make_learner(dls, **kwargs)
+    return make_learner(data()[0], **kwargs)
 
 
 def quick(methods=('random',), make=make_learner, dls=None, **kwargs):
@@ -304,7 +303,7 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path):
 def made(finals, metric='accuracy', budget='cost', **kwargs):
     "A comparison of runs with these final metrics by method"
     runs = [dict(method=method, seed=seed, settings=dict(metric=metric, budget=budget, n_epoch=5), final=v, steps=100, epochs=5, loaded=1, scored=0, trained=1,
-                 cost=5., seconds=10., clock=10., cost_il=0.5*(method == 'rho'), seconds_il=1.*(method == 'rho'), bill=0., wrong_labels=None, machine={},
+                 cost=5., seconds=10., clock=10., cost_il=0.5*(method == 'rho'), seconds_il=1.*(method == 'rho'), own_cost_il=0., own_seconds_il=0., bill=0., wrong_labels=None, machine={},
                  history=[dict(step=50, epoch=2, cost=2.5, seconds=5., value=v - 0.01), dict(step=100, epoch=5, cost=5., seconds=10., value=v)])
             for method,values in finals.items() for seed,v in enumerate(values)]
     return Comparison(runs, **kwargs)
