@@ -60,10 +60,10 @@ def read_run(run):
 
 def select(learn, method, settings, il, seed):
     "Let `learn` select"
-    if method == 'random': learn.rho_loss(pick=Uniform(**settings, seed=seed))
+    if method == 'random': learn.rho_loss(pick=Uniform(**settings, seed=seed), epoch='candidates')
     if method == 'rho_loss':
         if settings.pop('proxy', False): settings['proxy'] = Learner(learn.dls, narrow_cnn(), loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr)
-        learn.rho_loss(il, **settings)
+        learn.rho_loss(il, **{'epoch': 'candidates', **settings})
     # no epoch of warm-up, so that a step costs the same all through the run
     if method == 'batch_loss_filter': learn.batch_loss_filter(**settings, warmup_epochs=0)
     if method == 'selective_backprop': learn.selective_backprop(**settings, seed=seed, warmup_epochs=0)

@@ -107,7 +107,7 @@ def main(
     set_seed(seed)
     learn = make_learner(image_loaders(train, test, bs, device=device), arch, lr, **kind)
     il = None
-    if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
+    if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed), epoch='candidates')
     if method in ('rho_loss', 'cross_fit'):
         if il_file and Path(il_file).exists(): il = IrreducibleLosses.load(il_file)
         else:
@@ -125,7 +125,7 @@ def main(
                 il = fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs, one_cycle=il_one_cycle)
             torch.set_rng_state(state)
             if il_file: il.save(il_file)
-        learn.rho_loss(il, frac=frac, precision=read_precision(precision), compile=compile)
+        learn.rho_loss(il, frac=frac, epoch='candidates', precision=read_precision(precision), compile=compile)
 
     began = time.perf_counter()
     history = fit_steps(learn, test.batches(device), steps, eval_every).history

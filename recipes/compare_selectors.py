@@ -141,7 +141,7 @@ def main(
             if name != 'uniform':
                 score,pick = SELECTORS[name]
                 proxy = Learner(learn.dls, narrow_cnn(), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
-                learn.rho_loss(il, score=score, pick=pick(frac), proxy=proxy if name == 'proxy' else None)
+                learn.rho_loss(il, epoch='candidates', score=score, pick=pick(frac), proxy=proxy if name == 'proxy' else None)
             history = fit_steps(learn, test_batches, n_steps, eval_every).history
             summary = dict(settings, method=name, seed=seed, steps=n_steps, best=best(history),
                            last_five=last_five(history), seconds=history[-1][3], il=il.info, **machine())

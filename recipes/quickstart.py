@@ -66,8 +66,8 @@ def main(
     for seed in range(seeds):
         for method in histories:
             learn = learner(train_data, clean, bs, seed)
-            if method == 'random subset': learn.rho_loss(pick=Uniform(frac, seed=seed))
-            if method == 'RHO-LOSS': learn.rho_loss(il, frac=frac)
+            if method == 'random subset': learn.rho_loss(pick=Uniform(frac, seed=seed), epoch='candidates')
+            if method == 'RHO-LOSS': learn.rho_loss(il, frac=frac, epoch='candidates')
             histories[method].append(fit_steps(learn, [(images[test], true[test])], steps, 20).history)
             if method != 'uniform':
                 counts = learn.selection.selected

@@ -131,8 +131,8 @@ def main(
     make = MODELS[model](read_sentences(path, data), bs, pretrained, noisy)
     learn = make(lr=lr, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
     if pretrained: learn.unfreeze()
-    if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed))
-    if method == 'rho_loss': learn.rho_loss(il_file if il_file and Path(il_file).exists() else None, frac=frac, il_epochs=il_epochs)
+    if method == 'random': learn.rho_loss(pick=Uniform(frac, seed=seed), epoch='candidates')
+    if method == 'rho_loss': learn.rho_loss(il_file if il_file and Path(il_file).exists() else 'crossfit', frac=frac, epoch='candidates', **({} if il_file and Path(il_file).exists() else dict(il_epochs=il_epochs)))
 
     test,began = plain(list(learn.dls.valid)),time.perf_counter()
     evaluations = fit_steps(learn, test, steps, eval_every)
