@@ -28,6 +28,7 @@ setup(
     ],
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=settings['requirements'].split(),
-    extras_require={'dev': settings['dev_requirements'].split(), 'tune': settings['tune_requirements'].split()},
+    extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('dev', 'tune', 'pretrained')},
+    package_data={lib: ['py.typed']},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d']},
 )

@@ -1,67 +1,27 @@
-"Everything public: `from rholoss_fastai.all import *`"
+"What a user writes: `from rholoss_fastai.all import *`; any other public name is there when it is asked for by name"
 
-from . import (
-    batch_loss_filter,
-    checks,
-    features,
-    fit_callback,
-    importance,
-    interpret,
-    irreducible,
-    item_table,
-    loaders,
-    losses,
-    nested,
-    noise,
-    one_pass,
-    picks,
-    probe,
-    pruning,
-    record,
-    report,
-    rho_loss,
-    ridge,
-    rows,
-    scores,
-    scoring,
-    select,
-    selective_backprop,
-    selector,
-    side_models,
-)
-from . import just_train_twice as just_train_twice_module # `just_train_twice` is its function
-from . import label_noise as label_noise_module # `label_noise` is its function
-from .batch_loss_filter import *
-from .checks import *
-from .features import *
-from .fit_callback import *
-from .importance import *
-from .interpret import *
-from .irreducible import *
-from .item_table import *
-from .loaders import *
-from .just_train_twice import *
-from .label_noise import *
-from .losses import *
-from .nested import *
-from .noise import *
-from .one_pass import *
-from .picks import *
-from .probe import *
-from .pruning import *
-from .record import *
-from .report import *
-from .rho_loss import *
-from .ridge import *
-from .rows import *
-from .scores import *
-from .scoring import *
-from .select import *
-from .selective_backprop import *
-from .selector import *
-from .side_models import *
+from importlib import import_module
 
-_modules = (checks, nested, losses, scores, picks, rows, loaders, item_table, scoring, fit_callback, record,
-            side_models, noise, selector, batch_loss_filter, selective_backprop, select, irreducible,
-            ridge, features, probe, label_noise_module, rho_loss, importance, pruning, just_train_twice_module, one_pass, interpret, report)
-__all__ = [name for module in _modules for name in module.__all__]
+_modules = '''losses scores picks rows loaders item_table candidates fit_callback scoring record side_models noise
+irreducible ridge features probe label_noise il_source executors scorers delivery beside selector batch_loss_filter
+selective_backprop rho_loss diverse_batch importance pruning epoch_rules epoch_pruner rho_epochs trajectories groups row_weights
+just_train_twice divergence hypergradient one_pass budget interpret report compare'''.split()
+_loaded = [import_module(f'.{_name}', __package__) for _name in _modules] # each patches its one-liners onto `Learner`
+
+__all__ = '''ItemLosses item_losses SCORES PICKS Pick RankedPick Selection TopFraction Uniform LossShare PercentileSample
+RankSample Boltzmann ImportanceSample PerClass ThenUniform DivBS candidate_input BatchSelector BatchLossFilter
+SelectiveBackprop RhoLossCallback SeparateForward SharedForward LossMemory When add_selector track_rows restrict_rows
+scoring_loader fingerprint ItemTable SelectionRecord SelectionReport IrreducibleLosses irreducible_losses fit_irreducible
+crossfit_irreducible learner_copies probe_irreducible probe_predictions label_noise il_source DatasetScores
+dataset_scores el2n grand ForgettingTracker score_dataset prune EpochRule EpochInfo InfoBatch RandomSubset SeTa IES
+Reducible EpochPruner row_groups WorstGroup RowWeights GroupDRO weighted_loaders misclassified error_set
+just_train_twice tune_just_train_twice OnePassTuner redraw_labels relabel noisy_labels add_noise noisy_inputs
+relevant_classes long_tail compare Comparison'''.split()
+
+def __getattr__(name):
+    for module in _loaded:
+        if name in module.__all__: return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+# not left to `__getattr__`: some modules are called as their function is
+globals().update({_name: __getattr__(_name) for _name in __all__})

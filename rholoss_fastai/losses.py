@@ -9,14 +9,17 @@ __all__ = ['ItemLosses', 'item_losses']
 
 # %% ../nbs/02_losses.ipynb #ecbdd991
 import torch
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from inspect import signature
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from typing import Literal
 from torch import Tensor, nn
-from torch.nn import functional as F
 from fastai.losses import BaseLoss
-from .nested import describe, map_tensors, plain, prediction, tensors
+from fastcore.basics import patch
+from torch.nn import functional as F
+from .nested import check_no_item_lists, describe, map_tensors, plain, prediction, tensors
 
 # %% ../nbs/02_losses.ipynb #36738d2f
 _function_types = (FunctionType, BuiltinFunctionType, MethodType, partial, torch.jit.ScriptFunction)
@@ -68,10 +71,53 @@ def _full(t):
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 # %% ../nbs/02_losses.ipynb #5aaaa6fa
+_families = dict(
+    classes='CrossEntropyLoss NLLLoss MultiMarginLoss KLDivLoss LabelSmoothingCrossEntropy FocalLoss DiceLoss cross_entropy nll_loss '
+            'multi_margin_loss kl_div log_softmax softmax',
+    multilabel='BCEWithLogitsLoss BCELoss MultiLabelSoftMarginLoss binary_cross_entropy_with_logits binary_cross_entropy '
+               'multilabel_soft_margin_loss sigmoid logsigmoid sigmoid_focal_loss',
+    regression='MSELoss L1Loss SmoothL1Loss HuberLoss GaussianNLLLoss PoissonNLLLoss mse_loss l1_loss smooth_l1_loss huber_loss '
+               'gaussian_nll_loss poisson_nll_loss',
+    other='MultiLabelMarginLoss SoftMarginLoss HingeEmbeddingLoss CosineEmbeddingLoss MarginRankingLoss TripletMarginLoss '
+          'TripletMarginWithDistanceLoss multilabel_margin_loss soft_margin_loss hinge_embedding_loss cosine_embedding_loss margin_ranking_loss '
+          'triplet_margin_loss triplet_margin_with_distance_loss')
+_task_of_name = {name: task for task,names in _families.items() for name in names.split()}
+_give_probabilities = ('BCELoss', 'binary_cross_entropy') # their predictions went through a sigmoid already
+
+def _inner(loss_func):
+    "The loss beneath fastai's flattening and beneath `partial`"
+    while isinstance(loss_func, (BaseLoss, partial)): loss_func = loss_func.func
+    return loss_func
+
+def _known_name(loss_func):
+    "The name of a loss of PyTorch's or fastai's, of a subclass of one its parent's; None for any other"
+    if isinstance(loss_func, _function_types): names = [getattr(loss_func, '__name__', None)]
+    else: names = [o.__name__ for o in type(loss_func).__mro__]
+    return next((o for o in names if o in _task_of_name), None)
+
+def _mentioned(loss_func, depth=3):
+    "The names of losses that a loss function of one's own calls or holds, or those that it calls do"
+    is_function = isinstance(loss_func, _function_types)
+    function = loss_func if is_function else getattr(type(loss_func), 'forward', type(loss_func).__call__)
+    function = getattr(function, '__func__', function)
+    called = getattr(getattr(function, '__code__', None), 'co_names', ())
+    held = [] if is_function else [*getattr(loss_func, '__dict__', {}).values(), *getattr(loss_func, '_modules', {}).values()]
+    held += [o.cell_contents for o in getattr(function, '__closure__', None) or () if o != CellType()]
+    held += [getattr(function, '__globals__', {}).get(o) for o in called]
+    names = {o for o in called if o in _task_of_name}
+    for o in map(_inner, held):
+        if not callable(o) or isinstance(o, type) or o is loss_func: continue
+        if (name := _known_name(o)): names.add(name)
+        elif depth and _is_own(o): names |= _mentioned(o, depth-1)
+    return names
+
+def _is_own(o): return isinstance(o, (FunctionType, MethodType)) or isinstance(o, nn.Module) and not type(o).__module__.startswith('torch.')
+
+# %% ../nbs/02_losses.ipynb #a9598aba
 class ItemLosses:
     "A function of `(pred, *targs)` that gives the loss of each item, found out once for `loss_func`"
     def __init__(self,
-        loss_func, # A loss function of fastai's or PyTorch's, a `partial` of one, or any function of `(pred, *targs)`
+        loss_func:Callable, # A loss function of fastai's or PyTorch's, a `partial` of one, or any function of `(pred, *targs)`
     ):
         if isinstance(loss_func, type) or (isinstance(loss_func, FunctionType) and loss_func.__module__ == BaseLoss.__module__):
             name = loss_func.__name__
@@ -82,33 +128,72 @@ class ItemLosses:
             raise ValueError("CTC loss has the batch in the second dimension of its input, so has no item losses as it is. Wrap it in "
                              "a function of (pred, *targs) whose pred is (bs, time, classes) and that transposes it.")
         self.loss_func = loss_func = getattr(loss_func, '_orig_mod', loss_func) # of a compiled module, the module
-        self.one_tensor = _from_library(loss_func)
-        self.params = {k: p.default for k,p in _parameters(loss_func).items() if k in ('reduction', 'ignore_index')}
+        self.one_tensor,self.divisors = _from_library(loss_func),{} # how the loss is reduced, once it is known
+        params = _parameters(loss_func)
+        self.params = {k: p.default for k,p in params.items() if k in ('reduction', 'ignore_index', 'weight')}
+        self.n_args = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in params.values())
         if not isinstance(loss_func, _function_types) and _has_reduction(loss_func): self.route = 'attribute'
         else: self.route = 'argument' if 'reduction' in self.params else 'vmap'
+
+    @property
+    def task(self)->Literal['classes','multilabel','regression','other',None]: # None: not known
+        "What the loss function has the model predict"
+        name = _known_name(_inner(self.loss_func))
+        if name: return _task_of_name[name]
+        if self.n_args > 2: return 'other' # several targets
+        tasks = {_task_of_name[o] for o in _mentioned(_inner(self.loss_func))}
+        return tasks.pop() if len(tasks) == 1 else None
+
+    @property
+    def activated(self)->bool:
+        "Are the predictions of a multi-label loss probabilities already?"
+        inner = _inner(self.loss_func)
+        names = {_known_name(inner)} if _known_name(inner) else _mentioned(inner)
+        return bool(names) and names <= set(_give_probabilities)
+
+    @property
+    def axis(self)->int: # None: not known
+        "The class axis of the predictions"
+        axis = getattr(self.loss_func, 'axis', None)
+        if isinstance(axis, int): return axis
+        return 1 if self.one_tensor and _known_name(_inner(self.loss_func)) else None
+
+    @property
+    def ignore_index(self)->int: # None: all count
+        "The class of the elements that don't count"
+        ignored = self._own('ignore_index')
+        return ignored if isinstance(ignored, int) else None
 
     def __call__(self,
         pred, # Prediction as the model returned it, `bs` rows
         *targs, # Targets, as in `learn.yb`, `bs` rows each
     ) -> Tensor: # `(bs,)` float32, on the device of `pred`
         "The loss of each item"
+        pred,targs,bs = self._prepared(pred, targs)
+        elements = self._elements(pred, targs, bs)
+        return (self._one_by_one(pred, targs, bs) if elements is None else self._reduced(elements, targs, bs)).float()
+
+    def elements(self,
+        pred, # Prediction as the model returned it, `bs` rows
+        *targs, # Targets, `bs` rows each
+    )->tuple[Tensor,Tensor]: # Losses `(bs, ...)`, and which of them count, of the same shape, bool
+        "The losses of the elements of each item: its tokens, pixels or labels"
+        pred,targs,bs = self._prepared(pred, targs)
+        elements = self._elements(pred, targs, bs)
+        if elements is None:
+            raise ValueError(f"{_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
+                             "a loss that takes reduction='none', such as CrossEntropyLossFlat().")
+        if elements.shape[0] != bs: # flattened
+            shape = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1))
+            elements = elements.reshape(shape)
+        counted = self._counted(elements, targs)
+        return elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None else counted.reshape(elements.shape)
+
+    def _prepared(self, pred, targs):
+        "What the loss function gets, in float32 at least, and the number of items"
         if self.one_tensor: pred,targs = plain(prediction(pred)),plain(targs)
         pred,targs = map_tensors(_full, pred),map_tensors(_full, targs)
-        bs = self._batch_size(pred, targs)
-        res = self._unreduced(pred, targs, bs) if self.route in ('attribute','argument') else None
-        if res is None: res = self._one_by_one(pred, targs, bs)
-        return res.float()
-
-    def weighted(self,
-        weights:Tensor, # `(bs,)`, how much each item counts
-        pred, # Prediction as the model returned it, `bs` rows
-        *targs # Targets, `bs` rows each
-    )->Tensor: # Scalar; with weights of 1, `loss_func(pred, *targs)`
-        "What the loss function would have computed, with weights of the items in it"
-        losses = self(pred, *targs)
-        if self.one_tensor: pred,targs = plain(prediction(pred)),plain(targs)
-        with torch.no_grad(): whole = plain(self.loss_func(map_tensors(_full, pred), *map_tensors(_full, targs)))
-        return (weights*losses).mean()*(whole/losses.detach().mean())
+        return pred,targs,self._batch_size(pred, targs)
 
     def _batch_size(self, pred, targs):
         "The number of items, where prediction and targets agree on it"
@@ -116,14 +201,19 @@ class ItemLosses:
         if not sizes: raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}, so there is no loss "
                                        "to select by. Check that the DataLoaders give targets, and their n_inp.")
         if 0 in sizes: raise ValueError(f"The batch is empty: {self._shapes(pred, targs)}. Give at least one item.")
+        check_no_item_lists(targs)
         in_pred = [t.shape[0] for t in tensors(pred) if t.ndim]
+        if not in_pred:
+            raise ValueError(f"The model returned no prediction of each item, only {describe(pred)}: a loss of the whole batch can't be told apart into its "
+                             f"items. {_own_loss_mend}")
         if len(set(sizes)) > 1 or sizes[0] not in in_pred:
             raise ValueError(f"Prediction and targets differ in their number of items: {self._shapes(pred, targs)}. Both need one row an "
                              "item in their first dimension: check the model's output and the DataLoaders' targets.")
         return sizes[0]
 
-    def _unreduced(self, pred, targs, bs):
-        "Item losses from the loss function without its reduction; None, and on to one by one, where it has no such form"
+    def _elements(self, pred, targs, bs):
+        "Losses without the loss function's reduction, `(bs, ...)` or flattened; None, and on to one by one, where it has no such form"
+        if self.route not in ('attribute', 'argument'): return None
         try:
             if self.route == 'argument': elements = plain(self.loss_func(pred, *targs, reduction='none'))
             else: elements = plain(_unreduced(self.loss_func)(pred, *targs))
@@ -131,32 +221,43 @@ class ItemLosses:
         except Exception as e:
             elements = None
             self._whole_batch(pred, targs, e)
-        if isinstance(elements, Tensor) and elements.shape == (bs,): return elements
-        if not self._fits(elements, pred, targs, bs):
-            self.route = 'vmap'
-            return None
-        elements = elements.reshape(bs, -1)
-        if self._own('reduction') in ('sum', 'batchmean'): return elements.sum(1)
-        ignored = self._own('ignore_index')
-        for t in targs if isinstance(ignored, int) else ():
-            if isinstance(t, Tensor) and t.numel() == elements.numel() and not t.is_floating_point():
-                return elements.sum(1) / (plain(t).reshape(bs, -1) != ignored).sum(1).clamp(min=1)
-        return elements.mean(1)
-
-    def _own(self, name):
-        "The loss function's own `name`, as it is now"
-        if self.route == 'argument': return self.params.get(name)
-        return getattr(self.loss_func.func if isinstance(self.loss_func, BaseLoss) else self.loss_func, name, None)
+        if self._fits(elements, pred, targs, bs): return elements
+        self.route = 'vmap'
 
     def _fits(self, elements, pred, targs, bs):
         "Whether `elements` has a row for each item, or is that flattened"
         if not isinstance(elements, Tensor) or not elements.ndim: return False
+        if elements.shape == (bs,): return True
         shapes = [t.shape for t in tensors((pred, targs))]
         if elements.numel() > max(s.numel() for s in shapes) and len({len(s) for s in shapes}) > 1:
             raise ValueError(f"{_name(self.loss_func)} combined every item's prediction with every item's target: "
                              f"{self._shapes(pred, targs)}. Give both the same shape: a missing or an extra dimension in the model's "
                              "output or in the targets makes PyTorch broadcast them.")
         return elements.shape[0] == bs or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs])
+
+    def _reduced(self, elements, targs, bs):
+        "Item losses from those of their elements, by the loss function's own reduction"
+        if elements.shape == (bs,): return elements
+        elements = elements.reshape(bs, -1)
+        if self._own('reduction') in ('sum', 'batchmean'): return elements.sum(1)
+        counted = self._counted(elements, targs)
+        if counted is None: return elements.mean(1)
+        return elements.sum(1) / counted.reshape(bs, -1).sum(1).clamp(min=1)
+
+    def _classes(self, elements, targs):
+        "The classes of `elements`, where these are the targets; else None"
+        return next((plain(t) for t in targs if isinstance(t, Tensor) and t.numel() == elements.numel() and not t.is_floating_point()), None)
+
+    def _counted(self, elements, targs):
+        "Which elements count, in the shape of the targets; None where all do"
+        ignored = self.ignore_index
+        classes = None if ignored is None else self._classes(elements, targs)
+        return None if classes is None else classes != ignored
+
+    def _own(self, name):
+        "The loss function's own `name`, as it is now"
+        if self.route == 'argument' or self.route != 'attribute' and isinstance(self.loss_func, _function_types): return self.params.get(name)
+        return getattr(self.loss_func.func if isinstance(self.loss_func, BaseLoss) else self.loss_func, name, None)
 
     def _one_by_one(self, pred, targs, bs):
         "Item losses from one call an item, all at once by `vmap` or, where that is impossible, in a loop"
@@ -165,19 +266,18 @@ class ItemLosses:
             res = plain(loss_func(pred, *targs))
             if not isinstance(res, Tensor) or res.numel() != 1: raise ValueError(f"expected one number, got {describe(res)}")
             return res.reshape(())
-        def has_rows(t): return t.ndim > 0 and t.shape[0] == bs
         if self.route != 'loop':
             flat = [plain(t) for t in tensors(items)]
             def one(*rows):
                 rows = iter(rows)
-                return scalar(*map_tensors(lambda t: next(rows)[None] if has_rows(t) else next(rows), items))
+                return scalar(*map_tensors(lambda t: next(rows)[None] if _has_rows(t, bs) else next(rows), items))
             try:
-                res = torch.func.vmap(one, in_dims=tuple(0 if has_rows(t) else None for t in flat), randomness='different')(*flat)
+                res = torch.func.vmap(one, in_dims=tuple(0 if _has_rows(t, bs) else None for t in flat), randomness='different')(*flat)
                 self.route = 'vmap'
                 return res
             except torch.cuda.OutOfMemoryError: raise
             except Exception: pass # control flow that depends on values, .item(), numpy
-        try: res = torch.stack([scalar(*map_tensors(lambda t: t[i:i+1] if has_rows(t) else t, items)) for i in range(bs)])
+        try: res = torch.stack([scalar(*_rows_of(items, slice(i, i+1), bs)) for i in range(bs)])
         except torch.cuda.OutOfMemoryError: raise
         except Exception as e:
             self._whole_batch(pred, targs, e)
@@ -197,6 +297,13 @@ class ItemLosses:
     def _shapes(self, pred, targs): return f"prediction {describe(pred)}, target {', '.join(map(describe, targs))}"
     def __repr__(self): return f'ItemLosses({_name(self.loss_func)}, by {self.route})'
 
+# %% ../nbs/02_losses.ipynb #2ff8bd7b
+_own_loss_mend = ("Where the model computes its loss itself, give the Learner a loss_func of its logits: "
+                  "loss_func=lambda out, y: F.cross_entropy(out['logits'], y), say.")
+
+def _has_rows(t, bs): return t.ndim > 0 and t.shape[0] == bs
+def _rows_of(items, rows, bs): return map_tensors(lambda t: t[rows] if _has_rows(t, bs) else t, items)
+
 # %% ../nbs/02_losses.ipynb #93707b80
 def item_losses(
     loss_func, # A loss function of fastai's or PyTorch's, a `partial` of one, or any function of `(pred, *targs)`
@@ -205,3 +312,141 @@ def item_losses(
 ) -> Tensor: # `(bs,)` float32, on the device of `pred`
     "The loss of each item of a batch; inside a loop, make an `ItemLosses` once instead"
     return ItemLosses(loss_func)(pred, *targs)
+
+# %% ../nbs/02_losses.ipynb #b3325779
+@patch
+def _sums(self:ItemLosses, weights, pred, targs, bs):
+    "Sums of the element losses and of the weighted ones, and what the batch's loss may be the sum divided by"
+    elements = self._elements(pred, targs, bs)
+    if elements is None:
+        if weights.numel() != bs: raise ValueError(f"weights of shape {tuple(weights.shape)} for a loss without elements: expected ({bs},), one an item.")
+        items = self._one_by_one(pred, targs, bs)
+        return items.sum(), (weights*items).sum(), dict(mean=bs, sum=1)
+    elements = elements.reshape(bs, -1)
+    if weights.numel() not in (bs, elements.numel()):
+        raise ValueError(f"weights of shape {tuple(weights.shape)}: expected ({bs},), one an item, or the {elements.numel()} of the loss's elements.")
+    return elements.sum(), (weights.reshape(bs, -1)*elements).sum(), self._possible_divisors(elements, targs, bs)
+
+@patch
+def _possible_divisors(self:ItemLosses, elements, targs, bs):
+    "What the loss function may divide the sum of its `elements` by: name -> number"
+    reduction,classes = self._own('reduction'),self._classes(elements, targs)
+    if reduction == 'sum': return dict(sum=1)
+    if reduction == 'batchmean': return dict(batchmean=bs)
+    counted = None if classes is None or self.ignore_index is None else classes != self.ignore_index
+    res = dict(mean=elements.numel() if counted is None else counted.sum())
+    class_weights = self._own('weight')
+    if isinstance(class_weights, Tensor) and class_weights.ndim == 1 and classes is not None and self.task == 'classes':
+        of_element = class_weights.to(elements.device)[classes.long() if counted is None else classes.long().where(counted, 0)]
+        res['class weights'] = of_element.sum() if counted is None else (of_element*counted).sum()
+    return res
+
+# %% ../nbs/02_losses.ipynb #b0b6173e
+@patch
+def weighted(self:ItemLosses,
+    weights:Tensor, # `(bs,)`, how much each item counts; or one an element, in the shape of `elements`
+    pred, # Prediction as the model returned it, `bs` rows
+    *targs # Targets, `bs` rows each
+)->Tensor: # Scalar; with weights of 1, `loss_func(pred, *targs)`
+    "What the loss function would have computed, with weights of the items in it"
+    pred,targs,bs = self._prepared(pred, targs)
+    total,weighted,divisors = self._sums(weights, pred, targs, bs)
+    how = self._own('reduction'),len(divisors)
+    name = self.divisors.get(how, 'mean' if how[0] == 'none' else None)
+    if name in divisors: return weighted/divisors[name]
+    whole = plain(self.loss_func(pred, *targs)).reshape(())
+    if name is None: # the one time that the host waits for the device
+        found = _dividing(total, whole, divisors)
+        if len(found) == 1: self.divisors[how] = found[0]
+        if found: return weighted/divisors[found[0]]
+        if whole.isfinite() and total.isfinite(): self.divisors[how] = 'ratio'
+    share = (whole/total).detach()
+    return whole + (weighted - total)*share.nan_to_num(1/bs, 1/bs, 1/bs)
+
+def _dividing(total, whole, divisors):
+    "Names of the `divisors` by which `total` gives `whole`"
+    total,whole = total.detach().double(),whole.detach().double()
+    return [name for name,divisor in divisors.items() if (total - whole*divisor).abs() <= 1e-5*(total.abs() + 1e-6)]
+
+# %% ../nbs/02_losses.ipynb #22e3e080
+@patch
+def _derivatives(self:ItemLosses, pred, targs, bs):
+    "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)` each; None where they don't depend on them"
+    if self.one_tensor: pred = prediction(pred)
+    leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs) else t.detach(), pred)
+    inputs = [t for t in tensors(leaves) if t.requires_grad]
+    if not inputs: raise TypeError('an output whose tensors are not to be found')
+    def of(loss):
+        if not isinstance(loss, Tensor) or not loss.requires_grad: return None
+        grads = [g.reshape(bs, -1).float() for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
+        return torch.cat(grads, 1)
+    items = self(leaves, *targs)
+    return of(items), of(plain(self.loss_func(map_tensors(_full, leaves), *map_tensors(_full, targs))))
+
+def _adds_up(whole, losses, of_items, of_batch):
+    "Is the batch's loss a mean of the item losses, or a sum of such means, going by the derivatives `(bs, k)`?"
+    # of a mean with the shares d_i, row i of the batch's derivative is d_i times that of the item
+    finite,length = losses.isfinite() & of_items.isfinite().all(1),of_items.norm(dim=1)
+    known = finite & (length > 0)
+    if not known.any(): return True # nothing is left to be learnt
+    along = (of_items*of_batch).sum(1)[known]
+    alike = along > 0.9*length[known]*of_batch.norm(dim=1)[known]
+    shares,rest = along/length[known].square(),finite & ~known
+    left = (1 - shares.sum())/rest.sum().clamp(min=1)
+    expected = (shares*losses[known]).sum() + left*losses[rest].sum()
+    near = (whole - expected).abs() <= 0.15*(whole.abs() + losses[finite].abs().mean())
+    return bool(near & (alike.float().mean() >= 0.9) & (shares.sum() > 0.5) & (shares.sum() < 2))
+
+@patch
+def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
+    "Is the batch's loss made of the item losses: their sum, a mean of them, or as PyTorch reduces?"
+    whole,again = (plain(self.loss_func(pred, *targs)) for _ in range(2))
+    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again): return True # not to be told: diverged, or random
+    total,_,divisors = self._sums(torch.ones_like(losses), pred, targs, bs)
+    if self.one_tensor or _dividing(total, whole, divisors): return True
+    if derivatives is None or any(o is None for o in derivatives): return bool(losses.amin() <= whole <= losses.amax())
+    return _adds_up(whole, losses, *derivatives)
+
+# %% ../nbs/02_losses.ipynb #997b277c
+@patch
+def check(self:ItemLosses,
+    losses:Tensor, # `(bs,)` what `self(pred, *targs)` gave; None: computed here
+    pred, # Prediction as the model returned it, `bs` rows
+    *targs, # Targets, `bs` rows each
+    weighting:bool=False # Is the model to be trained on the item losses themselves? Then each must be a number
+)->Tensor: # `losses`
+    "Raise unless the item losses mean something: for the first batch, since it waits for the device"
+    if losses is None: losses = self(pred, *targs)
+    bs,device,name = len(losses),losses.device,_name(self.loss_func)
+    if bs == 1: return losses
+    mend = _own_loss_mend if not isinstance(pred, Tensor) else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
+                                                                "learn.select(pick='uniform').")
+    with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda'), torch.enable_grad():
+        try: derivatives = self._derivatives(pred, targs, bs)
+        except torch.cuda.OutOfMemoryError: raise
+        except Exception: derivatives = None # it can't be differentiated, for example since it leaves PyTorch
+        if derivatives is not None:
+            of_items,of_batch = derivatives
+            if of_items is None and of_batch is None:
+                raise ValueError(f"{name} does not depend on the predictions of the items ({self._shapes(pred, targs)}), so an item's loss means nothing: "
+                                 f"it is {losses[0].item():.4g} whatever the model says. {_own_loss_mend}")
+            steepest = [0. if o is None else o.abs().max().item() for o in derivatives]
+            if steepest[1] > 0 and steepest[0] <= 1e-6*steepest[1]:
+                raise ValueError(f"{name} of an item alone is {_say(losses)}, whatever the model predicts for it: the loss compares the items of a "
+                                 f"batch with one another, so an item's own loss means nothing. {mend}")
+    with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda'), torch.no_grad():
+        prepared,prepared_targs,_ = self._prepared(pred, targs)
+        finite = losses.isfinite()
+        if not finite.all() and (weighting or not finite.any()) and plain(self.loss_func(prepared, *prepared_targs)).isfinite().all():
+            raise ValueError(f"{name} is a number for the batch, but not for {int((~finite).sum())} of its {bs} items alone: {_say(losses)}. Where an item can "
+                             f"have nothing that counts, let the loss know: partial(F.cross_entropy, ignore_index=...). {mend}")
+        if not self._reproduced(losses, prepared, prepared_targs, bs, derivatives):
+            whole = plain(self.loss_func(prepared, *prepared_targs)).item()
+            raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' losses ({_say(losses)}): the loss is not "
+                             f"made of the items' own losses, so these mean nothing. {mend}")
+    return losses
+
+def _say(losses):
+    "Item losses in few words"
+    low,high = losses.min().item(),losses.max().item()
+    return f'{low:.4g} for each' if low == high or low != low else f'{low:.4g} to {high:.4g}'

@@ -72,6 +72,12 @@ class Pick:
         "The pick in force, itself unless it gives way to another in the course of training"
         return self
 
+    def check(self,
+        bs:int # Items in a batch; None if unknown
+    ): "Raise where it can't work with batches of that size"
+
+    def figures(self)->dict: return {} # of an epoch, for the ledger
+
     def generator(self,
         device:torch.device # Where it draws
     )->torch.Generator:
@@ -147,6 +153,10 @@ class LossShare(Pick):
         if min_loss_perc == 0 and min_sample_perc == 0:
             raise ValueError("min_loss_perc and min_sample_perc are both 0, which asks for no items at all: set at least one of them.")
 
+    def check(self, bs):
+        if bs and self.multiple_of > bs:
+            raise ValueError(f"multiple_of={self.multiple_of} is larger than the batch of {bs} items, so nothing would ever be left out: use a smaller one.")
+
     def __call__(self, scores, pct_train=0., size=None):
         n,share = len(scores),scheduled(self.min_loss_perc, pct_train)
         order = rank_key(scores).argsort(descending=True)
@@ -201,6 +211,11 @@ class PercentileSample(Pick):
     def past_losses(self)->Tensor: # `(min(n_seen, history),)`
         "The history, ascending; empty before the first pick"
         return torch.empty(0) if self._losses is None else self._losses[:min(self._n, self.history)].sort().values
+
+    def figures(self):
+        "Percentiles of the losses remembered; NaN while there are none"
+        past = self.past_losses()
+        return {f'history_p{p}': past[round(p/100*(len(past)-1))].item() if len(past) else math.nan for p in (10, 50, 90)}
 
     def __call__(self, scores, pct_train=0., size=None):
         drawn = torch.rand(len(scores), generator=self.generator(scores.device), device=scores.device) < self.probabilities(scores, pct_train)

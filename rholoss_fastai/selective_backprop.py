@@ -8,125 +8,22 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/selective_backprop.html.md
 __all__ = ['SelectiveBackprop']
 
 # %% ../nbs/22_selective_backprop.ipynb #16ce4f11
-import torch
-from fastai.callback.core import CancelBatchException
+from collections.abc import Callable
+
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
-
-from .nested import batch_size, join_batches, subset_batch
-
-from .rows import loader_batch_size
 from .checks import check_number
+from .delivery import Narrow, Queue
 from .picks import PercentileSample, Pick
-from .selector import BatchSelector, add_selector
+from .scores import reducible_part, training_loss
+from .selector import BatchSelector, add_selector, selector_parts
 
-# %% ../nbs/22_selective_backprop.ipynb #f9df8177
-class SelectiveBackprop(BatchSelector):
-    "Train on items drawn with a probability that grows with the percentile of their loss (Jiang et al. 2019, algorithms 1 and 2)"
-    @delegates(BatchSelector.__init__, but=['enlarge'])
-    def __init__(self,
-        beta:float=None, # Selectivity, at least 0, or a schedule: the probability is `percentile ** beta`; default 3
-        keep:float=None, # The same as an expected share of the items, in (0, 1], or a schedule: beta is `1/keep - 1`; give one of the two
-        history:int=1024, # Number of losses that the percentile is taken among
-        sampling_min:float=0., # Smallest probability, in [0, 1], or a schedule
-        pick:Pick=None, # Another rule, such as Composer's `RankSample(0.5)`; default `PercentileSample` with the numbers above
-        queue:bool=False, # Let selected items wait until they fill a batch of the DataLoader's size, so that every step has as many?
-        warmup_epochs:int=1, # Epochs, counted over the Learner's life, before selection begins
-        seed:int=0, # Seed of the draws, which leave the global random state alone
-        **kwargs
-    ):
-        if pick is None: pick = PercentileSample(_selectivity(beta, keep), history, sampling_min, seed)
-        elif (beta, keep, history, sampling_min, seed) != (None, None, 1024, 0., 0):
-            raise ValueError(f"beta, keep, history, sampling_min and seed belong to the default pick, but another one is given: give its numbers to {pick!r}.")
-        super().__init__(pick=pick, warmup_epochs=warmup_epochs, **kwargs)
-        self.queue,self._waiting,self._waits_for = queue,None,None
-        if queue: self._check_queue()
-
-    def _check_queue(self):
-        if self.pick.weighted:
-            raise ValueError(f"queue=True can't be used with {self.pick!r}, whose weights belong to the batch they were picked in: use queue=False.")
-        if self.forward == 'reuse':
-            raise ValueError("queue=True can't be used with forward='reuse': the weights have moved on since the forward pass of an item that waited, so its "
-                             "gradient would be of an older model. Use forward='twice'.")
-        if self.enlarge: raise ValueError("queue=True can't be used with enlarge=True, where every batch is full already: use one of them.")
-        if self.min_items is not None:
-            raise ValueError(f"queue=True can't be used with min_items={self.min_items}: every step has a full batch. Leave min_items out.")
-
-    @property
-    def waiting(self)->int:
-        "Selected items in the queue"
-        return 0 if self._waiting is None else batch_size(self._waiting)
-
-    def history_percentiles(self)->dict: # By the name of the ledger's column
-        "Percentiles of the losses remembered; NaN while there are none"
-        if not isinstance(self.pick, PercentileSample): return {}
-        past = self.pick.past_losses()
-        return {f'history_p{p}': past[round(p/100*(len(past)-1))].item() if len(past) else float('nan') for p in (10, 50, 90)}
-
-    def preflight(self):
-        "As the selector's; a queue needs a batch size, and processes that step together"
-        super().preflight()
-        if not self.queue: return
-        if num_distrib() > 1:
-            raise ValueError("queue=True can't be used in a distributed run: each process's queue would be full at another time, and they must step "
-                             "together. Use queue=False.")
-        if loader_batch_size(self.learn.dls.train) is None:
-            raise ValueError("queue=True needs a training DataLoader with a batch size, to know when a batch is full, and this one has none. Use queue=False.")
-
-    def before_fit(self):
-        "As the selector's; what waits since the last fit stays, if this one's batches are of the same kind"
-        super().before_fit()
-        fit = self._fit
-        if fit is None: return
-        self.record.figures = self.history_percentiles
-        if not self.queue: return
-        fit.full = loader_batch_size(self.learn.dls.train)
-        source = self.learn.dls.train,fit.full,fit.device
-        if self._waits_for != source: self._waiting,self._waits_for = None,source
-
-    def before_train(self):
-        "As the selector's; a queue has no use for items beside the selected"
-        super().before_train()
-        if self.queue: self._fit.min_items = 0
-
-    def before_batch(self):
-        "As the selector's; a batch that doesn't fill the queue takes no step"
-        super().before_batch()
-        if not self.queue or len(self.learn.yb): return
-        self._fit.selected_at = None # no step to time
-        raise CancelBatchException
-
-    def _selects(self):
-        # The first batch of a fit always takes a step: some callbacks (W&B's) end in `after_batch`, which a cancelled batch has, what they began in
-        # `before_batch`, which it hasn't
-        return super()._selects() and not (self.queue and self.learn.train_iter == 0)
-
-    def _reuses(self): return not self.queue and super()._reuses()
-
-    def _deliver(self, batch, idxs):
-        "With a queue: put the items `idxs` (None: all) into it, and a full batch in the batch's place, or nothing"
-        if not self.queue or not self._selects(): return super()._deliver(batch, idxs)
-        learn,items = self.learn,self._waiting
-        selected = learn.xb,learn.yb,batch.rows
-        if idxs is not None: selected = subset_batch(selected, idxs)
-        n_selected = batch.n if idxs is None else len(idxs)
-        if n_selected: items = selected if items is None else join_batches(items, selected)
-        n,full = self.waiting + n_selected,self._fit.full
-        if n < full:
-            self.learn.yb = () # or the Recorder would log the last step's loss once more
-            self._count(batch, idxs, 0, None)
-        else:
-            if n > full:
-                first,rest = torch.arange(n, device=self._fit.device).split([full, n - full])
-                items,rest_items = subset_batch(items, first),subset_batch(items, rest)
-            self.learn.xb,self.learn.yb,rows = items
-            self._count(batch, idxs, full, rows)
-            items = rest_items if n > full else None
-        self._waiting = items
-
-    def __getstate__(self): return dict(super().__getstate__(), _waiting=None, _waits_for=None)
+# %% ../nbs/22_selective_backprop.ipynb #8afb9e85
+class _BetaOf:
+    "The schedule of beta that a schedule of `keep` asks for"
+    def __init__(self, keep): self.keep = keep
+    def __call__(self, pct_train): return 1/self.keep(pct_train) - 1
 
 def _selectivity(beta, keep):
     "`beta`, or what `keep` makes it"
@@ -135,10 +32,34 @@ def _selectivity(beta, keep):
     check_number('keep', keep, open_low=True)
     return _BetaOf(keep) if callable(keep) else 1/keep - 1
 
-class _BetaOf:
-    "The schedule of beta that a schedule of `keep` asks for"
-    def __init__(self, keep): self.keep = keep
-    def __call__(self, pct_train): return 1/self.keep(pct_train) - 1
+# %% ../nbs/22_selective_backprop.ipynb #e9d29b2a
+class SelectiveBackprop(BatchSelector):
+    "Train on items drawn with a probability that grows with the percentile of their loss (Jiang et al. 2019, algorithms 1 and 2)"
+    @delegates(selector_parts, but=['epoch'])
+    def __init__(self,
+        beta:float=None, # Selectivity, at least 0, or a schedule: the probability is `percentile ** beta`; default 3
+        keep:float=None, # The same as an expected share of the items, in (0, 1], or a schedule: beta is `1/keep - 1`; give one of the two
+        history:int=None, # Number of losses that the percentile is taken among; default 1024
+        sampling_min:float=None, # Smallest probability, in [0, 1], or a schedule; default 0
+        pick:str|Pick=None, # Another rule, such as Composer's `RankSample(0.5)`; default `PercentileSample` with the numbers above
+        queue:bool=False, # Let selected items wait until they fill a batch of the DataLoader's size, so that every step has as many?
+        score:str|Callable=None, # How much an item is wanted; default its loss, or with `il` what is reducible of it
+        warmup_epochs:int=1, # Epochs, counted over the Learner's life, before selection begins
+        seed:int=None, # Seed of the draws, which leave the global random state alone; default 0
+        **kwargs
+    ):
+        own = dict(beta=beta, keep=keep, history=history, sampling_min=sampling_min, seed=seed)
+        if pick is None: pick = PercentileSample(_selectivity(beta, keep), 1024 if history is None else history, sampling_min or 0., seed or 0)
+        elif any(o is not None for o in own.values()):
+            raise ValueError(f"beta, keep, history, sampling_min and seed belong to the default pick, but another one is given: give its numbers to {pick!r}.")
+        parts = selector_parts(warmup_epochs=warmup_epochs, **kwargs)
+        if score is None: score = training_loss if parts['il'] is None else reducible_part
+        super().__init__(score, pick, delivery=Queue() if queue else Narrow(), **parts)
+
+    @property
+    def waiting(self)->int:
+        "Selected items in the queue"
+        return getattr(self.delivery, 'waiting', 0)
 
 # %% ../nbs/22_selective_backprop.ipynb #331d8bc9
 @patch

@@ -1,5 +1,13 @@
-"""A small data set whose items tell their row, for tests of what is selected."""
+"""A small data set whose items tell their row, for tests of what is selected and weighed, and Learners on it."""
 import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from torch import nn
+from torch.nn import functional as F
 
 N = 240
 
@@ -17,3 +25,30 @@ class Rows:
 
 
 def rows_of(xb): return (xb[:, 0, 0, 0]*1024).round().long()
+
+
+VALID, BS = Rows(60), 32
+
+
+def loaders(bs=BS, **kwargs): return DataLoaders(DataLoader(Rows(), bs=bs, shuffle=True, **kwargs), DataLoader(VALID, bs=25))
+def learner(dls, lr=0.02, **kwargs): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), CrossEntropyLossFlat(), lr=lr, opt_func=SGD, **kwargs)
+def fit(learn, n_epoch=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
+    return learn
+def item_losses(model, rows=slice(None)):
+    data = Rows()
+    return F.cross_entropy(model(data.images[rows]), data.targets[rows], reduction='none')
+
+
+class Noted(Callback):
+    "The rows, told by the items themselves, and the loss of each batch"
+    run_valid = False
+    def before_fit(self): self.batches, self.gradients = [], []
+    def after_loss(self): self.batches.append((rows_of(self.xb[0]), self.learn.loss_grad.item()))
+    def after_backward(self): self.gradients.append(self.model[1].weight.grad.clone())
+
+
+class Interrupt(Callback):
+    "The user's ctrl-C in the third batch"
+    def after_loss(self):
+        if self.iter == 2: raise KeyboardInterrupt

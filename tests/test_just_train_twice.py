@@ -1,8 +1,7 @@
-"""Just Train Twice, Group DRO and worst groups, against closed forms and brute force."""
+"""Just Train Twice, against its parts done by hand."""
 import importlib
 import json
 import sys
-import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,110 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import MixUp
-from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import F1Score, accuracy, error_rate
-from fastai.optimizer import SGD
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.metrics import accuracy
 from fastai.text.data import SortedDL
 from fastai.torch_core import set_seed
-from hypothesis import given, settings, strategies as st
-from numbered_rows import N, Rows, rows_of
+from numbered_rows import BS, N, VALID, Noted, Rows, fit, learner, loaders
 from PIL import Image
-from sklearn.metrics import f1_score
 from torch import nn
-from torch.nn import functional as F
 
-from rholoss_fastai.all import (GroupDRO, Groups, RowWeights, WorstGroup, error_set, just_train_twice, prune, restrict_rows, row_groups, track_rows,
-                                tune_just_train_twice, weighted_loaders)
-
-VALID, BS = Rows(60), 32
-
-
-def loaders(bs=BS, **kwargs): return DataLoaders(DataLoader(Rows(), bs=bs, shuffle=True, **kwargs), DataLoader(VALID, bs=25))
-def learner(dls, lr=0.02, **kwargs): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), CrossEntropyLossFlat(), lr=lr, opt_func=SGD, **kwargs)
-def fit(learn, n_epoch=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
-def item_losses(model, rows=slice(None)):
-    data = Rows()
-    return F.cross_entropy(model(data.images[rows]), data.targets[rows], reduction='none')
-
-
-class Noted(Callback):
-    "The rows, told by the items themselves, and the loss of each batch"
-    run_valid = False
-    def before_fit(self): self.batches, self.gradients = [], []
-    def after_loss(self): self.batches.append((rows_of(self.xb[0]), self.learn.loss_grad.item()))
-    def after_backward(self): self.gradients.append(self.model[1].weight.grad.clone())
-
-
-@pytest.mark.parametrize('adjustment', [0., 3.])
-def test_group_dro_follows_its_formula(adjustment):
-    "A model that stands still (lr 0): the weights of the groups, and each batch's loss and gradient, in float64 from the rows in the batch"
-    codes = torch.arange(N) % 4 % 3 # sizes 120, 60, 60
-    codes[7], names = 3, 'abcd' # one row alone: absent from most batches
-    groups, noted, eta = [names[i] for i in codes], Noted(), 0.3
-    learn = learner(loaders(), lr=0.)
-    dro = GroupDRO(groups, eta=eta, adjustment=adjustment)
-    fit(learn, 2, cbs=[dro, noted])
-    losses, n_g = item_losses(learn.model).detach().double(), codes.bincount().double()
-    q, history = torch.full((4,), 0.25, dtype=torch.double), []
-    for i, (rows, loss) in enumerate(noted.batches):
-        mine = codes[rows]
-        of_group = {g: losses[rows][mine == g].mean() for g in mine.unique().tolist()}
-        for g, mean in of_group.items(): q[g] = q[g]*torch.exp(eta*(mean + adjustment/n_g[g].sqrt()))
-        q = q/q.sum()
-        assert abs(loss - sum(q[g]*mean for g, mean in of_group.items())) < 1e-5
-        if (i + 1) % 8 == 0: history.append(q.tolist())
-    np.testing.assert_allclose(dro.table.to_numpy(), history, rtol=1e-5)
-    rows, _ = noted.batches[-1]
-    expected = sum(q[g].float()*item_losses(learn.model, rows)[codes[rows] == g].mean() for g in codes[rows].unique().tolist())
-    gradient, = torch.autograd.grad(expected, learn.model[1].weight)
-    torch.testing.assert_close(noted.gradients[-1], gradient, rtol=1e-4, atol=1e-6)
-    assert list(dro.table.columns) == list(names) and learn.dls.train.__dict__.get('rows') is None
-
-
-@settings(max_examples=15, deadline=None)
-@given(upweight=st.floats(1, 100), share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
-def test_upweighted_rows_weigh_exactly_that_much(upweight, share, seed):
-    "Expected counts of sampling, and the loss's weights: both lambda/(n + (lambda-1)k) for a row of the k in the set, and 1/(...) for the others"
-    chosen = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < share
-    weights = torch.where(chosen, upweight, 1.)
-    expected = weights.double()/(N + (upweight - 1)*chosen.sum())
-    np.testing.assert_allclose(weighted_loaders(loaders(), weights).train.wgts, expected, rtol=1e-6)
-    callback = RowWeights(weights)
-    learn = learner(loaders(), lr=0.)
-    noted = Noted()
-    fit(learn, cbs=[callback, noted])
-    losses = item_losses(learn.model).detach()
-    for rows, loss in noted.batches: assert abs(loss - (N*expected[rows]*losses[rows]).mean().item()) < 1e-4*max(1, upweight)
-    assert sorted(torch.cat([rows for rows, _ in noted.batches]).tolist()) == list(range(N)) # an epoch goes through each row once
-
-
-def test_weighted_loaders_draw_by_weight_and_know_their_rows():
-    some = torch.arange(0, N, 2)
-    dls = loaders(num_workers=0)
-    dls.loaders = [restrict_rows(dls.train, some), dls.valid]
-    weights = torch.ones(N).index_fill(0, torch.arange(0, 40), 9.) # 20 of the 120 rows
-    weighted = weighted_loaders(dls, weights)
-    set_seed(0)
-    loader, counts = track_rows(weighted.train), torch.zeros(N)
-    for _ in range(60):
-        for i, (x, _) in enumerate(loader):
-            assert torch.equal(rows_of(x), loader.rows(i))
-            counts += loader.rows(i).bincount(minlength=N)
-    assert len(weighted.train) == len(dls.train) and counts.sum() == 60*120 and not counts[1::2].any()
-    heavy, light = counts[:40:2].mean(), counts[40::2].mean()
-    assert abs(heavy/light - 9) < 0.6 # about 4 standard deviations of the ratio
-    dls.loaders = [WeightedDL(Rows(), bs=BS, wgts=np.linspace(1, 3, N), shuffle=True), dls.valid]
-    drawn = weighted_loaders(dls, weights).train.wgts # what is weighted already: the product
-    np.testing.assert_allclose(drawn[0]/drawn[-1], 9/3)
+from rholoss_fastai.all import (GroupDRO, RowWeights, WorstGroup, error_set, just_train_twice, misclassified, restrict_rows, tune_just_train_twice,
+                                weighted_loaders)
 
 
 @pytest.mark.parametrize('kind', ['shuffled', 'workers', 'restricted', 'drop_last', 'sorted'])
@@ -173,40 +82,6 @@ def test_tune_takes_the_same_error_sets_and_sorts_by_the_worst_group():
     assert worst.table[-2:].min(axis=1).max() == pytest.approx(best.worst_group) # the pair by itself gives the same
 
 
-@pytest.mark.parametrize('metric, worst, brute', [
-    (accuracy, min, lambda p, t: (p == t).float().mean().item()), (error_rate, max, lambda p, t: (p != t).float().mean().item()),
-    (F1Score(average='macro'), min, lambda p, t: f1_score(t, p, average='macro'))], ids=['accuracy', 'error_rate', 'f1'])
-@pytest.mark.parametrize('ordered', [True, False], ids=['in order', 'sorted'])
-def test_worst_group_is_that_of_a_loop(metric, worst, brute, ordered, tmp_path):
-    dls, names = loaders(), np.array(list('abcab'*12))
-    if not ordered: dls.loaders = [dls.train, SortedDL(VALID, sort_func=lambda o: float(o[0][0, 3, 3]), bs=25)]
-    measure = WorstGroup(metric, pd.Series(names), worst=worst)
-    save = SaveModelCallback(monitor='worst_group', fname=tmp_path/'best', comp=np.less if worst is max else None)
-    learn = fit(learner(dls, metrics=[accuracy, measure]), 3, cbs=save)
-    values = learn.validate() # of the best epoch's weights, loaded at the end
-    pred = learn.model.eval()(VALID.images).argmax(1)
-    expected = {o: brute(pred[names == o], VALID.targets[names == o]) for o in 'abc'}
-    assert measure.table.iloc[-1].to_dict() == pytest.approx(expected) and values[-1] == pytest.approx(worst(expected.values()))
-    assert len(measure.table) == 4 and values[-1] == pytest.approx((np.max if worst is min else np.min)([o[-1] for o in learn.recorder.values]))
-    assert learn.get_preds(dl=dls.train)[0].shape == (N, 3) # other data: no metric is asked
-
-
-def test_groups_of_columns_functions_and_values():
-    table = pd.DataFrame(dict(y=[0, 1, 1, 0], place=list('aabb'), gap=['a', None, 'b', 'b']))
-    dl = DataLoader(table, bs=2)
-    for groups, codes, names in (
-            ('place', [0, 0, 1, 1], ['a', 'b']), (('y', 'place'), [0, 2, 3, 1], ['0, a', '0, b', '1, a', '1, b']), (lambda o: o.y, [0, 1, 1, 0], [0, 1]),
-            (torch.tensor([5, 5, 9, 9]), [0, 0, 1, 1], [5, 9]), (table.place, [0, 0, 1, 1], ['a', 'b']),
-            (Groups(torch.tensor([1, 0, 0, 1]), ['x', 'y']), [1, 0, 0, 1], ['x', 'y'])):
-        known = row_groups(dl, groups)
-        assert known.codes.tolist() == codes and known.names == names
-    for groups, words in ((('y', 'gap'), '1 rows have no group'), ('none', 'no column none; it has y, place, gap'), ([1, 2], '2 groups for a data set of 4'),
-                          (['a']*4, 'All rows are in one group'), (pd.Categorical(list('aabb'), list('abc')), 'No row is in group c')):
-        with pytest.raises(ValueError, match=words): row_groups(dl, groups)
-    with pytest.raises(ValueError, match='No row is in group b'): row_groups(restrict_rows(dl, [0, 1]), 'place') # of the rows that it goes through
-    with pytest.raises(TypeError, match='not a table'): row_groups(DataLoader(Rows(), bs=2), 'place')
-
-
 def never(pred, targ): return torch.zeros(len(targ))
 def always(pred, targ): return torch.ones(len(targ))
 
@@ -238,7 +113,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match='adjustment'): GroupDRO(groups, adjustment=-1)
     with pytest.raises(ValueError, match='2 groups for a data set of 240'): fit(learner(dls), cbs=GroupDRO(['a', 'b']))
     with pytest.raises(ValueError, match='MixUp makes one item of two'): fit(learner(dls), cbs=[GroupDRO(groups), MixUp()])
-    with pytest.raises(ValueError, match='240 rows|drawn for it'): fit(learner(dls).batch_loss_filter(min_loss_perc=0.3, warmup_epochs=0), cbs=GroupDRO(groups))
     stream = DataLoaders(DataLoader(iter(list(zip(Rows().images, Rows().targets))), bs=8), dls.valid)
     with pytest.raises(ValueError, match='iterable'): fit(learner(stream), cbs=GroupDRO(groups))
     with pytest.raises(ValueError, match='worst must be min or max'): WorstGroup(accuracy, groups, worst='min')
@@ -247,49 +121,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match='The error set is empty'): tune_just_train_twice(learner, dls, groups[:60], [1], 1, [5], wrong=never, progress=False)
     with pytest.raises(ValueError, match='need one value each'): tune_just_train_twice(learner, dls, groups[:60], [], 1, [5])
     with pytest.raises(ValueError, match='Pass wrong='): error_set(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), CrossEntropyLossFlat()))
-
-
-def test_lr_find_and_pruned_rows_leave_the_groups_alone():
-    groups = ['ab'[i % 2] for i in range(N)]
-    learn = learner(prune(loaders(), torch.arange(N).float(), 0.5), cbs=GroupDRO(groups))
-    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
-    fit(learn, 1)
-    assert len(learn.group_dro.table) == 1
-    fit(learn, 1)
-    assert len(learn.group_dro.table) == 2 # goes on where it was
-
-
-class Interrupt(Callback):
-    "The user's ctrl-C in the third batch"
-    def after_loss(self):
-        if self.iter == 2: raise KeyboardInterrupt
-
-
-def test_an_interrupted_lr_find_does_not_switch_it_off():
-    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
-    assert len(fit(learn, 1).group_dro.table) == 1
-
-
-def test_a_loaded_learner_predicts(tmp_path):
-    "An export leaves the training set out, which the groups were of"
-    learn = fit(learner(loaders(), path=tmp_path, cbs=GroupDRO(['ab'[i % 2] for i in range(N)])), 1)
-    learn.export('learner.pkl')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        loaded = load_learner(tmp_path/'learner.pkl')
-    with loaded.no_bar(): preds = loaded.get_preds(dl=DataLoader(VALID, bs=25))[0]
-    assert torch.allclose(preds, learn.model.eval()(VALID.images).softmax(1), atol=1e-5)
-
-
-def test_group_dro_is_in_float32_under_autocast():
-    "Half precision would round the sums of a group, and overflow in a scaled backward"
-    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
-    kinds = []
-    class Kind(Callback):
-        def after_loss(self): kinds.append(self.learn.loss_grad.dtype)
-    with torch.autocast('cpu', torch.bfloat16): fit(learn, 1, cbs=Kind())
-    assert set(kinds) == {torch.float32}
 
 
 @pytest.fixture
@@ -458,3 +289,31 @@ def test_recipe_frames_agree_as_told(recipe):
     own = (data.images[:, :, 0, 0] == recipe.COLOURS[targets]).all(1)
     assert own.sum() == 190 and [f"{c}, {'own' if a else 'other'} frame" for c, a in zip(targets.tolist(), own.tolist())] == groups
     assert torch.equal(data.images[:, :, 3:-3, 3:-3], images[:, :, 3:-3, 3:-3])
+
+
+@pytest.mark.parametrize('kind', [torch.int64, torch.int8, torch.uint8, torch.bool])
+def test_classes_in_a_column_are_classes(kind):
+    "As fastai's tables have them: `(bs, 1)`, of any integer type"
+    data = Rows()
+    targets = data.targets.clamp(max=1) if kind is torch.bool else data.targets
+    pred = torch.randn(N, 3)
+    expected = (pred.argmax(1) != targets).float()
+    for targ in targets.to(kind), targets.to(kind)[:, None]: assert torch.equal(misclassified(pred, targ), expected)
+    dls = DataLoaders(DataLoader(list(zip(data.images, targets[:, None])), bs=BS, shuffle=True), DataLoader(VALID, bs=25))
+    def make(dls): return learner(dls, cbs=Noted())
+    wide = just_train_twice(make, dls, 1, 1, 5, progress=False)
+    dls.loaders = [DataLoader(list(zip(data.images, targets)), bs=BS, shuffle=True), dls.valid]
+    assert torch.equal(wide.error_set, just_train_twice(make, dls, 1, 1, 5, progress=False).error_set)
+
+
+def test_what_the_error_set_cannot_judge_is_told_before_training():
+    made = []
+    def make(dls):
+        made.append(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), MSELossFlat(), cbs=Noted()))
+        return made[-1]
+    numbers = DataLoaders(DataLoader([(x, y.float()) for x, y in Rows()], bs=BS), DataLoader(VALID, bs=25))
+    with pytest.raises(ValueError, match='Pass wrong='): just_train_twice(make, numbers, 1, 1, 5, progress=False)
+    assert not hasattr(made[0].noted, 'batches') # not one batch
+    torch_dls = DataLoaders(torch.utils.data.DataLoader(Rows(), BS), torch.utils.data.DataLoader(VALID, BS))
+    with pytest.raises(TypeError, match="by='loss'"): just_train_twice(make, torch_dls, 1, 1, 5, progress=False)
+    assert len(made) == 1

@@ -12,7 +12,7 @@ from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEn
                            L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
 from rholoss_fastai.losses import ItemLosses, item_losses
-from rholoss_fastai.nested import plain, prediction
+from rholoss_fastai.nested import plain, prediction, tensors
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # PyTorch's on batching rules, broadcasting and KL divergence's mean
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -419,6 +419,236 @@ def test_pickle():
         expected = losses(pred, targ)
         for other in (pickle.loads(pickle.dumps(losses)), copy.deepcopy(losses)):
             assert torch.equal(other(pred, targ), expected) and other.route == losses.route
+
+# weights
+
+def same_grads(a, b, pred):
+    grads = [torch.autograd.grad(o, [t for t in tensors(pred) if t.requires_grad], allow_unused=True, retain_graph=True) for o in (a, b)]
+    for x,y in zip(*grads):
+        if x is not None or y is not None: assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+def leaf(t): return t.detach().clone().requires_grad_() if t.is_floating_point() else t
+
+def own_class_weights(pred, targ): return F.cross_entropy(pred, targ, weight=weight)
+def own_void(pred, targ): return F.cross_entropy(pred, targ, ignore_index=255)
+class OwnDice(nn.Module):
+    "Dice over the whole batch: no quotient of sums over items"
+    def forward(self, pred, targ):
+        p,t = pred.softmax(1)[:,1],(targ == 1).float()
+        return 1 - (2*(p*t).sum() + 1)/(p.sum() + t.sum() + 1)
+def own_mse(pred, targ): return ((pred - targ)**2).mean()
+def own_sum(pred, targ): return ((pred - targ)**2).sum()
+
+def void(make):
+    def batch(bs):
+        pred,targ = make(bs)
+        targ[torch.rand(targ.shape) < 0.3] = 255
+        targ.view(-1)[0] = 1
+        return pred,targ
+    return batch
+def smoothed(make, **kwargs): return partial(make, label_smoothing=0.1, **kwargs)
+
+weighable = [ # everything in `reducing` and `functions`, and what they can be given
+    *[(partial(make, reduction=reduction), batches) for make,batches in reducing for reduction in ('mean', 'sum')],
+    *[(lambda function=function, **kw: partial(function, **kw), batches) for function,batches in functions],
+    (lambda: CrossEntropyLossFlat(weight=weight), (classes, sequences)), (lambda: CrossEntropyLossFlat(axis=1, weight=weight), (masks,)),
+    (lambda: nn.CrossEntropyLoss(weight=weight), (classes, masks, soft)), (lambda: nn.NLLLoss(weight=weight), (log_probs,)),
+    (lambda: nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1), (classes, masks)),
+    (lambda: nn.CrossEntropyLoss(weight=weight, ignore_index=255), (void(classes), void(masks))),
+    (lambda: CrossEntropyLossFlat(axis=1, ignore_index=255), (void(masks),)), (lambda: CrossEntropyLossFlat(ignore_index=255), (void(sequences),)),
+    (lambda: CrossEntropyLossFlat(axis=1, ignore_index=255, reduction='sum'), (void(masks),)),
+    (lambda: partial(F.cross_entropy, weight=weight, ignore_index=255), (void(masks),)),
+    (lambda: FocalLossFlat(weight=weight), (classes, sequences)), (lambda: LabelSmoothingCrossEntropyFlat(weight=weight), (classes,)),
+    (lambda: LabelSmoothingCrossEntropy(weight=weight), (classes, masks)), (lambda: nn.MultiMarginLoss(weight=weight), (classes,)),
+    (lambda: nn.MultiLabelSoftMarginLoss(weight=weight[:4]), (float_labels,)), (lambda: nn.BCEWithLogitsLoss(weight=weight[:4]), (float_labels,)),
+    (lambda: nn.BCEWithLogitsLoss(pos_weight=weight[:4]), (float_labels,)), (lambda: nn.KLDivLoss(reduction='batchmean'), (distributions,)),
+    (lambda: DiceLoss(), (masks,)), (Combined, (masks,)), (lambda: own_class_weights, (classes,)), (lambda: own_void, (void(masks),)),
+    (OwnDice, (masks,)), (lambda: own_mse, (numbers, columns, images)), (lambda: own_sum, (numbers, images)), (HandsOn, (classes,)),
+]
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(bs=st.integers(2, 6), seed=seeds)
+@pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
+def test_weights_of_one_change_nothing(make_loss, make_batch, bs, seed):
+    "The loss of the batch to 1e-6, its gradient, and in later batches, when it is known what it divides by"
+    torch.manual_seed(seed)
+    losses = None
+    for size in (bs, bs, bs+1):
+        loss_func = make_loss() if losses is None else losses.loss_func
+        pred,*targs = make_batch(size)
+        pred = leaf(pred)
+        losses = losses or ItemLosses(loss_func)
+        whole,res = plain(loss_func(pred, *targs)),losses.weighted(torch.ones(size), pred, *targs)
+        assert res.shape == ()
+        assert_close(res, whole, rtol=1e-6, atol=1e-6, equal_nan=True)
+        if whole.requires_grad: same_grads(res, whole, pred)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('make, batch, class_weights, ignored', [
+    (nn.CrossEntropyLoss, classes, weight, -100), (nn.CrossEntropyLoss, void(masks), weight, 255), (nn.CrossEntropyLoss, void(masks), None, 255),
+    (CrossEntropyLossFlat, void(sequences), weight, 255), (CrossEntropyLossFlat, classes, None, -100)])
+def test_weights_by_hand(make, batch, class_weights, ignored, reduction):
+    "`sum_i w_i s_i / sum_i d_i`, element by element"
+    pred,targ = batch(5)
+    item_weights = torch.tensor([0., 1., 2., 0.5, 3.])
+    losses = ItemLosses(make(weight=class_weights, ignore_index=ignored, reduction=reduction))
+    log_probs = (pred.transpose(1, 2) if make is CrossEntropyLossFlat and pred.ndim == 3 else pred).log_softmax(1)
+    total = divisor = 0.
+    for i in range(5):
+        for at in range(targ[i].numel()):
+            c = targ[i].reshape(-1)[at].item()
+            if c == ignored: continue
+            cw = 1. if class_weights is None else class_weights[c].item()
+            total -= item_weights[i]*cw*log_probs[i].reshape(5, -1)[c, at]
+            divisor += cw
+    expected = total if reduction == 'sum' else total/divisor
+    for _ in range(2): assert_close(losses.weighted(item_weights, pred, targ), expected, rtol=1e-5, atol=1e-5)
+
+def test_a_divisor_is_not_guessed():
+    "A batch whose classes all weigh 1 doesn't tell whether the weights are divided by; a later one does"
+    pred = torch.randn(4, 5)
+    for make, divides in ((nn.CrossEntropyLoss, True), (FocalLoss, False)):
+        loss_func = make(weight=weight)
+        losses = ItemLosses(loss_func)
+        for targ in (torch.tensor([1, 1, 1, 1]), torch.tensor([0, 2, 3, 4]), torch.tensor([3, 3, 4, 1])):
+            assert_close(losses.weighted(torch.ones(4), pred, targ), plain(loss_func(pred, targ)), rtol=1e-6, atol=1e-6)
+        assert list(losses.divisors.values()) == ['class weights' if divides else 'mean']
+
+def test_weights_of_elements():
+    pred,targ = void(sequences)(4)
+    losses,element_weights = ItemLosses(CrossEntropyLossFlat(ignore_index=255)),torch.rand(4, 6)
+    values,counts = losses.elements(pred, targ)
+    assert values.shape == counts.shape == (4, 6) and torch.equal(counts, targ != 255)
+    assert_close(values, F.cross_entropy(pred.transpose(1, 2), targ, ignore_index=255, reduction='none'))
+    for _ in range(2): assert_close(losses.weighted(element_weights, pred, targ), (element_weights*values).sum()/counts.sum())
+    with pytest.raises(ValueError, match='expected .4,., one an item, or the 24'): losses.weighted(torch.ones(5), pred, targ)
+
+@pytest.mark.parametrize('loss_func, batch, shape', [
+    (CrossEntropyLossFlat(axis=1), masks, (3, 3, 4)), (nn.CrossEntropyLoss(), masks, (3, 3, 4)), (nn.CrossEntropyLoss(), classes, (3,)),
+    (BCEWithLogitsLossFlat(), labels, (3, 4)), (MSELossFlat(), images, (3, 3, 4, 5)), (F.mse_loss, numbers, (3,)), (DiceLoss(), masks, (3, 5))])
+def test_elements(loss_func, batch, shape):
+    pred,targ = batch(3)
+    values,counts = ItemLosses(loss_func).elements(pred, targ)
+    assert values.shape == counts.shape == shape and counts.all()
+    same_items(values.reshape(3, -1).sum(1) if isinstance(loss_func, DiceLoss) else values.reshape(3, -1).mean(1), item_losses(loss_func, pred, targ))
+
+def test_no_elements():
+    with pytest.raises(ValueError, match='own_mse has no losses of single elements'): ItemLosses(own_mse).elements(*images(3))
+
+# do they mean something?
+
+def cox(pred, targ):
+    risk,time,event = pred[:,0],targ[:,0],targ[:,1]
+    order = time.argsort(descending=True)
+    risk,event = risk[order],event[order]
+    return -((risk - risk.logcumsumexp(0))*event).sum()/event.sum().clamp(min=1)
+def info_nce(pred, targ): z = F.normalize(pred, dim=1); return F.cross_entropy(z@z.T/0.1, torch.arange(len(z)))
+def correlation(pred, targ): return 1 - torch.corrcoef(torch.stack([pred[:,0], targ[:,0]]))[0,1]
+def nothing(pred, targ): return torch.tensor(0.)
+def moments(pred, targ): return (pred.mean(0) - targ.mean(0)).square().sum()
+def ranknet(pred, targ):
+    difference,right = pred[:,0][:,None] - pred[:,0][None],(targ[:,0][:,None] > targ[:,0][None]).float()
+    off = ~torch.eye(len(pred), dtype=torch.bool)
+    return F.binary_cross_entropy_with_logits(difference, right, reduction='none').where(off, 0.).sum()/off.sum().clamp(min=1)
+def r_squared(pred, targ): return (pred - targ).square().sum()/(targ - targ.mean(0)).square().sum()
+def mean_difference(pred, targ): return (pred[:,:1].mean() - targ[:,:1].mean()).square()
+def concordance(pred, targ):
+    p,t = pred[:,0],targ[:,0]
+    return 1 - 2*((p - p.mean())*(t - t.mean())).mean()/(p.var(correction=0) + t.var(correction=0) + (p.mean() - t.mean())**2)
+def vicreg(pred, targ): return (1 - pred.std(0)).relu().mean() + (pred - targ).square().mean()
+def mmd(pred, targ):
+    def k(a, b): return (-torch.cdist(a, b)**2).exp()
+    return k(pred, pred).mean() + k(targ, targ).mean() - 2*k(pred, targ).mean()
+def standardised(pred, targ): p = (pred - pred.mean(0))/(pred.var(0, correction=0) + 1e-6).sqrt(); return (p - targ).square().mean()
+def barlow(pred, targ):
+    a,b = ((o - o.mean(0))/o.std(0) for o in (pred, targ))
+    return ((a.T@b/len(a) - torch.eye(a.shape[1]))**2).sum()
+def pearson(pred, targ): p,t = pred[:,0] - pred[:,0].mean(),targ[:,0] - targ[:,0].mean(); return -(p*t).sum()/(p.norm()*t.norm() + 1e-8)
+def two_columns(bs): return torch.randn(bs, 2), torch.rand(bs, 2).round(decimals=3)
+coupled = [cox, info_nce, correlation, nothing, moments, ranknet, r_squared, concordance, vicreg, mmd, standardised, barlow, pearson, mean_difference]
+
+@pytest.mark.parametrize('bs', [4, 24])
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('loss_func', coupled)
+def test_losses_that_compare_items_are_refused(loss_func, seed, bs):
+    torch.manual_seed(seed)
+    pred,targ = two_columns(bs)
+    if loss_func is cox: targ[:,1] = (targ[:,1] > .2).float()
+    losses = ItemLosses(loss_func)
+    with pytest.raises(ValueError, match=loss_func.__name__): losses.check(losses(pred, targ), pred, targ)
+
+def test_a_loss_of_the_models_own_is_refused():
+    pred,targ = classes(6)
+    for loss_func in (lambda out, y: out['loss'], lambda out, y: out['loss'].clone(), nothing):
+        for loss in (F.cross_entropy(pred, targ), torch.tensor(1.)):
+            losses,output = ItemLosses(loss_func),dict(loss=loss, logits=pred)
+            with pytest.raises(ValueError, match=r"does not depend on the predictions.*loss_func of its logits"): losses.check(None, output, targ)
+    with pytest.raises(ValueError, match='no prediction of each item.*logits'): item_losses(lambda out, y: out['loss'], dict(loss=torch.tensor(1.)), targ)
+    class PreCalculated(BaseLoss):
+        def __init__(self): super().__init__(nn.CrossEntropyLoss)
+        def __call__(self, pred, targ, **kwargs): return torch.tensor(0.)
+    with pytest.raises(ValueError, match='does not depend'): ItemLosses(PreCalculated()).check(None, pred, targ)
+    ItemLosses(lambda out, y: F.cross_entropy(out['logits'], y)).check(None, dict(loss=torch.tensor(1.), logits=pred), targ)
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(bs=st.integers(1, 9), seed=seeds)
+@pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
+def test_losses_of_items_pass(make_loss, make_batch, bs, seed):
+    torch.manual_seed(seed)
+    if make_loss is OwnDice: return # neither a sum nor a mean, though an item's own means something
+    losses,batch = ItemLosses(make_loss()),make_batch(bs)
+    values,state = losses(*batch),torch.get_rng_state()
+    with torch.no_grad(): assert losses.check(values, *batch) is values
+    assert torch.equal(torch.get_rng_state(), state)
+
+def hinge(pred, targ): return (1 - pred).relu().mean()
+@pytest.mark.parametrize('loss_func, batch', [
+    (CrossEntropyLossFlat(), lambda: (torch.zeros(8, 5), classes(8)[1])), # an untrained model whose last layer is zero
+    (lambda p, t: F.cross_entropy(p, t), lambda: (torch.zeros(8, 5), classes(8)[1])),
+    (hinge, lambda: (torch.full((8, 1), 2.), torch.zeros(8))), # everything right, and nothing to be learnt
+    (MSELossFlat(), lambda: (torch.ones(8, 1), torch.ones(8, 1))), # so here
+    (CrossEntropyLossFlat(), lambda: (classes(1))), (cox, lambda: two_columns(1)), # a single item
+    (CrossEntropyLossFlat(), lambda: (torch.full((8, 5), float('nan')), classes(8)[1])), # a model that diverged is no fault of the loss
+    (CrossEntropyLossFlat(), lambda: (classes(8)[0].half(), classes(8)[1])),
+    (of_values, lambda: classes(8)), (of_numpy, lambda: images(4)), (lambda p, t: F.dropout(p, 0.5).square().mean() + t.sum()*0, lambda: numbers(8, (3,)))])
+def test_right_though_they_look_odd(loss_func, batch):
+    batch = batch()
+    ItemLosses(loss_func).check(None, *batch)
+
+def test_items_without_a_number():
+    "Images that are void all over: the loss of the rest means something; whoever trains on each one's is told"
+    pred,targ = masks(6)
+    targ[2] = 255
+    losses = ItemLosses(own_void)
+    assert losses.check(None, pred, targ).isnan().tolist() == [False, False, True, False, False, False]
+    with pytest.raises(ValueError, match='not for 1 of its 6 items alone.*ignore_index'): losses.check(None, pred, targ, weighting=True)
+    ItemLosses(partial(F.cross_entropy, ignore_index=255)).check(None, pred, targ, weighting=True)
+
+def test_two_heads_pass():
+    def both(pred, box, label):
+        known = label > 0
+        return ((pred[0] - box).abs().mean(2)*known).sum()/known.sum().clamp(min=1) + F.cross_entropy(pred[1].flatten(0, 1), label.flatten())
+    for seed in range(10):
+        torch.manual_seed(seed)
+        pred,label = (torch.randn(24, 2, 4), torch.randn(24, 2, 4)),torch.randint(0, 4, (24, 2))
+        label[::3,1] = 0
+        ItemLosses(both).check(None, pred, torch.rand(24, 2, 4), label)
+
+# what is predicted
+
+@pytest.mark.parametrize('loss_func, task, axis, ignored', [
+    (CrossEntropyLossFlat(), 'classes', -1, -100), (CrossEntropyLossFlat(axis=1, ignore_index=255), 'classes', 1, 255),
+    (nn.CrossEntropyLoss(), 'classes', 1, -100), (F.cross_entropy, 'classes', 1, -100), (partial(F.cross_entropy, ignore_index=7), 'classes', 1, 7),
+    (FocalLossFlat(), 'classes', -1, None), (DiceLoss(), 'classes', 1, None), (LabelSmoothingCrossEntropy(), 'classes', 1, None),
+    (BCEWithLogitsLossFlat(), 'multilabel', -1, None), (nn.BCELoss(), 'multilabel', 1, None), (BCELossFlat(), 'multilabel', -1, None),
+    (MSELossFlat(), 'regression', -1, None), (F.l1_loss, 'regression', 1, None), (nn.TripletMarginLoss(), 'other', 1, None),
+    (Combined(), 'classes', None, None), (HandsOn(), 'classes', None, None), (own_class_weights, 'classes', None, None),
+    (lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()), 'multilabel', None, None), (own_mse, None, None, None),
+    (lambda p, a, b: F.cross_entropy(p, a) + F.cross_entropy(p, b), 'other', None, None),
+    (lambda p, t: F.cross_entropy(p[0], t) + F.mse_loss(p[1], t), None, None, None)])
+def test_task(loss_func, task, axis, ignored):
+    losses = ItemLosses(loss_func)
+    assert (losses.task, losses.axis, losses.ignore_index) == (task, axis, ignored)
+    assert losses.activated == (getattr(loss_func, 'func', loss_func).__class__.__name__ == 'BCELoss')
 
 # errors
 

@@ -1,6 +1,7 @@
-"Every notebook's cells, run by nbdev's own runner, each notebook in a process of its own, two at a time"
-import os, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
+"Every notebook's cells, run by nbdev's own runner, each notebook in a process of its own"
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
 CONFIG = get_config(Path(__file__).parent)
-NOTEBOOKS = {path.relative_to(CONFIG.nbs_path).as_posix(): path for path in nbglob(CONFIG.nbs_path, as_path=True).sorted()}
+NBS = CONFIG.nbs_path
+NOTEBOOKS = {path.relative_to(NBS).as_posix(): path for path in nbglob(NBS, as_path=True).sorted()}
 RUNNER = '''
 import sys
 from nbdev.test import test_nb
@@ -18,24 +20,13 @@ passed, _ = test_nb(name, skip_flags.split(), force_flags.split(), basepath=base
 sys.exit(not passed)
 '''
 
-def has_flag(path, flag): return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
-
-def run_notebook(name, flags):
-    "Run the cells of notebook `name`, those flagged with one of `flags` too; the finished process"
-    env = dict(os.environ, OMP_NUM_THREADS='1', IN_TEST='1')  # two run at a time
-    return subprocess.run([sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags],
-                          env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
-
-@pytest.fixture(scope='session')
-def runs(request):
-    "The runs of all selected notebooks, started together when the first is asked for"
-    with ThreadPoolExecutor(2) as pool:
-        chosen = {(item.callspec.params['name'], item.callspec.params['flags']) for item in request.session.items
-                  if getattr(item, 'originalname', None) == 'test_notebook' and not item.get_closest_marker('skip')}
-        yield {key: pool.submit(run_notebook, *key) for key in sorted(chosen)}
+def has_flag(path, flag):
+    return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
 
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
-def test_notebook(name, flags, runs):
-    result = runs[name, flags].result()
+def test_notebook(name, flags):
+    command = [sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags]
+    result = subprocess.run(command, env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True,
+                            text=True, timeout=900)
     assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'

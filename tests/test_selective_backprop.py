@@ -27,7 +27,8 @@ from scipy import stats
 from torch import nn
 
 from rholoss_fastai.all import PercentileSample, Pick, RankSample, SelectiveBackprop, Selection, Stopwatch, Uniform
-from rholoss_fastai.selective_backprop import _joined
+from rholoss_fastai.nested import join_batches
+from rholoss_fastai.selector import check_learner
 
 BS = 16
 
@@ -237,7 +238,7 @@ def test_queue_trains_each_selected_item_exactly_once(num_workers, drop_last):
     assert learn.selector.waiting == len(selected) - len(trained) < BS
     assert torch.equal(trained, selected[:len(trained)])
     if learn.selector.waiting:
-        xb, yb, rows = learn.selector._waiting
+        xb, yb, rows = learn.selector.delivery.items
         for waiting in (rows_of(xb[0]), rows): assert torch.equal(waiting, selected[len(trained):])
         assert torch.equal(yb[0], Rows(n).targets[rows])
     assert torch.equal(learn.selection.selected.long(), torch.bincount(torch.cat(steps.rows), minlength=n))
@@ -374,7 +375,7 @@ def test_selection_before_mixing(mix, queue):
         def before_batch(self):
             if not self.training: return
             images = Rows().images[rows_of(self.x)]
-            waiting = getattr(self.learn.selector, '_waiting', None)
+            waiting = self.learn.selector.delivery.items if hasattr(self.learn.selector.delivery, 'items') else None
             if waiting is not None: images, x = torch.cat([images, Rows().images[waiting[2]]]), torch.cat([self.x, waiting[0][0]])
             else: x = self.x
             self.ok.append(torch.equal(x, images))
@@ -438,10 +439,10 @@ def test_queue_of_nested_inputs():
 def test_joined_batches():
     Point = namedtuple('Point', 'where name scale')
     def point(x, name='a', scale=2.): return dict(points=[Point(torch.tensor(x), name, torch.tensor(scale))], none=None)
-    joined = _joined(point([1, 2]), point([3]))
+    joined = join_batches(point([1, 2]), point([3]))
     assert joined['points'][0].where.tolist() == [1, 2, 3] and joined['points'][0].name == 'a' and joined['points'][0].scale == 2 and joined['none'] is None
     for other in (point([3], name='b'), point([3], scale=1.), point([[3]]), dict(points=[], none=None), dict(points=point([3])['points'])):
-        with pytest.raises(ValueError, match="don't fit together"): _joined(point([1, 2]), other)
+        with pytest.raises(ValueError, match="don't fit together"): join_batches(point([1, 2]), other)
 
 
 def test_queue_keeps_types_and_metadata():
@@ -608,7 +609,7 @@ def test_export_and_load(kwargs, tmp_path):
     dls = learn.dls
     learn.export('learner.pkl')
     loaded = load_learner(tmp_path/'learner.pkl')
-    assert loaded.selector.waiting == 0 and loaded.selector._remembered is None and loaded.selector._waits_for is None
+    assert loaded.selector.waiting == 0 and getattr(loaded.selector.memory, 'values', None) is None and getattr(loaded.selector.delivery, 'waits_for', None) is None
     loaded.dls = dls
     x, _ = dls.valid.one_batch()
     assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x))
@@ -673,8 +674,9 @@ def test_bad_input_is_refused_at_once(kwargs, kind, message):
 def test_queue_in_a_distributed_run_is_refused(monkeypatch):
     learn = learner().selective_backprop(queue=True)
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(ValueError, match='distributed run.*Use queue=False'): learn.selector.preflight()
-    learn.selective_backprop().selector.preflight()
+    with pytest.raises(ValueError, match='distributed run.*Use queue=False'): check_learner(learn.selector, learn)
+    learn.selective_backprop()
+    check_learner(learn.selector, learn)
 
 
 def test_queue_without_a_batch_size_is_refused():

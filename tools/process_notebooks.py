@@ -1,0 +1,16 @@
+"Process the notebooks for the site, into `_proc`, as `nbdev-proc-nbs` does but without asking for Quarto"
+import os
+from pathlib import Path
+
+from fastcore.script import call_parse
+from nbdev.serve import proc_nbs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@call_parse
+def main(
+    n_workers:int=2, # Notebooks processed at the same time
+):
+    "Run what the site's build runs of each notebook: its imports and exported cells, and no other cell"
+    os.chdir(ROOT)
+    proc_nbs(n_workers=n_workers, force=True)
