@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/tokens.html.md"""
 # %% auto #0
 __all__ = ['top_elements', 'TokenSelector']
 
-# %% ../nbs/24_tokens.ipynb #0a739e7d
+# %% ../nbs/24_tokens.ipynb #c1ecb878
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.mixup import MixHandler
@@ -26,7 +26,7 @@ from .scores import find_score, score_inputs
 from .scoring import ScoringForward, learner_precision, modules_in_mode
 from .selector import BatchSelector
 
-# %% ../nbs/24_tokens.ipynb #66bd9243
+# %% ../nbs/24_tokens.ipynb #2de4ee94
 def top_elements(
     keys:Tensor, # Any shape, larger = more wanted
     counted:Tensor, # Which elements count, bool, of the same shape
@@ -40,7 +40,7 @@ def top_elements(
     chosen = ranks < (n*frac + 1e-6).floor().clamp(min=1).minimum(n)
     return torch.empty_like(chosen).scatter_(0, order, chosen).view(counted.shape)
 
-# %% ../nbs/24_tokens.ipynb #1810e481
+# %% ../nbs/24_tokens.ipynb #32b203ea
 class _Reference:
     "Another model's losses of the elements of a batch"
     def __init__(self, model):
@@ -64,7 +64,7 @@ class _Reference:
     def __deepcopy__(self, memo): return self # a copy of a Learner shares it
     def __getstate__(self): return {} # an export leaves it out
 
-# %% ../nbs/24_tokens.ipynb #f9db60e7
+# %% ../nbs/24_tokens.ipynb #e74032d1
 class TokenSelector(FitCallback):
     "Train on the elements of the loss (tokens, pixels, labels) that `pick` takes by their `score`, among all of a batch (Lin et al. 2024)"
     order = TrainEvalCallback.order + 5 # before what adds to the loss (AWD-LSTM's regularisation) or divides it (GradientAccumulation)
@@ -103,16 +103,16 @@ class TokenSelector(FitCallback):
         if 'il' in self.inputs and not hasattr(self.il, 'model'): raise ValueError("The reference model isn't exported with a Learner: give it again, il=model.")
         if self.il is not None and hasattr(self.il, 'model'): self.il.begin(learn, fit.device)
         self.learn.selection,self.record.learner = self.record,learn
-        self.record.figures = lambda: dict(loss_share=self._fit.loss_share)
+        self.record.figures = self._figures
         self.add_columns(selected=lambda: self.record.last('selected'))
 
     def before_train(self):
         "Begin a line of the ledger"
-        self._fit.warm,self._fit.loss_share = self.when.warm(self.learn, self.epochs_done),1.
+        fit,self._fit.warm = self._fit,self.when.warm(self.learn, self.epochs_done)
         if self.il is not None: self.il.reset()
-        self.record.start_epoch(self._fit.device, forward='reuse')
-        dtype = torch.float32 if self._fit.device.type == 'mps' else torch.float64
-        self._fit.sums = torch.zeros(4, dtype=dtype, device=self._fit.device) # elements, and their losses: all that count, and the chosen
+        self.record.start_epoch(fit.device, forward='reuse')
+        dtype = torch.float32 if fit.device.type == 'mps' else torch.float64
+        fit.sums = torch.zeros(4, dtype=dtype, device=fit.device) # elements, and their losses: all that count, and the chosen
 
     def after_loss(self):
         "Choose elements by their losses, and train on them alone"
@@ -126,7 +126,9 @@ class TokenSelector(FitCallback):
             weights = self.mask*(counted.sum()/self.mask.sum().clamp(min=1))
             loss = item_losses.weighted(weights, pred, *yb)
             self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
-        self._fit.sums += torch.stack([counted.sum(), self.mask.sum(), (losses*counted).sum(), (losses*self.mask).sum()])
+        sums = torch.stack([counted.sum(), self.mask.sum(), (losses*counted).sum(), (losses*self.mask).sum()])
+        self._fit.sums += sums
+        self.record.batch(len(losses), 0, len(losses), elements_loaded=sums[0], elements_trained=sums[1])
         watch.add('scoring', start, watch.mark())
 
     def chosen(self,
@@ -139,27 +141,25 @@ class TokenSelector(FitCallback):
         scores = self.score(*[known[o].flatten() for o in self.inputs]) if self.inputs else losses.flatten()
         return top_elements(self.pick.keys(scores, pct_train).view(counted.shape), counted, self.pick.fraction(pct_train))
 
+    def _figures(self):
+        "Of the ledger's line: shares of elements, not of items"
+        counted,chosen,loss,loss_chosen = self._fit.sums.tolist()
+        return dict(selected=chosen/max(counted, 1), loss_share=loss_chosen/loss if loss else 1.)
+
     def after_train(self):
         "Close the line"
-        self._book()
+        self.record.end_epoch()
         self.epochs_done += 1
 
-    def _book(self, interrupted=False):
-        "Read the counts from the device, here alone, and close the ledger's line"
-        if getattr(self._fit, 'sums', None) is None: return
-        counted,chosen,loss,loss_chosen = self._fit.sums.double().tolist()
-        self._fit.loss_share,self._fit.sums = loss_chosen/loss if loss else 1.,None
-        self.record.batch(round(counted), 0, round(chosen))
-        self.record.end_epoch(interrupted)
-
     def _tidy(self):
-        if self._fit is not None: self._book(interrupted=True)
+        if self._fit is not None: self.record.end_epoch(interrupted=True)
+        self.record.figures = None
         super()._tidy()
 
     def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k != 'mask'}
     def __repr__(self): return f"TokenSelector(score={short_name(self.score)}, pick={self.pick!r})"
 
-# %% ../nbs/24_tokens.ipynb #e0baaf16
+# %% ../nbs/24_tokens.ipynb #e3b544f9
 @patch
 @delegates(TokenSelector)
 def select_tokens(self:Learner,

@@ -89,7 +89,8 @@ def test_trains_on_the_mean_of_the_chosen(padded, il):
     assert watch.n == 8 and learn.selection is learn.token_selector.record
     counted = sum(int((y != -100).sum()) for _, y in learn.dls.train.dataset)
     ledger = learn.selection.ledger
-    assert ledger.loaded.tolist() == [counted]*2 and (ledger.selected - 0.5).abs().max() < 0.02 and (ledger.forward == 'reuse').all()
+    assert ledger.elements_loaded.tolist() == [counted]*2 and ledger.loaded.tolist() == [40]*2 and (ledger.elements_trained/counted == ledger.selected).all()
+    assert (ledger.selected - 0.5).abs().max() < 0.02 and (ledger.forward == 'reuse').all()
     assert (ledger.loss_share > 0.5).all() if not il else True
     assert reference is None or reference.training and all(p.grad is None for p in reference.parameters())
 
@@ -132,7 +133,7 @@ def test_interrupted():
     learn = learner().select_tokens(frac=0.5)
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Stop())
     fit(learn, 1)
-    assert len(learn.selection.ledger) == 2 and learn.selection.ledger.loaded[0] < learn.selection.ledger.loaded[1]
+    assert len(learn.selection.ledger) == 2 and learn.selection.ledger.elements_loaded[0] < learn.selection.ledger.elements_loaded[1]
     assert len(learn.metrics) == 0
 
 def test_gradient_accumulation_divides_it():
@@ -147,7 +148,7 @@ def test_pixels_and_labels():
                           ((x.mean((2, 3)) > 0).float(), BCEWithLogitsLossFlat(), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))):
         dl = DataLoader(list(zip(x, y)), bs=6)
         learn = fit(Learner(DataLoaders(dl, dl), model, loss_func=loss, lr=0.1).select_tokens(frac=0.25), 1)
-        assert learn.selection.ledger.loaded[0] == y.numel() and learn.selection.ledger.selected[0] == pytest.approx(0.25, abs=0.03)
+        assert learn.selection.ledger.elements_loaded[0] == y.numel() and learn.selection.ledger.selected[0] == pytest.approx(0.25, abs=0.03)
 
 def test_awd_lstm_carries_its_state():
     set_seed(0)
