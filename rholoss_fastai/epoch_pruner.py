@@ -148,9 +148,9 @@ class EpochPruner(FitCallback):
     @property
     def makes_loss(self): return 'weights' if self.rule.weighs else None
     @property
-    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown
+    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown; None before the first fit
         "What each row of the data set scored when it was last trained on"
-        return self.memory.values[:,0]
+        return None if self.memory is None else self.memory.values[:,0]
 
     def begin_fit(self):
         "Check what can be checked before the first batch, say what will happen, and add the column"
@@ -164,7 +164,7 @@ class EpochPruner(FitCallback):
             self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
         self.learn.selection,self.record.figures,self.share = self.record,self._figures,1.
-        self._fit.rounds = self._fit.weights = None
+        self._fit.rounds = self._fit.weights = self._fit.loader = None
         self._fit.checked = False
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
@@ -191,6 +191,7 @@ class EpochPruner(FitCallback):
             whole = track_rows(self.learn.dls.train)
             self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, len(whole))
         else: self.learn.dl = self._fit.rounds
+        self._fit.loader = self.learn.dl
 
     def next_round(self):
         "A loader of the rows that the rule chooses now"
@@ -282,7 +283,9 @@ class EpochPruner(FitCallback):
 
     def _tidy(self):
         "Close the line of an epoch that was cut short, too"
-        if self._fit is not None: self.record.end_epoch(interrupted=True)
+        if self._fit is not None:
+            self.record.end_epoch(interrupted=True)
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train # an export would take the epoch's loader along
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
