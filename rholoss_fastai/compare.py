@@ -433,7 +433,7 @@ def plot(self:Comparison,
 def _mask(noisy, n):
     "Which rows have a wrong label, by position"
     if noisy is None: return
-    noisy = torch.as_tensor(np.asarray(noisy))
+    noisy = torch.from_numpy(np.array(noisy)) # by position, whatever a Series' index
     if noisy.dtype != torch.bool or noisy.shape != (n,):
         raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape {tuple(noisy.shape)} of {noisy.dtype}.")
     return noisy
