@@ -97,7 +97,7 @@ def read_method(run):
     name,_,options = run.partition(':')
     settings = dict((k, read_value(v)) for k,v in (o.split('=') for o in options.split(',') if o))
     if not settings: return name
-    if name == 'rho_loss': return run,lambda learn, il: learn.rho_loss(il, **settings)
+    if name == 'rho_loss': return run,lambda learn, il: learn.rho_loss(il, **{'epoch': 'candidates', **settings})
     if not hasattr(Learner, name): raise SystemExit(f"{run!r} names no method of a Learner.")
     return run,lambda learn: getattr(learn, name)(**settings)
 

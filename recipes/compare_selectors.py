@@ -63,7 +63,7 @@ def selector(name, frac):
     score,pick = SELECTORS[name]
     def select(learn, il):
         proxy = Learner(learn.dls, narrow_cnn(), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=learn.lr)
-        learn.rho_loss(il, score=score, pick=pick(frac), proxy=proxy if name == 'proxy' else None)
+        learn.rho_loss(il, score=score, pick=pick(frac), epoch='candidates', proxy=proxy if name == 'proxy' else None)
     return name,select
 
 

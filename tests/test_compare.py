@@ -82,7 +82,7 @@ def costs(learn):
 @pytest.mark.parametrize('method', [
     lambda learn: learn.select('loss', 'uniform', frac=0.5, enlarge=True), lambda learn: learn.select('loss', 'top', frac=0.25, enlarge=True),
     lambda learn: learn.select('loss', 'top', frac=0.25, forward='reuse'), lambda learn: learn.batch_loss_filter(), lambda learn: learn.prune_epochs(0.8),
-    lambda learn: learn.selective_backprop(beta=2, queue=True), lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1)])
+    lambda learn: learn.selective_backprop(beta=2, queue=True), lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1, epoch='candidates')])
 def test_cost_is_that_of_plain_training_and_the_rate_decays(method):
     watch = Watch()
     learn = method(learner(cbs=watch))
