@@ -55,7 +55,7 @@ METHODS = dict( # name -> function of a Learner, and of irreducible losses `il` 
     ies=lambda learn: learn.prune_epochs(rule='ies'),
     batch_loss_filter=lambda learn: learn.batch_loss_filter(),
     selective_backprop=lambda learn: learn.selective_backprop(),
-    divbs=lambda learn: learn.select('loss', 'divbs', frac=0.3),
+    divbs=lambda learn: learn.select(pick='divbs', frac=0.3),
     rho_loss=lambda learn, il: learn.rho_loss(il),
     rho_loss_published=lambda learn, il: learn.rho_loss(il, frac=0.1, score='reducible', epoch='candidates'),
     rho_epochs=lambda learn: learn.rho_epochs(),
