@@ -14,7 +14,7 @@ from fastcore.basics import store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/13_ridge.ipynb #f0f78dba
+# %% ../nbs/13_ridge.ipynb #c6032ccf
 def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
 def check_features(
@@ -178,7 +178,7 @@ class FoldRidge(_Ridge):
             for part in at.split(self.block): res[part] = _wide(self.x[idxs[part]]) @ weights + intercept
         return res
 
-# %% ../nbs/13_ridge.ipynb #11131009
+# %% ../nbs/13_ridge.ipynb #e24f9fe9
 def class_logits(
     pred:Tensor, # `(n, C)` predictions of one-hot targets, or `(n, k)` of targets from 0 to 1 where `binary`
     shares:Tensor, # `(C,)` share of each class, or of 1 in each target
