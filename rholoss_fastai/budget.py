@@ -24,7 +24,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, Learner, Metric, mk_metric
 from fastcore.basics import noop
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_number
 from .fit_callback import FitCallback
 from .nested import batch_size
 from .probe import probe_cost
@@ -156,7 +156,8 @@ def _made_in_fit(learn, prices):
         rule = getattr(cb, 'rule', None)
         table = getattr(getattr(cb, 'il_source', None), 'table', None) or getattr(rule, 'table', None)
         if hasattr(table, 'info'): return il_epochs(learn, table.info, prices)
-        if getattr(rule, 'bills', None) == 'il': return il_epochs(learn, dict(features='auto'), prices)*min(1., getattr(rule, 'look', math.inf)/dataset_size(learn.dls.train))
+        if getattr(rule, 'bills', None) == 'il':
+            return il_epochs(learn, dict(features='auto'), prices)*min(1., getattr(rule, 'look', math.inf)/dataset_size(learn.dls.train))
     return 0.
 
 # %% ../nbs/44_budget.ipynb #16d4288c
@@ -181,7 +182,8 @@ class FitMeter(FitCallback):
         self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl or learn.dls.valid,metric
         self.clocks = _Clocks(getattr(learn.dls, 'device', None) or 'cpu')
         self.steps,self.epochs,self.loaded,self.scored,self.trained,self.cost,self.history,self.share_at_end,self.lr_at_end = 0,0,0,0,0,0.,[],0.,0.
-        self.seen,self.seen_il,self.cost_il,self.seconds_il,self.marked,self.evaluating,self.next_look = [0, 0, 0],0.,0.,0.,0.,False,math.inf if every is None else every
+        self.seen,self.seen_il,self.cost_il,self.seconds_il,self.marked = [0, 0, 0],0.,0.,0.,0.
+        self.evaluating,self.next_look = False,math.inf if every is None else every
 
     @property
     def spent(self)->float:
@@ -333,7 +335,7 @@ class _Accumulate(Callback):
 # %% ../nbs/44_budget.ipynb #42cf5375
 def fit_within(
     learn:Learner,
-    n_epoch:int, # The budget: what so many epochs of plain training on `learn.dls.train` spend
+    n_epoch:float, # The budget: what so many epochs of plain training on `learn.dls.train` spend
     fit='fit_one_cycle', # Name of a method of the Learner, or a function of it and a number of epochs, which may fit several times
     lr:float=None, # Learning rate of a fit by name; default the Learner's, or the method's
     unit:str='cost', # What is equal: 'cost' by counts, 'seconds' (of the processor, on CUDA of the device) or 'steps'
@@ -348,7 +350,7 @@ def fit_within(
     "Fit `learn` until it has spent what plain training would have, with schedules that end where the budget does"
     check_choice('unit', unit, UNITS)
     if unit == 'seconds' and per_epoch is None: raise ValueError("unit='seconds' needs per_epoch, the seconds of a plain epoch.")
-    check_count('n_epoch', n_epoch, 1); check_count('evaluations', evaluations, 1)
+    check_number('n_epoch', n_epoch, high=math.inf, open_low=True, schedule=False); check_count('evaluations', evaluations, 1)
     fit,metric = fit_function(fit),find_metric(learn, metric)
     total = n_epoch*({'cost': 1., 'steps': len(learn.dls.train)}.get(unit) if per_epoch is None else per_epoch)
     meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl, metric, step)
@@ -396,7 +398,7 @@ def measure_prices(
     with preserve_rng():
         for _ in range(rounds):
             for name,method in kinds.items():
-                learn = method(make_learner(dls)) or learn
+                learn = method(make_learner(dls))
                 seconds.setdefault(name, []).append(timed_steps(learn, steps).clocks.seconds[0]/steps)
             seconds.setdefault('load', []).append(_seconds_per_load(dls, steps))
     return _solved({k: min(v) for k,v in seconds.items()}, bs, max(1, round(frac*bs)), min(round(bs/frac), _items_of_an_epoch(dls.train)),

@@ -13,6 +13,8 @@ from fastcore.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
+from rholoss_fastai._show_doc import ParameterRenderer
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(ROOT)
 NBS = CONFIG.nbs_path
@@ -122,6 +124,33 @@ def test_api_index_is_current():
     written = [cell.source for cell in read_nb(NBS/'api_index.ipynb').cells]
     assert written == [cell.source for cell in notebook().cells], 'run python tools/write_api_index.py'
 
+def documented(
+    table:dict[str, int], # Rows by name
+    pick:str|None=None, # Name of a pick
+    *targs, # Targets
+    score=max, # Largest first
+    il=None, # Irreducible losses
+)->list: # Rows
+    "A function with every kind of parameter"
+
+def test_parameters_of_every_kind():
+    text = ParameterRenderer(documented, name='Learner.documented')._repr_markdown_()
+    rows = [[cell.strip() for cell in row.strip('|').split(' | ')] for row in text.splitlines() if row.startswith('| <code>')]
+    assert 'learn.documented(table, pick=None, *targs, score=max, il=None)' in text
+    assert rows == [
+        ['<code>table</code>', '`dict[str, int]`', '', 'Rows by name'],
+        ['<code>pick</code>', '`str or None`', '`None`', 'Name of a pick'],
+        ['<code>*targs</code>', '', '', 'Targets'],
+        ['<code>score</code>', '`callable`', '`max`', 'Largest first'],
+        ['<code>il</code>', '', '`None`', 'Irreducible losses']]
+    assert '**`list`**' in text and '*A function with every kind of parameter*' in text
+
+def test_source_links_lead_to_a_line():
+    from rholoss_fastai.picks import TopFraction
+    text = ParameterRenderer(TopFraction)._repr_markdown_()
+    line = int(re.search(r'/picks\.py#L(\d+)', text)[1])
+    assert (ROOT/'rholoss_fastai'/'picks.py').read_text().splitlines()[line-1].startswith('class TopFraction')
+
 # What follows is about notebooks as the site's build processes them
 
 def identifier(heading):
@@ -182,7 +211,7 @@ def test_every_notebook_is_processed(processed, pages):
 def test_parameters_are_tables(pages):
     text = next(page for page in pages.values() if page.name.endswith('_rho_loss.ipynb')).text
     assert re.search(r'^### Learner\.rho_loss$', text, re.MULTILINE) and 'learn.rho_loss(' in text
-    assert re.search(r'^\| `frac` \| `float` \| `0\.\d+` \| ', text, re.MULTILINE)
+    assert re.search(r'^\| <code>frac</code> \| `float` \| ', text, re.MULTILINE)
     assert not re.search(r'NoneType|\bfunction=|#LNone', ''.join(page.text for page in pages.values()))
 
 @pytest.mark.slow
