@@ -7,14 +7,17 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/scores.html.md"""
 # %% auto #0
 __all__ = ['SCORES', 'training_loss', 'reducible_loss', 'reducible_part', 'learnable_error', 'negative_irreducible_loss',
            'gradient_norm_bound', 'entropy', 'margin', 'least_confidence', 'mc_entropy', 'conditional_entropy', 'bald',
-           'loss_minus_conditional_entropy', 'loss_plus_conditional_entropy', 'score_inputs', 'find_score']
+           'loss_minus_conditional_entropy', 'loss_plus_conditional_entropy', 'score_inputs', 'find_score', 'for_loss']
 
 # %% ../nbs/03_scores.ipynb #aae039f6
 import torch
+from collections.abc import Callable
+from functools import partial
 from inspect import Parameter, signature
 from torch import Tensor
 from .checks import by_name
-from .nested import prediction, plain
+from .losses import ItemLosses
+from .nested import class_targets, plain, prediction
 
 # %% ../nbs/03_scores.ipynb #d8a56bb3
 def training_loss(
@@ -60,13 +63,24 @@ def gradient_norm_bound(
     targ:Tensor, # Classes, an integer tensor of the shape of `pred` without `axis`, or their probabilities, of the shape of `pred`
     axis:int=1, # Class axis of `pred`
     ignore_index:int=-100, # Class that does not count
+    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)`
-    "Norm of the cross-entropy's gradient with respect to the logits, `||softmax(pred) - onehot(targ)||_2`"
-    grad,targ = _logits(pred, axis).softmax(axis),plain(prediction(targ))
+    "Norm of the cross-entropy's gradient with respect to the logits, `||softmax(pred) - onehot(targ)||_2`; multi-label, `||sigmoid(pred) - targ||_2`"
+    if isinstance(targ, (tuple, list)) and len(targ) > 1:
+        raise ValueError(f"gradient_norm_bound needs one target, and the batch has {len(targ)}. {_mend}")
+    targ = plain(prediction(targ))
+    if _is_multilabel('gradient_norm_bound', task):
+        grad = _label_probabilities(pred, activated)
+        if grad.numel() != targ.numel():
+            raise ValueError(f"gradient_norm_bound expected labels of the shape of pred, {tuple(grad.shape)}, got {tuple(targ.shape)}. {_mend}")
+        return (grad - targ.reshape(grad.shape).to(grad.dtype)).flatten(1).norm(dim=1).float()
+    grad = _logits(pred, axis).softmax(axis)
+    targ = class_targets(targ, grad)
     _check_classes(grad, targ, axis)
     if targ.is_floating_point(): grad = grad - targ
     else:
-        targ = targ.long().unsqueeze(axis)
+        targ = targ.unsqueeze(axis)
         counts = targ != ignore_index
         grad = grad.scatter_add(axis, targ.where(counts, 0), -torch.ones_like(grad)) * counts
     return grad.flatten(1).norm(dim=1).float()
@@ -74,13 +88,29 @@ def gradient_norm_bound(
 # %% ../nbs/03_scores.ipynb #f79e5ebf
 _mend = "For other tasks use a score of the loss, such as training_loss."
 
-def _logits(pred, axis):
-    "The tensor of a classifier's prediction, in float32 where it is of half precision; raise where `axis` can't hold classes"
+def _is_multilabel(name, task, several_passes=False):
+    "Is the `task` a multi-label one? Raise where it is none that the score `name` is for"
+    if task == 'multilabel' and not several_passes: return True
+    if task not in (None, 'classes'):
+        what = dict(regression='numbers', multilabel='several labels', other='no classes, or several targets').get(task, 'something that it does not tell')
+        raise ValueError(f"{name} is for the probabilities of classes{'' if several_passes else ' or labels'}, and the loss has the model predict {what}. "
+                         f"{_mend}" + (f" If these are classes, say so: partial({name}, task='classes')." if task == 'unknown' else ''))
+    return False
+
+def _float32(pred):
+    "The tensor of a prediction, in float32 where it is of half precision"
     pred = plain(prediction(pred))
+    return pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+
+def _label_probabilities(pred, activated): return _float32(pred) if activated else _float32(pred).sigmoid()
+
+def _logits(pred, axis):
+    "The tensor of a classifier's prediction; raise where `axis` can't hold classes"
+    pred = _float32(pred)
     if not (1 <= axis < pred.ndim or 1 - pred.ndim <= axis < 0) or pred.shape[axis] < 2:
         raise ValueError(f"expected logits (bs, n_classes, ...) with two or more classes on axis {axis}, got {tuple(pred.shape)}. If the classes are "
                          f"on another axis, give it: partial(score, axis=...). {_mend}")
-    return pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+    return pred
 
 def _check_classes(pred, targ, axis):
     "Raise where `targ` isn't of the shape that goes with `pred`"
@@ -96,22 +126,35 @@ def _positions(values): return values.reshape(len(values), -1).mean(1).float() #
 def entropy(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
-) -> Tensor: # `(bs,)` nats, between 0 and the logarithm of `n_classes`
-    "Entropy of the predicted classes, `-sum(p * log(p))`"
+    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    activated:bool=False # Of a multi-label task: is `pred` probabilities already?
+) -> Tensor: # `(bs,)` nats, between 0 and the logarithm of `n_classes`, of labels `log(2)`
+    "Entropy of the predicted classes, `-sum(p * log(p))`; multi-label, the mean of the labels' own"
+    if _is_multilabel('entropy', task):
+        p = _label_probabilities(pred, activated)
+        return _positions(torch.special.entr(p) + torch.special.entr(1 - p))
     return _positions(torch.special.entr(_logits(pred, axis).softmax(axis)).sum(axis))
 
 def margin(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
+    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between -1 and 0
-    "Minus the distance of the two most probable classes: the smaller, the more wanted"
+    "Minus the distance of the two most probable classes: the smaller, the more wanted; multi-label, the mean over labels of that of yes and no"
+    if _is_multilabel('margin', task): return _positions(-(2*_label_probabilities(pred, activated) - 1).abs())
     return _positions(_logits(pred, axis).softmax(axis).topk(2, dim=axis).values.diff(dim=axis))
 
 def least_confidence(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
+    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between 0 and `1 - 1/n_classes`
-    "One minus the probability of the most probable class"
+    "One minus the probability of the most probable class; multi-label, the mean over labels of that of the less probable of yes and no"
+    if _is_multilabel('least_confidence', task):
+        p = _label_probabilities(pred, activated)
+        return _positions(torch.minimum(p, 1 - p))
     return _positions(1 - _logits(pred, axis).softmax(axis).amax(axis))
 
 # %% ../nbs/03_scores.ipynb #07d5b6fb
@@ -124,38 +167,48 @@ def _passes(log_probs, axis):
 def mc_entropy(
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
+    task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)` nats
     "Entropy of the mean prediction of several passes"
+    _is_multilabel('mc_entropy', task, several_passes=True)
     return entropy(_passes(log_probs, axis).logsumexp(0), axis) # `entropy` normalises, so the logarithm of a sum does for that of a mean
 
 def conditional_entropy(
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
+    task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)` nats
     "Mean entropy of the predictions of several passes: the uncertainty that they agree on"
+    _is_multilabel('conditional_entropy', task, several_passes=True)
     return entropy(_passes(log_probs, axis).flatten(0, 1), axis).view(log_probs.shape[:2]).mean(0)
 
 def bald(
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
+    task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)` nats, at least 0 but for rounding
     "Mutual information of prediction and model: how much the passes disagree (Houlsby et al. 2011)"
+    _is_multilabel('bald', task, several_passes=True)
     return mc_entropy(log_probs, axis) - conditional_entropy(log_probs, axis)
 
 def loss_minus_conditional_entropy(
     loss:Tensor, # `(bs,)` item losses
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
+    task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)`
     "Loss above the uncertainty that the passes agree on: a reducible loss whose irreducible part is the model's own guess"
+    _is_multilabel('loss_minus_conditional_entropy', task, several_passes=True)
     return loss - conditional_entropy(log_probs, axis)
 
 def loss_plus_conditional_entropy(
     loss:Tensor, # `(bs,)` item losses
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
+    task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)`
     "Loss and uncertainty together"
+    _is_multilabel('loss_plus_conditional_entropy', task, several_passes=True)
     return loss + conditional_entropy(log_probs, axis)
 
 # %% ../nbs/03_scores.ipynb #23e5d873
@@ -163,18 +216,19 @@ FIGURES = dict.fromkeys(('loss', 'il', 'pred', 'targ', 'log_probs')) # name -> f
 
 # %% ../nbs/03_scores.ipynb #cd7b913f
 def score_inputs(
-    score, # A function whose parameters without a default are among `loss`, `il`, `pred`, `targ`, `log_probs`
+    score:Callable, # A function whose parameters without a default are among `loss`, `il`, `pred`, `targ`, `log_probs`
+    name:str='score' # What the argument is called in the error
 ) -> tuple[str, ...]: # The names of those parameters, in order
     "What `score` needs"
     if not callable(score):
-        raise TypeError(f"score is {score!r}, expected a function of one or more of {', '.join(FIGURES)}, such as training_loss")
+        raise TypeError(f"{name} is {score!r}, expected a function of one or more of {', '.join(FIGURES)}, such as training_loss")
     try: params = signature(score).parameters.values()
     except ValueError: params = [] # a builtin
     params = [p for p in params if p.default is Parameter.empty and p.kind is not Parameter.VAR_KEYWORD]
     names = tuple(p.name for p in params)
     wrong = [str(p) for p in params if p.name not in FIGURES or p.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_POSITIONAL)]
     if wrong or not names:
-        raise ValueError(f"score has the parameters ({', '.join(names)}), expected one or more of {', '.join(FIGURES)}, positional. Rename "
+        raise ValueError(f"{name} has the parameters ({', '.join(names)}), expected one or more of {', '.join(FIGURES)}, positional. Rename "
                          "them, or give the others a default or a value by functools.partial.")
     return names
 
@@ -186,9 +240,24 @@ SCORES = dict(loss=training_loss, reducible=reducible_loss, reducible_part=reduc
 
 # %% ../nbs/03_scores.ipynb #17bcdddd
 def find_score(
-    score, # Name in `SCORES`, or a function (see `score_inputs`)
-): # The function
+    score:str|Callable, # Name in `SCORES`, or a function (see `score_inputs`)
+    name:str='score' # What the argument is called in the error
+)->Callable:
     "The score of that name; a function is handed back once its parameters are checked"
-    if isinstance(score, str): score = by_name('score', score, SCORES)
-    score_inputs(score)
+    if isinstance(score, str): score = by_name(name, score, SCORES)
+    score_inputs(score, name)
     return score
+
+# %% ../nbs/03_scores.ipynb #61c10ec9
+def for_loss(
+    score:Callable, # A score; one without a parameter `task` is handed back
+    item_losses:ItemLosses # Of the loss function that is trained on
+)->Callable: # A `partial` of `score`; what was given by `partial` before stays
+    "`score` for what that loss function has the model predict"
+    try: params = signature(score).parameters
+    except (TypeError, ValueError): return score
+    if 'task' not in params: return score
+    known = dict(task=item_losses.task or 'unknown', axis=item_losses.axis, ignore_index=item_losses.ignore_index, activated=item_losses.activated)
+    given,inner = set(),score
+    while isinstance(inner, partial): given,inner = given | set(inner.keywords),inner.func
+    return partial(score, **{k: v for k,v in known.items() if v is not None and k in params and k not in given})

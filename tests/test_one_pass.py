@@ -840,7 +840,7 @@ def test_what_the_fit_finds_out():
     learn = learner(dls=DataLoaders(loaders().train, loader(*(o[:0] for o in data()[1]), 20)))
     with pytest.raises(ValueError, match='The validation set is empty'): learn.one_pass()
     fit(learn.one_pass(valid_pct=0.2, every=1), 1, cbs=NoValidation())
-    learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5).one_pass(valid_pct=0.2)
+    learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5, epoch='candidates').one_pass(valid_pct=0.2)
     with pytest.raises(ValueError, match='a selector'): fit(learn)
 
 
