@@ -163,7 +163,7 @@ class EpochPruner(FitCallback):
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
             self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
-        self.learn.selection,self.record.figures,self.share = self.record,self._figures,1.
+        self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
         self._fit.rounds = self._fit.weights = self._fit.loader = None
         self._fit.checked = False
         began = time.perf_counter()
