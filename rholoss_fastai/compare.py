@@ -33,15 +33,15 @@ from fastcore.basics import noop, patch
 from scipy import stats
 
 import rholoss_fastai
-from .budget import UNITS, Prices, find_metric, fit_function, fit_within, greater_is_better, measure_prices, seeded_loaders, timed_steps
+from .budget import UNITS, Prices, find_metric, fit_function, fit_within, greater_is_better, il_epochs, measure_prices, seeded_loaders, timed_steps
+from .checks import by_name, check_choice, check_count, check_number
 from .executors import run_tasks, worker_threads
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .item_table import fingerprint
-from .rows import dataset_size, loader_batch_size, preserve_rng
-from .checks import check_count, check_number
 from .picks import Uniform
+from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
-from .checks import by_name
+from .rows import dataset_size, loader_batch_size, preserve_rng
 from .scoring import native_bfloat16
 from .side_models import batch_progress, new_learner
 
@@ -55,10 +55,10 @@ METHODS = dict( # name -> function of a Learner, and of irreducible losses `il` 
     ies=lambda learn: learn.prune_epochs(rule='ies'),
     batch_loss_filter=lambda learn: learn.batch_loss_filter(),
     selective_backprop=lambda learn: learn.selective_backprop(),
-    divbs=lambda learn: learn.select('loss', 'divbs', frac=0.3),
+    divbs=lambda learn: learn.select(pick='divbs', frac=0.3),
     rho_loss=lambda learn, il: learn.rho_loss(il),
-    rho_loss_published=lambda learn, il: learn.rho_loss(il, frac=0.1, score='reducible', enlarge=True),
-    rho_epochs=lambda learn, il: learn.rho_epochs(il),
+    rho_loss_published=lambda learn, il: learn.rho_loss(il, frac=0.1, score='reducible', epoch='candidates'),
+    rho_epochs=lambda learn: learn.rho_epochs(),
 )
 
 # %% ../nbs/52_compare.ipynb #c5e912c3
@@ -102,10 +102,12 @@ def _cpu_name():
 def _digest(o): return hashlib.sha256(o if isinstance(o, bytes) else str(o).encode()).hexdigest()[:12]
 
 def _source(func):
-    "What a function does, as far as its text or its code tells"
-    while isinstance(func, partial): func = func.func
-    try: return inspect.getsource(func)
-    except (OSError, TypeError): return getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)
+    "What a function does, as far as its text, or its code, and the settings in it tell"
+    if isinstance(func, partial): return f"{_source(func.func)} {func.args} {sorted(func.keywords.items())}"
+    inside = [o.cell_contents for o in getattr(func, '__closure__', None) or ()]
+    settings = [o for o in inside if isinstance(o, (int, float, str, tuple, dict))]
+    try: return f"{inspect.getsource(func)} {settings}"
+    except (OSError, TypeError): return f"{getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)} {settings}"
 
 def _of_data(dl):
     "What tells a data set from others"
@@ -120,33 +122,26 @@ def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy
                 noisy=None if noisy is None else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
 
 # %% ../nbs/52_compare.ipynb #7d9276ca
-def _il_cost(info, prices, n, plain_epoch):
-    "What irreducible losses cost by counts, in plain epochs, as far as `info` says what was done"
-    n_epoch = info.get('n_epoch', 0)
-    trained = info.get('items_trained', n_epoch*n*max(1, info.get('n_folds', 1) - 1))
-    scored = info.get('items_scored', max(1, n_epoch)*n)
-    return prices.of(loaded=trained + scored, scored=scored, trained=trained)/plain_epoch
-
-def _crossfit_epochs(prices, n, plain_epoch, most):
+def _crossfit_epochs(learn, prices, most):
     "As many epochs of cross-fitting as cost at most `most` plain epochs, from 1 to 5"
-    return int(min(5, max(1, most/_il_cost(dict(n_epoch=1, n_folds=2), prices, n, plain_epoch))))
+    return int(min(5, max(1, most/il_epochs(learn, dict(n_epoch=1, n_folds=2), prices))))
 
-def _make_il(make_learner, dls, n_epoch, progress):
-    "Cross-fitted irreducible losses"
-    return crossfit_irreducible(make_learner, dls, n_epoch, one_cycle=True, progress=progress)
+def _make_il(make_learner, dls, prices, most, progress):
+    "Irreducible losses by a probe where features are at hand, else cross-fitted"
+    with preserve_rng():
+        set_seed(0)
+        learn = make_learner(dls)
+        if choose_features(learn)[0]: return probe_irreducible(learn, progress=progress, verbose=False)
+    return crossfit_irreducible(make_learner, dls, _crossfit_epochs(learn, prices, most), one_cycle=True, progress=progress)
 
 # %% ../nbs/52_compare.ipynb #2bcb980a
 def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
-    if isinstance(il, (str, Path)) and il != 'auto': il = IrreducibleLosses.load(il)
-    if il is not None and not callable(il) and not isinstance(il, str): return IrreducibleLosses.given(il, dls.train)
+    if not callable(il) and not (isinstance(il, str) and il == 'auto'): return IrreducibleLosses.given(il, dls.train)
     if file and file.exists(): return IrreducibleLosses.load(file).check(dls.train)
     began = time.process_time()
-    if callable(il): il = il(make_learner, dls)
-    else:
-        n = dataset_size(dls.train)
-        il = _make_il(make_learner, dls, _crossfit_epochs(prices, n, prices.plain_epoch(dls.train), most), progress)
+    il = il(make_learner, dls) if callable(il) else _make_il(make_learner, dls, prices, most, progress)
     il.info['process_seconds'] = time.process_time() - began
     if file: il.save(file)
     return il
@@ -160,7 +155,7 @@ def train_run(
         set_seed(run['seed'])
         learn = new_learner(run['make_learner'], dls, run['seed'], [])
         metric = find_metric(learn, run['metric'])
-        learn = _set_up(run['label'], run['method'], learn, run['il'])
+        learn = _set_up(run['label'], METHODS.get(run['method'], run['method']), learn, run['il'])
         set_seed(run['seed'])
         meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'], run['prices'], run['evaluations'],
                            run['test_dl'], metric, run['step'])
@@ -173,6 +168,7 @@ def _outcome(run, learn, meter):
     seconds,clock = meter.clocks.seconds.tolist()
     return dict(method=run['label'], seed=run['seed'], settings=run['settings'], final=meter.history[-1]['value'], **counts, cost=meter.cost,
                 seconds=seconds, clock=clock, cost_il=run['cost_il'], seconds_il=run['seconds_il'], bill=run['bill'],
+                own_cost_il=meter.cost_il, own_seconds_il=meter.seconds_il,
                 wrong_labels=_wrong(learn, run['noisy']), share_at_end=meter.share_at_end, lr_at_end=meter.lr_at_end,
                 history=meter.history, machine=machine())
 
@@ -210,7 +206,8 @@ def same_machine(
 ):
     "Raise where seconds of two machines can't be compared"
     differ = [f"{k}: {there[k]} there, {here[k]} here" for k in ('device', 'cpu', 'threads', 'torch') if there[k] != here[k]]
-    if differ: raise ValueError(f"{what} was measured on another machine ({'; '.join(differ)}), and seconds of two can't be compared: use a folder for each.")
+    if differ:
+        raise ValueError(f"{what} was measured on another machine ({'; '.join(differ)}), and seconds of two can't be compared: use a folder for each.")
 
 def _read_run(path, run):
     "A run that is there already, or None"
@@ -278,8 +275,8 @@ class Comparison:
         return {'method': method, self.metric: mean('final'), 'spread': float(np.std(finals, ddof=1)) if len(finals) > 1 else math.nan,
                 'difference': difference, 'low': difference - half, 'high': difference + half, 'seeds': len(own), 'steps': mean('steps'),
                 'steps_to_plain': at('step'), 'seconds': mean('seconds') + mean('seconds_il'), 'seconds_to_plain': at('seconds', 'seconds_il'),
-                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'), 'cost_il': mean('cost_il'),
-                'seconds_il': mean('seconds_il'), 'loaded': mean('loaded'), 'scored': mean('scored'), 'trained': mean('trained'),
+                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'), 'cost_il': mean('cost_il') + mean('own_cost_il'),
+                'seconds_il': mean('seconds_il') + mean('own_seconds_il'), 'loaded': mean('loaded'), 'scored': mean('scored'), 'trained': mean('trained'),
                 'wrong_labels': mean('wrong_labels')}
 
 # %% ../nbs/52_compare.ipynb #74793d6b
@@ -307,7 +304,8 @@ class Verdict:
         gain,half = row.difference if self.comparison.greater else -row.difference,row.high - row.difference
         if abs(gain) <= half: return f"`{method}`: no difference that {n} seeds can tell ({self.amount(row.difference, half)} {where})."
         text = f"`{method}` {'pays' if gain > 0 else 'does not pay'}: it ends {self.amount(row.difference, half)} {where} plain training"
-        if gain > 0 and row.cost_to_plain < 1e9: text += f", and has its final {self.comparison.metric} at {row.cost_to_plain/self.table.cost.plain:.0%} of its cost"
+        if gain > 0 and row.cost_to_plain < math.inf: # not NaN
+            text += f", and has its final {self.comparison.metric} at {row.cost_to_plain/self.table.cost.plain:.0%} of its cost"
         return text + '.'
 
     def head(self):
@@ -317,7 +315,7 @@ class Verdict:
         half = self.table.high - self.table.difference
         pays,loses = [o for o in others if gain[o] > half[o]],[o for o in others if gain[o] < -half[o]]
         settings = self.comparison.settings
-        what = f"On these data, {_EQUAL[settings['budget']]} ({settings['n_epoch']} epochs of plain training), by {self.comparison.metric}: "
+        what = f"On these data, {_EQUAL[settings['budget']]} ({settings['n_epoch']:g} epochs of plain training), by {self.comparison.metric}: "
         parts = ([f"{_joined([f'`{o}`' for o in pays])} pay{'s' if len(pays) == 1 else ''}"] if pays else [])
         if loses: parts.append(f"{_joined([f'`{o}`' for o in loses])} do{'es' if len(loses) == 1 else ''} not pay")
         rest = [o for o in others if o not in pays + loses]
@@ -328,8 +326,8 @@ class Verdict:
         lines = [self.head(), *[self.of(o) for o in self.table.index if o != 'plain']]
         il = [o for o in self.table.index if self.table.cost_il[o] > 0]
         if il:
-            bill = f"{self.table.cost_il[il[0]]:.2f} plain epochs a run ({self.table.seconds_il[il[0]]:.1f} s)"
-            lines.append(f"Irreducible losses are in it, at {bill}; without them {_joined([f'`{o}`' for o in il])} would have had so much more to train with.")
+            bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs ({self.table.seconds_il[o]:.1f} s)" for o in il]
+            lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would have been so much more to train with.")
         lines += [f"Not in it: {name}, {why}" for name,why in self.comparison.errors.items()]
         return '\n'.join(lines)
 
@@ -435,7 +433,7 @@ def plot(self:Comparison,
 def _mask(noisy, n):
     "Which rows have a wrong label, by position"
     if noisy is None: return
-    noisy = torch.as_tensor(np.asarray(noisy))
+    noisy = torch.from_numpy(np.array(noisy)) # by position, whatever a Series' index
     if noisy.dtype != torch.bool or noisy.shape != (n,):
         raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape {tuple(noisy.shape)} of {noisy.dtype}.")
     return noisy
@@ -461,13 +459,13 @@ def _checked_learner(make_learner, dls, methods, metric):
     return first
 
 # %% ../nbs/52_compare.ipynb #fafd29b4
-def _bills(needs_il, il, n_seeds, bill, unit, prices, dls):
+def _bills(needs_il, il, n_seeds, bill, unit, prices, learn):
     "What irreducible losses cost each run of a method: in plain epochs, in seconds, and in the unit of the budget"
     if not needs_il or bill == 'none' or il is None: return 0.,0.,0.
-    share,plain_epoch = 1/n_seeds if bill == 'share' else 1.,prices.plain_epoch(dls.train)
+    share = 1/n_seeds if bill == 'share' else 1.
     seconds = il.info.get('seconds', 0.) if torch.cuda.is_available() else il.info.get('process_seconds', il.info.get('seconds', 0.))
     measured = getattr(prices, 'seconds', None) # of a forward pass, where prices were measured
-    cost = seconds/measured/plain_epoch if measured else _il_cost(il.info, prices, len(il), plain_epoch)
+    cost = seconds/measured/prices.plain_epoch(learn.dls.train) if measured else il_epochs(learn, il.info, prices)
     return share*cost,share*seconds,share*dict(cost=cost, seconds=seconds, steps=0.)[unit]
 
 # %% ../nbs/52_compare.ipynb #c6ed9ef4
@@ -481,7 +479,8 @@ def _run_of(label, func, seed, settings, il, bills, **shared):
     "What `train_run` needs to know"
     own = dict(method=_digest(_source(func)))
     if _needs_il(func): own.update(il=_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
-    return dict(shared, label=label, method=func, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func) else None,
+    method = label if METHODS.get(label) is func else func # a name goes anywhere
+    return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func) else None,
                 cost_il=bills[0], seconds_il=bills[1], bill=bills[2], file=_file(shared['folder'], label, seed))
 
 # %% ../nbs/52_compare.ipynb #360855bb
@@ -511,7 +510,7 @@ def _all_runs(runs, unit, executor, threads, step, evaluations):
 # %% ../nbs/52_compare.ipynb #2d5e618c
 def _forecast(make_learner, dls, methods, n_epoch, unit, n_seeds, prices, evaluations, test_dl, steps=6):
     "A row for each method: what its runs will take, as a handful of steps tells"
-    rows,plain_epoch = [],prices.plain_epoch(dls.train)
+    rows = []
     with preserve_rng():
         for label,func in methods.items():
             il = IrreducibleLosses.of(torch.rand(dataset_size(dls.train)), dls.train) if _needs_il(func) else None
@@ -546,11 +545,11 @@ def compare(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them each time, with a metric
     dls:DataLoaders, # Whose `train` is trained on
     methods=('plain', 'random', 'rho_epochs', 'rho_loss'), # Names in `METHODS`, or pairs (label, function of a Learner)
-    n_epoch:int=5, # The budget: what so many epochs of plain training spend
+    n_epoch:float=5, # The budget: what so many epochs of plain training spend, at least one
     budget:str='cost', # What is equal: 'cost', by counts; 'seconds', of the processor or the device, as measured; or 'steps'
     seeds=3, # A number of seeds, or a list of them
     test_dl=None, # Loader to evaluate on; default the validation set
-    noisy=None, # `(n,)` mask of the training rows whose label is known to be wrong, if any are
+    noisy=None, # `(n,)` mask of the training rows whose label is known to be wrong, if any are; default that of `noisy_labels`
     folder=None, # Where each run is kept in a file, so that a call that was interrupted goes on; None: nowhere
     fit='fit_one_cycle', # 'fit_one_cycle', 'fit_flat_cos', 'fine_tune', 'fit', or a function of a Learner and a number of epochs
     lr:float=None, # Learning rate; default the Learner's
@@ -568,12 +567,13 @@ def compare(
 )->Comparison: # A table, a picture, a verdict; with `dry_run` a DataFrame of seconds
     "Train with each method and seed at equal cost, and say which of them pay"
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders; got {type(dls).__name__}.")
-    if budget not in UNITS: raise ValueError(f"budget must be one of {', '.join(UNITS)}; got {budget!r}.")
-    if bill not in ('share', 'whole', 'none'): raise ValueError(f"bill must be 'share', 'whole' or 'none'; got {bill!r}.")
-    check_count('n_epoch', n_epoch, 1); check_count('evaluations', evaluations, 1); check_number('il_budget', il_budget, schedule=False)
+    check_choice('budget', budget, UNITS); check_choice('bill', bill, ('share', 'whole', 'none'))
+    check_number('n_epoch', n_epoch, 1, math.inf, schedule=False); check_count('evaluations', evaluations, 1)
+    check_number('il_budget', il_budget, schedule=False)
     fit_function(fit)
     methods,seeds = find_methods(methods),_seeds(seeds)
     learn = _checked_learner(make_learner, dls, methods, metric)
+    if noisy is None: noisy = vars(dls).get('noisy')
     noisy,threads = None if noisy is None else _mask(noisy, dataset_size(dls.train)),threads or worker_threads(executor)
     metric_name = metric if isinstance(metric, str) else find_metric(learn, metric).name
     prices = _prices(prices, make_learner, dls, folder)
@@ -582,14 +582,15 @@ def compare(
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast
     settings = _settings(learn, n_epoch, fit, lr, budget, evaluations, metric_name, test_dl, noisy, prices)
-    del learn
     needs_il = any(map(_needs_il, methods.values()))
     most = il_budget*n_epoch*(len(seeds) if bill == 'share' else 1)
     il = _irreducible(il, make_learner, dls, folder, prices, most, progress) if needs_il else None
-    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, dls) for label,func in methods.items()}
+    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, learn) for label,func in methods.items()}
     _check_bills(bills, n_epoch, bill)
-    shared = dict(make_learner=make_learner, dls=dls, n_epoch=n_epoch, fit=fit, lr=lr, unit=budget, per_epoch=None, prices=prices, metric=metric, test_dl=test_dl,
-                  evaluations=evaluations, noisy=noisy, folder=folder, threads=threads)
+    del learn
+    if il is not None: il.booked = True # in these bills, and in no run's own
+    shared = dict(make_learner=make_learner, dls=dls, n_epoch=n_epoch, fit=fit, lr=lr, unit=budget, per_epoch=None, prices=prices, metric=metric,
+                  test_dl=test_dl, evaluations=evaluations, noisy=noisy, folder=folder, threads=threads)
     runs = {f'{label}, seed {seed}': _run_of(label, func, seed, settings, il, bills[label], **shared) for seed in seeds for label,func in methods.items()}
     with batch_progress(len(runs)*evaluations, progress) as step: results,errors = _all_runs(runs, budget, executor, threads, step, evaluations)
     return _comparison([results[name] for name in runs if name in results], errors, greater, methods)
@@ -605,13 +606,15 @@ def _check_bills(bills, n_epoch, bill):
     "At least an epoch must be left to train"
     for label,(cost,_,_) in bills.items():
         if cost > n_epoch - 1:
-            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs a run, and the budget is {n_epoch}: less than an epoch would be left "
-                             "to train. Train for longer, let more seeds share them" + (" (bill='share')" if bill == 'whole' else '') + ", or make cheaper ones.")
+            shares = " (bill='share')" if bill == 'whole' else ''
+            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs a run, and the budget is {n_epoch}: less than an epoch "
+                             f"would be left to train. Train for longer, let more seeds share them{shares}, or make cheaper ones.")
 
 def _comparison(results, errors, greater, methods):
     "The comparison of what came out, and a warning of what didn't"
     text = '; '.join(f'{name}: {why}' for name,why in errors.items())
-    if not any(o['method'] == 'plain' for o in results): raise RuntimeError(f"No run of plain training came to its end, so there is nothing to compare with. {text}")
+    if not any(o['method'] == 'plain' for o in results):
+        raise RuntimeError(f"No run of plain training came to its end, so there is nothing to compare with. {text}")
     if errors: warnings.warn(f"{len(errors)} runs are lost, the others stand: {text}")
     order = {label: i for i,label in enumerate(methods)}
     return Comparison(sorted(results, key=lambda o: (order[o['method']], o['seed'])), greater, errors)

@@ -14,6 +14,7 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Real
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch import Tensor
 from .checks import by_name, check_choice, check_count
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
 from .fit_callback import FitCallback, batch_rows, weigh_loss
-from .irreducible import IrreducibleLosses
+from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
@@ -147,9 +148,9 @@ class EpochPruner(FitCallback):
     @property
     def makes_loss(self): return 'weights' if self.rule.weighs else None
     @property
-    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown
+    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown; None before the first fit
         "What each row of the data set scored when it was last trained on"
-        return self.memory.values[:,0]
+        return None if self.memory is None else self.memory.values[:,0]
 
     def begin_fit(self):
         "Check what can be checked before the first batch, say what will happen, and add the column"
@@ -160,13 +161,14 @@ class EpochPruner(FitCallback):
         if self.source is not reader(dl): # `distrib_ctx` wraps it anew for each fit
             self.source,self.rows,self.since_all = reader(dl),own_rows(dl),0
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
-            self.il_values = IrreducibleLosses.given(self.rule.il, dl).values.to(self._fit.device) if 'il' in self.inputs else None
+            self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
         self.learn.selection,self.record.figures,self.share = self.record,self._figures,1.
-        self._fit.rounds = self._fit.weights = None
+        self._fit.rounds = self._fit.weights = self._fit.loader = None
+        self._fit.checked = False
         began = time.perf_counter()
-        self.rule.begin(learn, dl)
-        self.record.seconds_il += time.perf_counter() - began
+        seconds = self.rule.begin(learn, dl)
+        self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
         self.say(self.rule.says(self.epoch_info(dl)), len(track_rows(dl)))
         self.add_columns(selected=partial(self.record.last, 'selected'))
 
@@ -189,6 +191,7 @@ class EpochPruner(FitCallback):
             whole = track_rows(self.learn.dls.train)
             self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, len(whole))
         else: self.learn.dl = self._fit.rounds
+        self._fit.loader = self.learn.dl
 
     def next_round(self):
         "A loader of the rows that the rule chooses now"
@@ -261,6 +264,9 @@ class EpochPruner(FitCallback):
             with torch.no_grad():
                 values = dict(loss=lambda: item_losses(learn.pred, *learn.yb), il=lambda: self.il_values[fit.batch_rows],
                               pred=lambda: prediction(plain(learn.pred)).float(), targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
+                if not fit.checked and len(fit.batch_rows) > 1:
+                    fit.checked = True
+                    if 'loss' in self.inputs or self.rule.weighs: item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=self.rule.weighs)
                 scores = self.score(**{o: values[o]() for o in self.inputs})
             if len(scores) != len(fit.batch_rows): batch_rows(learn, fit.device) # raises: a callback changed the batch after its rows were counted
             self.memory.note(fit.batch_rows, scores)
@@ -277,7 +283,9 @@ class EpochPruner(FitCallback):
 
     def _tidy(self):
         "Close the line of an epoch that was cut short, too"
-        if self._fit is not None: self.record.end_epoch(interrupted=True)
+        if self._fit is not None:
+            self.record.end_epoch(interrupted=True)
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train # an export would take the epoch's loader along
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
@@ -290,12 +298,25 @@ class EpochPruner(FitCallback):
 def add_pruner(learn, pruner):
     "Put a pruner in place of any other"
     check_alone(learn, pruner.rule)
-    if pruner.rule.il is not None and not isinstance(pruner.rule.il, str): pruner.rule.il = IrreducibleLosses.given(pruner.rule.il, learn.dls.train)
+    if pruner.rule.il is not None:
+        pruner.rule.il = il_source(pruner.rule.il)
+        pruner.rule.il.check(learn)
     learn.no_pruning().add_cb(pruner)
     learn.selection = pruner.record
     return learn
 
 # %% ../nbs/32_epoch_pruner.ipynb #5dc5786c
+_set_aside = WeakKeyDictionary() # records of Learners that select no more: outside of the Learner, so that its exports don't need this package
+
+class _LastRecord:
+    "What a Learner without a record of its own answers: the record that was set aside"
+    def __get__(self, learn, owner=None):
+        if learn in _set_aside: return _set_aside[learn]
+        raise AttributeError('selection')
+
+Learner.selection = _LastRecord()
+
+# %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
 def prune_epochs(self:Learner,
     rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`; a number is InfoBatch's `ratio`
@@ -314,5 +335,8 @@ def prune_epochs(self:Learner,
 
 @patch
 def no_pruning(self:Learner)->Learner: # The Learner
-    "Train every epoch on everything again; what was recorded can still be read in `learn.selection`"
-    return self.remove_cbs([cb for cb in self.cbs if isinstance(cb, EpochPruner)])
+    "Train every epoch on everything again; what was recorded can still be read in `learn.selection`, but isn't exported"
+    pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
+    for record in [cb.record for cb in pruners]:
+        if vars(self).get('selection') is record: _set_aside[self] = vars(self).pop('selection')
+    return self.remove_cbs(pruners)

@@ -70,7 +70,7 @@ class EpochRule:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(remembered, epoch, generator), which returns rows.")
 
     def check(self, learn): "Raise what can be known before the first step"
-    def begin(self, learn, dl): "Get ready for a fit on the data set of `dl`; billed as irreducible losses"
+    def begin(self, learn, dl): "Get ready for a fit on the data set of `dl`; may return seconds to bill beside those that it takes"
     def prepare(self, learn, dl, epoch, memory): "Look at the model before rows are chosen; may `note` more in the memory"
     def says(self, epoch): return '' # what the first line of a fit says of it
     def __repr__(self):

@@ -20,7 +20,7 @@ from fastai.learner import Learner, ValueMetric
 from fastcore.foundation import L
 from torch import Tensor
 from .losses import ItemLosses
-from .nested import batch_size
+from .nested import batch_size, plain
 
 # %% ../nbs/09_fit_callback.ipynb #9066b4e6
 def fits_now(
@@ -49,6 +49,7 @@ class FitCallback(Callback):
     run_valid = False
     makes_loss = None # how it changes the training loss: None, 'weights' of the items, or a 'whole' other loss
     _fit = None # state of a fit, made in `before_fit`
+    _not_saved = () # attributes that are None in copies and exports
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after an interruption
     @property
@@ -91,6 +92,16 @@ class FitCallback(Callback):
         if getattr(self._fit, 'losses_of', None) is not func: self._fit.losses_of,self._fit.item_losses = func,ItemLosses(func)
         return self._fit.item_losses
 
+    def checked_item_losses(self,
+        weighting:bool=True # Is the model to be trained on them? Then each must be a number
+    )->ItemLosses:
+        "`item_losses`, known to mean something: looked at in the first batch under each loss function, before its step"
+        item_losses,learn,fit = self.item_losses(),self.learn,self._fit
+        if getattr(fit, 'checked', None) is not item_losses and batch_size(learn.yb) > 1:
+            with torch.no_grad(): item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=weighting)
+            fit.checked = item_losses
+        return item_losses
+
     def after_fit(self):
         "Undo what the fit added"
         if not self.learn.lock.locked(): self._tidy()
@@ -103,7 +114,9 @@ class FitCallback(Callback):
             self.learn._metrics = L(list(self.learn.metrics))
         self._fit = None
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_fit', '_columns')}
+    def __getstate__(self):
+        left_out = {o: None for o in self._not_saved if o in self.__dict__}
+        return {k: v for k,v in {**self.__dict__, **left_out}.items() if k not in ('_fit', '_columns')}
 
 # %% ../nbs/09_fit_callback.ipynb #cb1b0138
 def loss_in_force(

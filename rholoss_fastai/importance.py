@@ -27,7 +27,7 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from .irreducible import IrreducibleLosses
+from .il_source import il_values
 from .item_table import ItemTable, fingerprint, spread
 from .loaders import restrict_rows, scoring_loader
 from .nested import batch_size, class_targets, describe, subset_batch
@@ -124,14 +124,14 @@ def dataset_scores(
     learns, # A Learner whose model is trained a little, or several, whose scores are averaged
     dl, # `DataLoader` of the training set, for example `dls.train`
     score='el2n', # 'el2n', 'grand', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
-    il=None, # Irreducible losses, for scores that need them: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, for scores that need them: in any form that `il_source` takes
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
     progress:bool=True # Show a progress bar?
 )->DatasetScores: # In data set order
     "The mean score of every row by models that are already trained; in eval mode and un-augmented"
     start,learns,function = time.perf_counter(),L(learns),_find(score)
     if not learns or not all(isinstance(o, Learner) for o in learns): raise TypeError(f"learns must be a Learner or several; got {learns}.")
-    marks,il = fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
+    marks,il = fingerprint(dl),None if il is None else il_values(il, dl, learn)
     with batch_progress(len(learns)*len(scoring_loader(dl)), progress and shows_progress(learns[0])) as step:
         values = torch.stack([_values(learn, dl, function, il, max_bytes, step) for learn in learns]).mean(0)
     return DatasetScores.of_rows(values, dl, marks, _info(learns[0], score, len(learns), start))
@@ -274,7 +274,7 @@ def score_dataset(
     n_runs:int=10, # Models whose scores are averaged
     seed:int=0, # Of the runs: the same seed gives the same scores
     path=None, # File that is written after each run, and begun with where it exists
-    il=None, # Irreducible losses, for scores that need them: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, for scores that need them: in any form that `il_source` takes
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations

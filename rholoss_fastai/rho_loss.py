@@ -13,10 +13,10 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .il_source import CrossFitIL, ModelIL, il_source
+from .il_source import AutoIL, CrossFitIL, ModelIL, ProbeIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .beside import TrainBeside
-from .scores import reducible_loss
+from .scores import learnable_error, reducible_loss
 from .selector import BatchSelector, add_selector, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
@@ -35,8 +35,8 @@ def _il_source(il, budget, update_il, crossfit):
 
 def _pick(pick, frac):
     "The pick, of size `frac` where it has one"
-    if pick is None: return TopFraction(0.1 if frac is None else frac)
-    if isinstance(pick, str): return find_pick(pick, frac if frac is not None else 0.1 if find_pick(pick).fraction() is not None else None)
+    if pick is None: return TopFraction(0.5 if frac is None else frac)
+    if isinstance(pick, str): return find_pick(pick, frac if frac is not None else 0.5 if find_pick(pick).fraction() is not None else None)
     if frac is not None: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
     return pick
 
@@ -46,10 +46,11 @@ class RhoLossCallback(BatchSelector):
     @delegates(selector_parts)
     def __init__(self,
         il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
-        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
-        score:str|Callable=reducible_loss, # How much an item is wanted: a function of any of `loss`, `il`, `pred`, `targ`, `log_probs`, or its name
+        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
+        score:str|Callable=None, # How much an item is wanted, a function or a name; default 'reducible', and by a probe's irreducible losses 'learnable'
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
         enlarge:bool=True, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
+        epoch:str='cost', # As many steps as 'cost' what plain training's epoch costs, as many 'steps' as it, or one pass over the 'candidates', as published
         update_il:bool=False, # Train an IL model on what is selected too, at a hundredth of the learning rate?
         il_epochs:int=None, # Cross-fitting: epochs of each fold's model, default 5; the best one's losses are kept
         il_lr:float=None, # Cross-fitting: learning rate; default the Learner's
@@ -59,7 +60,8 @@ class RhoLossCallback(BatchSelector):
         **kwargs
     ):
         source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
-        parts = selector_parts(il=source, enlarge=enlarge, **kwargs)
+        parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
+        if score is None: score = learnable_error if isinstance(source, (ProbeIL, AutoIL)) else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
         super().__init__(score, _pick(pick, frac), **parts)
 
@@ -68,7 +70,7 @@ class RhoLossCallback(BatchSelector):
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
     il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
-    frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
+    frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"

@@ -86,6 +86,21 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
     assert ((counts - expected)**2/expected).sum() < 73 # chi-squared with 39 degrees of freedom, 0.1 %
 
 
+# rho_epochs
+
+def test_rho_epochs(small_cifar, tmp_path, capsys):
+    module,folder,out = script('rho_epochs'),tmp_path/'runs',tmp_path/'out.json'
+    runs = 'plain rho_epochs:drop=0.2,gate=false,by_memory=false'
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs, out=str(out))
+    files = {f.name: f.read_text() for f in folder.glob('*.json')}
+    plain,chosen = json.loads(out.read_text())['table']
+    assert len(files) == 2 and plain['steps'] == [9] and chosen['steps'][0] <= 9 and chosen['billed'][0] > 0 and len(chosen['points']) == 1
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs) # nothing is left to do
+    assert files == {f.name: f.read_text() for f in folder.glob('*.json')}
+    with pytest.raises(SystemExit, match='names no method'): module.read_run('rho_loss')
+    assert capsys.readouterr().out.count('rho_epochs') >= 2
+
+
 # time_to_accuracy
 
 def test_time_to_accuracy(small_cifar, tmp_path, capsys, monkeypatch):

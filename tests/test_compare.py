@@ -29,7 +29,6 @@ from scipy import stats
 from torch import nn
 
 from rholoss_fastai.all import STEP_COST, Comparison, IrreducibleLosses, Prices, compare, fit_within, measure_prices, prune, run_tasks
-from rholoss_fastai.budget import FitMeter
 
 N, BS = 192, 16
 SOME = ('random', 'infobatch', 'batch_loss_filter', 'selective_backprop', 'rho_loss')
@@ -49,9 +48,8 @@ def data(n=N, bs=BS, **kwargs):
 def net(): return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
 def make_learner(dls, **kwargs): return Learner(dls, net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.02), **kwargs})
 def learner(**kwargs):
-    dls,_ = data()
     set_seed(0)
-    return make_learner(dls, **kwargs)
+    return make_learner(data()[0], **kwargs)
 
 
 def quick(methods=('random',), make=make_learner, dls=None, **kwargs):
@@ -84,7 +82,7 @@ def costs(learn):
 @pytest.mark.parametrize('method', [
     lambda learn: learn.select('loss', 'uniform', frac=0.5, enlarge=True), lambda learn: learn.select('loss', 'top', frac=0.25, enlarge=True),
     lambda learn: learn.select('loss', 'top', frac=0.25, forward='reuse'), lambda learn: learn.batch_loss_filter(), lambda learn: learn.prune_epochs(0.8),
-    lambda learn: learn.selective_backprop(beta=2, queue=True), lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1)])
+    lambda learn: learn.selective_backprop(beta=2, queue=True), lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1, epoch='candidates')])
 def test_cost_is_that_of_plain_training_and_the_rate_decays(method):
     watch = Watch()
     learn = method(learner(cbs=watch))
@@ -255,7 +253,8 @@ def test_runs_that_are_there_are_not_run_again(tmp_path):
 
 
 @pytest.mark.parametrize('changed', [dict(n_epoch=3), dict(lr=0.1), dict(fit='fit_flat_cos'), dict(evaluations=4), dict(metric='valid_loss'),
-                                     dict(dls=data(n=N+16)[0]), dict(make=partial(make_learner, lr=0.1)), dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
+                                     dict(dls=data(n=N+16)[0]), dict(make=partial(make_learner, lr=0.1)),
+                                     dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
 def test_runs_with_other_settings_are_refused(tmp_path, changed):
     quick(folder=tmp_path, seeds=1)
     with pytest.raises(ValueError, match='other settings'): quick(folder=tmp_path, seeds=1, **changed)
@@ -304,7 +303,8 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path):
 def made(finals, metric='accuracy', budget='cost', **kwargs):
     "A comparison of runs with these final metrics by method"
     runs = [dict(method=method, seed=seed, settings=dict(metric=metric, budget=budget, n_epoch=5), final=v, steps=100, epochs=5, loaded=1, scored=0, trained=1,
-                 cost=5., seconds=10., clock=10., cost_il=0.5*(method == 'rho'), seconds_il=1.*(method == 'rho'), bill=0., wrong_labels=None, machine={},
+                 cost=5., seconds=10., clock=10., cost_il=0.5*(method == 'rho'), seconds_il=1.*(method == 'rho'), own_cost_il=0., own_seconds_il=0., bill=0.,
+                 wrong_labels=None, machine={},
                  history=[dict(step=50, epoch=2, cost=2.5, seconds=5., value=v - 0.01), dict(step=100, epoch=5, cost=5., seconds=10., value=v)])
             for method,values in finals.items() for seed,v in enumerate(values)]
     return Comparison(runs, **kwargs)
@@ -346,7 +346,8 @@ def test_tables_and_pictures():
 
 def test_wrong_labels_trained_on_are_counted():
     dls,wrong = data()
-    result = quick([('none of them', lambda learn: setattr(learn, 'dls', prune(learn.dls, wrong.float(), 0.7, 'easiest'))), 'batch_loss_filter'], dls=dls, noisy=wrong)
+    def without(learn): learn.dls = prune(learn.dls, wrong.float(), 0.7, 'easiest')
+    result = quick([('without', without), 'batch_loss_filter'], dls=dls, noisy=wrong)
     assert result.table.wrong_labels.plain == pytest.approx(wrong.float().mean().item()) and 0 < result.table.wrong_labels.batch_loss_filter < 1
 
 
