@@ -83,7 +83,7 @@ class Batches:
 
     def bytes_a_row(self):
         "Of all that is kept for each row"
-        kept = [self.tracked.tracker.order, self.il, *(o for o in vars(self.record).values() if isinstance(o, torch.Tensor) and o.numel() >= len(self.il))]
+        kept = [self.tracked.tracker.order, self.il, self.record.seen, self.record.selected]
         return sum({o.data_ptr(): o.numel()*o.element_size() for o in kept}.values())/len(self.il)
 
 

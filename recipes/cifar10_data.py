@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.external import URLs, untar_data
 from fastai.data.load import DataLoader
 from fastcore.basics import noop
 from PIL import Image
 
-from rholoss_fastai.all import RowSubset
+from rholoss_fastai.all import RowSubset, redraw_labels
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -64,3 +65,14 @@ def image_loader(rows, bs, shuffle=True, augment=False, device=None):
 def image_loaders(train, test, bs, augment=False, device=None):
     dls = DataLoaders(image_loader(train, bs, augment=augment, device=device), image_loader(test, 500, shuffle=False, device=device))
     return dls if device is None else dls.to(device)
+
+
+def even_rows_and_holdout(path, noise, test_rows=0, seed=0):
+    "Even rows of CIFAR-10 to train on, odd ones as holdout, the test set or so many evenly spaced rows of it, and which rows have labels that were redrawn"
+    path = Path(path or untar_data(URLs.CIFAR))
+    images,targets,files = read_images(path/'train')
+    labels,noisy = redraw_labels(targets, noise, seed=seed)
+    everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/'test'))
+    if test_rows: test = test.of(torch.arange(0, len(test), max(1, len(test)//test_rows))[:test_rows])
+    rows = torch.arange(len(labels))
+    return everything.of(rows[::2]),everything.of(rows[1::2]),test,noisy[::2]

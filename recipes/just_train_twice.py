@@ -212,14 +212,13 @@ class GroupEvaluations(Evaluations):
         self.parts = {name: (dl, row_groups(dl, groups[name])) for name,dl in dict(valid=valid, test=test).items()}
 
     def before_fit(self):
-        super().before_fit()
         self.spent = self._clock() - self.started
 
     def evaluate(self):
         right = {name: 1 - score_rows(self.learn, dl, misclassified).cpu() for name,(dl,_) in self.parts.items()}
         self.by_group.append({name: {g: round(right[name][known.codes == i].mean().item(), 4) for i,g in enumerate(known.names)}
                               for name,(_,known) in self.parts.items()})
-        self.history.append([self.step, self.epoch, round(right['test'].mean().item(), 5), round(float(self.spent[0]), 3), 0, self.items])
+        self.history.append([self.step, self.epoch, round(right['test'].mean().item(), 5), round(self.spent, 3), 0, self.items])
 
 
 def chosen(by_group):

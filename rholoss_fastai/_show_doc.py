@@ -1,17 +1,26 @@
-"How the site shows a function: a short signature, its docstring and a table of its parameters (`[tool.nbdev] renderer`)"
-import inspect, re, textwrap
+"How the site shows a function: signature, docstring and a table of its parameters (`[tool.nbdev] renderer`)"
+import inspect
+import re
+import textwrap
+from types import UnionType
+from typing import Union, get_args, get_origin
 
 from fastcore.docments import DocmentTbl, empty
 from nbdev.showdoc import BasicMarkdownRenderer
 
 KINDS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
-WIDTHS = dict(name=16, anno=16, default=12, docment=56) # pandoc divides a table's width as the dashes under its header say
+WIDTHS = dict(name=16, anno=16, default=12, docment=56) # dashes under the header: so pandoc divides the width
+
+CALLABLES = r'\b(?:builtin_function_or_method|function|type)\b'
 
 def type_text(anno):
     "A type as a reader writes it, without module paths; nothing where it is only the type of a default of None"
     if anno is empty or anno is type(None): return ''
+    if get_origin(anno) in (Union, UnionType): return ' or '.join(type_text(o) or 'None' for o in get_args(anno))
     text = anno.__name__ if inspect.isclass(anno) and not hasattr(anno, '__args__') else str(anno).strip("'")
-    return re.sub(r'\bfunction\b', 'callable', re.sub(r'\bNoneType\b', 'None', re.sub(r'\b(?:\w+\.)+(?=\w)', '', text)))
+    for pattern,word in ((r'\b(?:\w+\.)+(?=\w)', ''), (r'\bNoneType\b', 'None'), (CALLABLES, 'callable')):
+        text = re.sub(pattern, word, text)
+    return text
 
 def default_text(default):
     "A default as it stands in code"
@@ -48,8 +57,9 @@ class ParameterTable(DocmentTbl):
 
     @property
     def params_str(self):
-        rows = super().params_str.split('\n')
-        return '\n'.join(re.sub(r'^\| (\w+)', lambda m: f'| `{KINDS.get(self.signature[m[1]].kind, "")}{m[1]}`', row) for row in rows)
+        # as HTML, or nbdev would link the name of a parameter to a function that happens to have it too
+        def code(match): return f"| <code>{KINDS.get(self.signature[match[1]].kind, '')}{match[1]}</code>"
+        return re.sub(r'^\| (\w+)', code, super().params_str, flags=re.MULTILINE)
 
 class ParameterRenderer(BasicMarkdownRenderer):
     "Source link, heading, short signature, docstring, table of parameters"
@@ -62,5 +72,6 @@ class ParameterRenderer(BasicMarkdownRenderer):
         text = super()._repr_markdown_()
         try: line = inspect.getsourcelines(inspect.unwrap(self.sym))[1]
         except (OSError, TypeError): line = None
-        text = text.replace('.py#LNone)', f'.py#L{line})' if line else '.py)') # nbdev looks the line up under another name
+        # nbdev looks the line up under another name, and finds none
+        text = text.replace('.py#LNone)', f'.py#L{line})' if line else '.py)')
         return f'{text}\n\n{self.table}'.rstrip()

@@ -20,7 +20,7 @@ from fastai.learner import Learner, ValueMetric
 from fastcore.foundation import L
 from torch import Tensor
 from .losses import ItemLosses
-from .nested import batch_size
+from .nested import batch_size, plain
 
 # %% ../nbs/09_fit_callback.ipynb #9066b4e6
 def fits_now(
@@ -90,6 +90,16 @@ class FitCallback(Callback):
         func = loss_in_force(self.learn)
         if getattr(self._fit, 'losses_of', None) is not func: self._fit.losses_of,self._fit.item_losses = func,ItemLosses(func)
         return self._fit.item_losses
+
+    def checked_item_losses(self,
+        weighting:bool=True # Is the model to be trained on them? Then each must be a number
+    )->ItemLosses:
+        "`item_losses`, known to mean something: looked at in the first batch under each loss function, before its step"
+        item_losses,learn,fit = self.item_losses(),self.learn,self._fit
+        if getattr(fit, 'checked', None) is not item_losses and batch_size(learn.yb) > 1:
+            with torch.no_grad(): item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=weighting)
+            fit.checked = item_losses
+        return item_losses
 
     def after_fit(self):
         "Undo what the fit added"

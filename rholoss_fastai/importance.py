@@ -9,6 +9,7 @@ __all__ = ['DatasetScores', 'dataset_scores', 'el2n', 'grand', 'ForgettingTracke
 
 # %% ../nbs/30_importance.ipynb #a9989b68
 import gc, time
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -26,15 +27,15 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from .irreducible import IrreducibleLosses
-from .item_table import ItemTable, fingerprint
+from .il_source import il_values
+from .item_table import ItemTable, fingerprint, spread
 from .loaders import restrict_rows, scoring_loader
-from .nested import batch_size, subset_batch
-from .rows import dataset_size, is_distributed, preserve_rng
+from .nested import batch_size, class_targets, describe, subset_batch
+from .rows import is_distributed, own_rows, preserve_rng
 from .rows import track_rows
 from .losses import ItemLosses
 from .nested import prediction
-from .checks import check_count
+from .checks import check_count, short_name
 from .checks import by_name
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
@@ -45,7 +46,7 @@ class DatasetScores(ItemTable):
     "A score of every row of a training set, `(n_train,)`, in data set order; larger = more important"
     def validate(self):
         "Every row needs a finite number"
-        bad = (~self.values.isfinite()).nonzero().flatten().tolist()
+        bad = (~self.values.isfinite() & ~self.unknown).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{len(bad)} of {len(self)} scores are NaN or infinite, the first in rows {bad[:5]}: these rows were never scored, or "
                              "the model diverged. Score every row, or train with a lower learning rate.")
@@ -56,6 +57,7 @@ class _GradientNorms:
     def __init__(self, item_losses, max_bytes): self.item_losses,self.max_bytes,self.chunk = item_losses,check_count('max_bytes', max_bytes, 1),None
 
     def __call__(self, model, xb, yb, rows):
+        if self.chunk is None: self.item_losses.check(None, model(*xb), *yb)
         # in half precision the squares of small gradients would be 0
         with torch.autocast(next(model.parameters()).device.type, enabled=False): return self._norms(model, xb, yb, rows)
 
@@ -107,36 +109,32 @@ def _find(score, more=()):
     names = dict(SCORES, el2n=gradient_norm_bound, **{o: o for o in ('grand', *more)})
     return by_name('score', score, names) if isinstance(score, str) else find_score(score)
 
-def _name(o):
-    if isinstance(o, partial): o = o.func
-    return o if isinstance(o, str) else getattr(o, '__name__', None) or type(o).__name__
-
 def _values(learn, dl, score, il, max_bytes, step):
-    "A score of every row by one model, `(n,)` on the CPU"
+    "A score of every row that `dl` goes through by one model, `(k,)` on the CPU"
     item_losses = ItemLosses(learn.loss_func)
     if score == 'grand': return map_rows(learn, dl, _GradientNorms(item_losses, max_bytes), step=step).cpu()
     return score_rows(learn, dl, score, il, item_losses=item_losses, step=step).float().cpu()
 
 def _info(learn, score, n_runs, start, **kwargs):
     model = vars(learn).get('arch', get_model(learn.model))
-    return dict(score=_name(score), model=_name(model), loss=_name(learn.loss_func), n_runs=n_runs, **kwargs, seconds=time.perf_counter()-start)
+    return dict(score=short_name(score), model=short_name(model), loss=short_name(learn.loss_func), n_runs=n_runs, **kwargs, seconds=time.perf_counter()-start)
 
 # %% ../nbs/30_importance.ipynb #e1fa60f9
 def dataset_scores(
     learns, # A Learner whose model is trained a little, or several, whose scores are averaged
     dl, # `DataLoader` of the training set, for example `dls.train`
     score='el2n', # 'el2n', 'grand', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
-    il=None, # Irreducible losses, for scores that need them: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, for scores that need them: in any form that `il_source` takes
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
     progress:bool=True # Show a progress bar?
 )->DatasetScores: # In data set order
     "The mean score of every row by models that are already trained; in eval mode and un-augmented"
     start,learns,function = time.perf_counter(),L(learns),_find(score)
     if not learns or not all(isinstance(o, Learner) for o in learns): raise TypeError(f"learns must be a Learner or several; got {learns}.")
-    marks,il = fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
+    marks,il = fingerprint(dl),None if il is None else il_values(il, dl, learn)
     with batch_progress(len(learns)*len(scoring_loader(dl)), progress and shows_progress(learns[0])) as step:
         values = torch.stack([_values(learn, dl, function, il, max_bytes, step) for learn in learns]).mean(0)
-    return DatasetScores(values, marks, _info(learns[0], score, len(learns), start))
+    return DatasetScores.of_rows(values, dl, marks, _info(learns[0], score, len(learns), start))
 
 def el2n(
     learns, # A Learner whose model is trained a little, or several, whose scores are averaged
@@ -156,10 +154,11 @@ def grand(
     return dataset_scores(learns, dl, 'grand', max_bytes=max_bytes, progress=progress)
 
 # %% ../nbs/30_importance.ipynb #de50959d
-def _is_right(pred, targ):
-    if pred.ndim != 2 or targ.shape != pred.shape[:1] or targ.is_floating_point():
-        raise ValueError(f"Forgetting needs predictions `(bs, n_classes)` and one class an item; got pred {tuple(pred.shape)} and targ "
-                         f"{tuple(targ.shape)} {targ.dtype}. For other tasks say what is right: ForgettingTracker(correct=function of pred and targ).")
+def _is_right(pred, *targs):
+    targ = class_targets(targs[0], pred)
+    if len(targs) > 1 or pred.ndim != 2 or targ.shape != pred.shape[:1] or targ.is_floating_point():
+        raise ValueError(f"Forgetting needs predictions `(bs, n_classes)` and one class an item; got pred {describe(pred)} and targ "
+                         f"{', '.join(map(describe, targs))}. For other tasks say what is right: ForgettingTracker(correct=function of pred and the targets).")
     return pred.argmax(1) == targ
 
 # %% ../nbs/30_importance.ipynb #1d99e9bc
@@ -169,7 +168,7 @@ class ForgettingTracker(Callback):
 
     def __init__(self,
         online:bool=True, # Judge by the predictions of training, as published? False: in eval mode, un-augmented, after each epoch (a forward pass a row)
-        correct=_is_right # Function of `pred` and `targ` that tells which items are right, `(bs,)` bool
+        correct:Callable=_is_right # Function of the prediction and the targets that tells which items are right, `(bs,)` bool
     ):
         store_attr()
         self.fingerprint = self.source = None
@@ -189,7 +188,7 @@ class ForgettingTracker(Callback):
         if self.source is not learn.dls.train:
             marks = fingerprint(learn.dls.train)
             if marks != self.fingerprint: self._begin(marks, next(learn.model.parameters()).device)
-            self.source = learn.dls.train
+            self.source,self.own = learn.dls.train,own_rows(learn.dls.train)
         if not self.online: return
         unknowable = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, (BatchSelector, MixHandler))), None)
         if unknowable:
@@ -215,7 +214,9 @@ class ForgettingTracker(Callback):
 
     def after_train(self):
         "Compare with the epoch before"
-        if not self.online: self.now = score_rows(self.learn, self.source, lambda pred,targ: self.correct(pred, targ)).to(torch.int8)
+        if not self.online:
+            def right(pred, targ): return self.correct(pred, *targ) if isinstance(targ, (tuple, list)) else self.correct(pred, targ)
+            self.now = spread(score_rows(self.learn, self.source, right).float(), self.source).nan_to_num(-1).to(torch.int8)
         elif is_distributed(self.source): dist.all_reduce(self.now, dist.ReduceOp.MAX)
         self.forgotten += (self.last == 1) & (self.now == 0)
         self.learnt |= self.now == 1
@@ -230,12 +231,15 @@ class ForgettingTracker(Callback):
     def scores(self)->DatasetScores: # Never learnt: the number of epochs, which no count of a learnt row reaches
         "How often each row was forgotten"
         if self.fingerprint is None or not self.n_epochs: raise ValueError("Nothing was trained yet: fit with this callback first.")
-        unseen = (self.last < 0).nonzero().flatten().tolist()
+        unseen = [row for row in self.own.tolist() if self.last[row] < 0] if (self.last[self.own] < 0).any() else []
         if unseen:
-            raise ValueError(f"{len(unseen)} of {len(self.last)} rows were never in a batch, the first of them {unseen[:5]}, so nothing is known of them: "
+            raise ValueError(f"{len(unseen)} of {len(self.own)} rows were never in a batch, the first of them {unseen[:5]}, so nothing is known of them: "
                              "train for more epochs, or with drop_last=False.")
-        values = torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs))
-        return DatasetScores(values, self.fingerprint, dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1))
+        values,info = torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs)),dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1)
+        if len(self.own) < len(values):
+            foreign = torch.ones_like(values, dtype=torch.bool).index_fill_(0, self.own.to(values.device), False)
+            values,info = values.masked_fill(foreign, float('nan')),dict(info, n_known=len(self.own))
+        return DatasetScores(values, self.fingerprint, info)
 
     def __getstate__(self): return dict(self.__dict__, source=None)
 
@@ -253,7 +257,7 @@ def _run(learn, dl, score, il, n_epoch, lr, one_cycle, max_bytes, step):
     if score == 'forgetting':
         tracker = ForgettingTracker()
         fit(cbs=[tracker])
-        return tracker.scores().values
+        return tracker.scores().values[own_rows(dl).sort().values]
     if score == 'loss_variance':
         variance = _LossVariance(dl, step)
         fit(cbs=[variance])
@@ -270,7 +274,7 @@ def score_dataset(
     n_runs:int=10, # Models whose scores are averaged
     seed:int=0, # Of the runs: the same seed gives the same scores
     path=None, # File that is written after each run, and begun with where it exists
-    il=None, # Irreducible losses, for scores that need them: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, for scores that need them: in any form that `il_source` takes
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
@@ -281,9 +285,9 @@ def score_dataset(
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is scored; got {type(dls).__name__}.")
     function,dl = _find(score, ('forgetting', 'loss_variance')),dls.train.dl if is_distributed(dls.train) else dls.train
     if score == 'loss_variance': check_count("epochs (with score='loss_variance')", epochs, 2)
-    n,marks,il = dataset_size(dl),fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
-    settings = dict(score=_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr), one_cycle=one_cycle,
-                    mean_il=None if il is None else il.mean().item())
+    rows,marks,il = own_rows(dl),fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
+    settings = dict(score=short_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr), one_cycle=one_cycle,
+                    mean_il=None if il is None else il.nanmean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None
     done = _runs_done(table, dl, settings, n_runs, path) if table else 0
     generator,earlier = torch.Generator().manual_seed(seed),[]
@@ -292,14 +296,14 @@ def score_dataset(
     with preserve_rng(), on_its_own(), batch_progress(total, progress and done < n_runs) as step:
         for k in range(done, n_runs):
             start,run_dls = time.perf_counter(),copy(dls)
-            run_dls.loaders = [restrict_rows(dl, torch.arange(n), seed=seeds[k]), *dls.loaders[1:]] # its order is of this run alone
+            run_dls.loaders = [restrict_rows(dl, rows, seed=seeds[k]), *dls.loaders[1:]] # its order is of this run alone
             learn = new_learner(make_learner, run_dls, seeds[k], earlier)
             values = _run(learn, dl, function, il, epochs, lr, one_cycle, max_bytes, step)
             info = {**settings, **_info(learn, score, k+1, start)}
             if table:
                 if info['model'] != table.info['model']: raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
-                values,info['seconds'] = (k*table.values + values)/(k+1),table.info['seconds'] + info['seconds']
-            table = DatasetScores(values, marks, info)
+                values,info['seconds'] = (k*table.values[rows.sort().values] + values)/(k+1),table.info['seconds'] + info['seconds']
+            table = DatasetScores.of_rows(values, dl, marks, info)
             if path: table.save(path)
             del learn
             gc.collect() # a Learner and its callbacks hold each other: else every run's model would stay on the device

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
@@ -29,9 +29,10 @@ from .item_table import ItemTable, fingerprint
 
 from .loaders import restrict_rows, scoring_loader
 
-from .rows import dataset_size, is_distributed, preserve_rng
+from .rows import is_distributed, own_rows, preserve_rng
 from .losses import ItemLosses
-from .checks import check_count, check_number
+from .checks import check_count, check_number, short_name
+from .nested import class_targets
 from .side_models import batch_progress, fit_quietly, new_learner, on_its_own, score_rows, shows_progress
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
@@ -50,7 +51,7 @@ class IrreducibleLosses(ItemTable):
 
     def validate(self):
         "Every row needs a finite number"
-        bad = (~self.values.isfinite()).nonzero().flatten().tolist()
+        bad = (~self.values.isfinite() & ~self.unknown).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows {bad[:5]}: either these "
                              "were never scored, or the model diverged. Score every row, or fit with a lower learning rate.")
@@ -81,16 +82,25 @@ def degraded(self:IrreducibleLosses,
     return res
 
 # %% ../nbs/13_irreducible.ipynb #4b562cee
-def _name(o):
-    "A short name for a model, an architecture or a loss function"
-    if isinstance(o, partial): o = o.func
-    return o if isinstance(o, str) else getattr(o, '__name__', None) or type(o).__name__
+def _judged(loss, pred, targ):
+    "Of each item `(bs, 3)`: its loss, whether its class is right, and which that is; NaN where the target isn't one class"
+    unknown = torch.full_like(loss, float('nan'))
+    if isinstance(targ, Tensor) and pred.ndim == 2 and pred.shape[1] > 1:
+        targ = class_targets(targ, pred)
+        if not targ.is_floating_point() and targ.shape == loss.shape: return torch.stack([loss, (pred.argmax(1) == targ).float(), targ.float()], 1)
+    return torch.stack([loss, unknown, unknown], 1)
 
-def _info(learn, values, start, n_epoch=0, best_epoch=(), n_folds=1):
-    "How `values` were made"
+def _quality(judged):
+    "How often the class is right, and how often it would be by always saying the most frequent one; nothing where there are no classes"
+    right,classes = judged[:,1],judged[:,2]
+    if not len(right) or right.isnan().any(): return {}
+    return dict(accuracy=right.mean().item(), chance=classes.unique(return_counts=True)[1].max().item()/len(classes))
+
+def _info(learn, judged, start, n_epoch=0, best_epoch=(), n_folds=1):
+    "How the losses in `judged`, `(k, 3)`, were made"
     model = vars(learn).get('arch', get_model(learn.model))
-    return dict(model=_name(model), loss=_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch), n_folds=n_folds,
-                seconds=time.perf_counter()-start, mean=values.mean().item())
+    return dict(model=short_name(model), loss=short_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch), n_folds=n_folds,
+                seconds=time.perf_counter()-start, mean=judged[:,0].mean().item(), **_quality(judged))
 
 # %% ../nbs/13_irreducible.ipynb #2d837242
 def irreducible_losses(
@@ -109,16 +119,18 @@ def irreducible_losses(
         old.check(dl, len(old))
         rows = torch.arange(len(old), marks['n'])
     with batch_progress(max(1, n_augment)*len(scoring_loader(dl, rows)), progress and shows_progress(learn)) as step, preserve_rng():
-        if not n_augment: values = score_rows(learn, dl, rows=rows, step=step).cpu()
+        if not n_augment: judged = score_rows(learn, dl, _judged, rows=rows, step=step).cpu()
         else:
-            values = 0
+            judged = 0
             for i in range(n_augment):
                 set_seed(seed + i)
-                values = values + score_rows(learn, dl, rows=rows, step=step, augment=True).cpu()/n_augment
-    if old is not None: values = torch.cat([old.values, values])
-    info = _info(learn, values, start)
+                judged = judged + score_rows(learn, dl, _judged, rows=rows, step=step, augment=True).cpu()/n_augment
+    info,values = _info(learn, judged, start),judged[:,0]
+    if old is not None:
+        values = torch.cat([old.values, values])
+        info['mean'] = values.mean().item()
     if n_augment: info['n_augment'] = n_augment
-    return IrreducibleLosses(values, marks, info)
+    return IrreducibleLosses.of_rows(values, dl, marks, info)
 
 # %% ../nbs/13_irreducible.ipynb #e47ce5a7
 class _EpochLosses(Callback):
@@ -129,8 +141,8 @@ class _EpochLosses(Callback):
         self.lowest,self.best_epoch,self.best_losses,self.best_weights = float('inf'),None,None,None
 
     def after_train(self):
-        losses = self.score(self.learn)
-        mean = losses.mean().item()
+        losses = self.score(self.learn) # judged, `(k, 3)`
+        mean = losses[:,0].mean().item()
         if mean < self.lowest: # never so for NaN
             self.lowest,self.best_epoch,self.best_losses = mean,self.epoch,losses
             if self.keep_weights: self.best_weights = deepcopy(get_model(self.model).state_dict())
@@ -139,7 +151,7 @@ class _EpochLosses(Callback):
 def _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=None, validate=False, keep_weights=False, step=noop):
     "Fit `learn` and score all rows of `dl`, or `rows`, after each epoch: the `_EpochLosses`"
     item_losses = ItemLosses(learn.loss_func)
-    kept = _EpochLosses(partial(score_rows, dl=dl, rows=rows, item_losses=item_losses, step=step), step, keep_weights)
+    kept = _EpochLosses(partial(score_rows, dl=dl, score=_judged, rows=rows, item_losses=item_losses, step=step), step, keep_weights)
     fit_quietly(learn, n_epoch, lr, one_cycle, [kept], item_losses, validate, step)
     if kept.best_epoch is None:
         raise ValueError(f"After none of {n_epoch} epoch(s) was the mean irreducible loss a finite number: the model diverged. Fit with a "
@@ -170,8 +182,8 @@ def fit_irreducible(
         kept = _fit_and_score(learn_il, train_dl, n_epoch, lr, one_cycle, validate=validate, keep_weights=True, step=step)
     get_model(learn_il.model).load_state_dict(kept.best_weights)
     learn_il.model.eval()
-    values = kept.best_losses.cpu()
-    return IrreducibleLosses(values, marks, _info(learn_il, values, start, n_epoch, [kept.best_epoch]))
+    judged = kept.best_losses.cpu()
+    return IrreducibleLosses.of_rows(judged[:,0], train_dl, marks, _info(learn_il, judged, start, n_epoch, [kept.best_epoch]))
 
 # %% ../nbs/13_irreducible.ipynb #8264466a
 def crossfit_irreducible(
@@ -188,14 +200,15 @@ def crossfit_irreducible(
     check_count('n_epoch', n_epoch, 1); check_count('n_folds', n_folds, 2); check_count('seed', seed, 0)
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is split; got {type(dls).__name__}.")
     start,dl = time.perf_counter(),dls.train.dl if is_distributed(dls.train) else dls.train
-    n,marks = dataset_size(dl),fingerprint(dl)
+    own,marks = own_rows(dl).sort().values,fingerprint(dl)
+    n = len(own)
     if n_folds > n: raise ValueError(f"n_folds={n_folds}, but the data set has {n} rows: a fold needs at least one.")
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank,world = (dist.get_rank(),dist.get_world_size()) if parallel else (0,1)
-    generator,values,best,earlier = torch.Generator().manual_seed(seed),torch.zeros(n),{},[]
+    generator,values,best,earlier = torch.Generator().manual_seed(seed),torch.zeros(marks['n'], 3),{},[]
     fold_of = torch.randperm(n, generator=generator) % n_folds
     seeds = torch.randint(2**31, (n_folds,), generator=generator).tolist()
-    folds = {k: ((fold_of==k).nonzero().flatten(), restrict_rows(dl, (fold_of!=k).nonzero().flatten(), seed=seeds[k]))
+    folds = {k: (own[fold_of==k], restrict_rows(dl, own[fold_of!=k], seed=seeds[k]))
              for k in range(rank, n_folds, world)}
     total = sum(_n_batches(fold_dl, dl, n_epoch, rows) for rows,fold_dl in folds.values())
     with preserve_rng(), on_its_own(), batch_progress(total, progress and rank==0) as step:
@@ -205,7 +218,7 @@ def crossfit_irreducible(
             learn = new_learner(make_learner, fold_dls, seeds[k], earlier)
             kept = _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=rows, step=step)
             values[rows],best[k] = kept.best_losses.cpu(),kept.best_epoch
-            info = _info(learn, values, start)
+            info = _info(learn, values[rows], start)
             del learn, kept
             gc.collect() # a Learner and its callbacks hold each other: else every fold's model would stay on the device
     if parallel:
@@ -214,9 +227,10 @@ def crossfit_irreducible(
         best,info = {k: epoch for o,_ in results for k,epoch in o.items()},results[0][1]
         if dist.get_backend() == 'nccl': values = values.cuda()
         dist.all_reduce(values)
-    info.update(n_epoch=n_epoch, best_epoch=[best[k] for k in range(n_folds)], n_folds=n_folds, mean=values.mean().item(),
-                seconds=time.perf_counter()-start)
-    return IrreducibleLosses(values, marks, info)
+    values = values[own.to(values.device)]
+    info.update(n_epoch=n_epoch, best_epoch=[best[k] for k in range(n_folds)], n_folds=n_folds, mean=values[:,0].mean().item(),
+                seconds=time.perf_counter()-start, **_quality(values))
+    return IrreducibleLosses.of_rows(values[:,0], dl, marks, info)
 
 # %% ../nbs/13_irreducible.ipynb #a54a65a9
 class _GraphAsValues(TorchFunctionMode):

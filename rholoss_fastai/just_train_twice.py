@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .checks import check_count, check_number
 from .groups import WorstGroup, row_groups
-from .irreducible import IrreducibleLosses
+from .il_source import il_values
 from .loaders import restrict_rows, scoring_loader
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
@@ -47,7 +47,7 @@ def misclassified(
 def error_set(
     learn:Learner, # Its model is asked, in eval mode
     dl=None, # Training `DataLoader`; default `learn.dls.train`
-    il=None, # Irreducible losses, which say what is noise: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, which say what is noise: in any form that `il_source` takes
     noise:float=0.1, # With `il`: the share of the training rows, of the highest irreducible loss, that is left out
     wrong:Callable=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     step:Callable=noop # Called after each batch
@@ -57,7 +57,7 @@ def error_set(
     dl = reader(learn.dls.train if dl is None else dl)
     own = own_rows(dl).sort().values
     errors = score_rows(learn, dl, wrong, rows=own, step=step).cpu() > 0
-    if il is not None: errors[IrreducibleLosses.given(il, dl).values[own].topk(round(noise*len(own))).indices] = False
+    if il is not None: errors[il_values(il, dl, learn)[own].topk(round(noise*len(own))).indices] = False
     return own[errors]
 
 # %% ../nbs/37_just_train_twice.ipynb #436b0cfd
@@ -87,7 +87,7 @@ def _error_sets(make_learner, dls, epochs, lr, seed, earlier, progress, il, nois
     "The error set after each of `epochs` epochs of one model"
     with on_its_own():
         learn = new_learner(make_learner, _seeded(dls, seed), seed, earlier)
-        if il is not None: il = IrreducibleLosses.given(il, dls.train)
+        if il is not None: il = il_values(il, dls.train, learn)
         score_rows(learn, reader(dls.train), wrong, rows=own_rows(dls.train).sort().values[:2]) # what it can't judge is told before training
         total = max(epochs)*len(dls.train) + len(epochs)*len(scoring_loader(dls.train))
         with batch_progress(total, progress and shows_progress(learn)) as step:
@@ -123,7 +123,7 @@ def just_train_twice(
     n_epoch:int, # Epochs of the second
     upweight:float, # Lambda_up: weight of a row of the error set, where the others have 1
     by:str='sampling', # Weight by 'sampling' (rows are drawn more often) or by 'loss'?
-    il=None, # Irreducible losses, which say what is noise: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, which say what is noise: in any form that `il_source` takes
     noise:float=0.1, # With `il`: the share of the training rows, of the highest irreducible loss, that is left out of the error set
     wrong:Callable=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     lr=None, # Learning rate of both, or a slice; default the Learner's

@@ -7,14 +7,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/label_noise.html.md"""
 # %% auto #0
 __all__ = ['share_of_wrong_labels', 'row_names', 'LabelNoise', 'label_noise']
 
-# %% ../nbs/15_label_noise.ipynb #fb8fb823
+# %% ../nbs/15_label_noise.ipynb #19a9c8d6
 import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.basics import store_attr
@@ -29,7 +28,7 @@ from .noise import class_names
 from .probe import ProbePredictions, probe_predictions
 from .rows import preserve_rng, whole_dataset
 
-# %% ../nbs/15_label_noise.ipynb #203734e2
+# %% ../nbs/15_label_noise.ipynb #6da8d4ad
 class _Agreement:
     "Counts of labels that agree with the prediction, in bins of the prediction's margin, and the curve through them"
     def __init__(self, margin, agrees, n_classes, n_bins=200):
@@ -87,7 +86,7 @@ def share_of_wrong_labels(
     low,high = (agreement.bound(params, loss, end) for end in (0, 0.999/(1 + agreement.accident)))
     return float(params[2]), float(low), float(high)
 
-# %% ../nbs/15_label_noise.ipynb #14a30c03
+# %% ../nbs/15_label_noise.ipynb #8f7a68a2
 def _per_row(values, rows): return values.iloc[rows] if hasattr(values, 'iloc') else [values[i] for i in rows]
 def _is_path(o): return isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o)
 
@@ -119,7 +118,7 @@ def row_names(
         break
     return res
 
-# %% ../nbs/15_label_noise.ipynb #c7364f14
+# %% ../nbs/15_label_noise.ipynb #dcbcfbf6
 def _picture(x):
     "An image as numbers that matplotlib can draw, None of anything else"
     if isinstance(x, Image.Image): return np.asarray(x.convert('RGB') if x.mode not in ('L', 'RGB') else x)
@@ -196,7 +195,7 @@ class LabelNoise:
 
     def _repr_html_(self): return f'<p>{self}</p>{self.suspects(min(10, max(1, len(self)))).to_html(index=False)}'
 
-# %% ../nbs/15_label_noise.ipynb #d37e9aef
+# %% ../nbs/15_label_noise.ipynb #ed2bbdc8
 def label_noise(
     learn, # Learner, or `DataLoaders`, where the features need no model
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from copy import copy
 from functools import partial
 from inspect import signature
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Literal
 from torch import Tensor, nn
 from fastai.losses import BaseLoss
@@ -95,12 +95,23 @@ def _known_name(loss_func):
     else: names = [o.__name__ for o in type(loss_func).__mro__]
     return next((o for o in names if o in _task_of_name), None)
 
-def _mentioned(loss_func):
-    "The names of losses that a loss function of one's own calls or holds"
-    code = getattr(loss_func if isinstance(loss_func, _function_types) else getattr(type(loss_func), 'forward', type(loss_func).__call__), '__code__', None)
-    held = [] if isinstance(loss_func, _function_types) else [*vars(loss_func).values(), *getattr(loss_func, '_modules', {}).values()]
-    names = {o for o in getattr(code, 'co_names', ()) if o in _task_of_name}
-    return names | {name for o in map(_inner, held) if callable(o) and not isinstance(o, type) and (name := _known_name(o))}
+def _mentioned(loss_func, depth=3):
+    "The names of losses that a loss function of one's own calls or holds, or those that it calls do"
+    is_function = isinstance(loss_func, _function_types)
+    function = loss_func if is_function else getattr(type(loss_func), 'forward', type(loss_func).__call__)
+    function = getattr(function, '__func__', function)
+    called = getattr(getattr(function, '__code__', None), 'co_names', ())
+    held = [] if is_function else [*getattr(loss_func, '__dict__', {}).values(), *getattr(loss_func, '_modules', {}).values()]
+    held += [o.cell_contents for o in getattr(function, '__closure__', None) or () if o != CellType()]
+    held += [getattr(function, '__globals__', {}).get(o) for o in called]
+    names = {o for o in called if o in _task_of_name}
+    for o in map(_inner, held):
+        if not callable(o) or isinstance(o, type) or o is loss_func: continue
+        if (name := _known_name(o)): names.add(name)
+        elif depth and _is_own(o): names |= _mentioned(o, depth-1)
+    return names
+
+def _is_own(o): return isinstance(o, (FunctionType, MethodType)) or isinstance(o, nn.Module) and not type(o).__module__.startswith('torch.')
 
 # %% ../nbs/02_losses.ipynb #a9598aba
 class ItemLosses:
@@ -361,14 +372,15 @@ def _dividing(total, whole, divisors):
 @patch
 def _derivatives(self:ItemLosses, pred, targs, bs):
     "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)` each; None where they don't depend on them"
+    if self.one_tensor: pred = prediction(pred)
     leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs) else t.detach(), pred)
     inputs = [t for t in tensors(leaves) if t.requires_grad]
+    if not inputs: raise TypeError('an output whose tensors are not to be found')
     def of(loss):
-        if not inputs or not isinstance(loss, Tensor) or not loss.requires_grad: return None
+        if not isinstance(loss, Tensor) or not loss.requires_grad: return None
         grads = [g.reshape(bs, -1).float() for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
         return torch.cat(grads, 1)
     items = self(leaves, *targs)
-    if self.one_tensor: leaves = prediction(leaves)
     return of(items), of(plain(self.loss_func(map_tensors(_full, leaves), *map_tensors(_full, targs))))
 
 def _adds_up(whole, losses, of_items, of_batch):

@@ -26,6 +26,7 @@ from .loaders import replace_dataset, restrict_rows
 
 from .rows import whole_dataset
 from .checks import check_count, check_number
+from .nested import as_tensor
 
 # %% ../nbs/12_noise.ipynb #b0d1060b
 def _label_key(item):
@@ -50,17 +51,29 @@ def row_targets(
 )->Tensor: # `(n,)` or `(n, ...)`: numbers of classes, or what the model is to predict
     "Target of every row of the data set of `dl`, the whole one, in its order"
     dataset = whole_dataset(dl)
-    if isinstance(dataset, Tabular): return torch.as_tensor(dataset.ys.to_numpy()).squeeze(1)
+    if isinstance(dataset, Tabular): return _of_rows(as_tensor(dataset.ys).squeeze(1))
     if isinstance(dataset, Datasets): values = list(_label_list(dataset))
     else:
         values = getattr(dataset, 'targets', None) # where the labels lie ready, nothing need be loaded
         if values is None or len(values) != len(dataset): values = [_label(dataset[i]) for i in range(len(dataset))]
-    if isinstance(values, (Tensor, np.ndarray)): return torch.as_tensor(values)
-    return torch.stack([torch.as_tensor(o).as_subclass(Tensor) for o in values])
+    if isinstance(values, (Tensor, np.ndarray)) or hasattr(values, 'to_numpy'): return _of_rows(as_tensor(values))
+    return _of_rows(torch.stack([_number(o) for o in values]))
+
+def _of_rows(values):
+    "Classes of shape `(n, 1)` as `(n,)`"
+    return values[:,0] if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point() else values
+
+def _number(target):
+    "A target as a tensor"
+    if isinstance(target, Image.Image): target = np.array(target)
+    try: return torch.as_tensor(target).as_subclass(Tensor)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"A row's target is a {type(target).__name__}: expected a number, an array or an image of them. Give the data set transforms that make "
+                        "one of it, such as Categorize().") from e
 
 # %% ../nbs/12_noise.ipynb #6101ae18
 def _check_classes(targets):
-    targets = torch.as_tensor(targets)
+    targets = _of_rows(as_tensor(targets))
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets of shape {tuple(targets.shape)} and {targets.dtype}: expected the number of one class for each row, (n,) of whole numbers.")
     if len(targets) and targets.min() < 0: raise ValueError(f"a target of {targets.min().item()}: classes are numbered from 0.")

@@ -8,7 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/probe.html.md"""
 __all__ = ['target_kind', 'choose_features', 'ProbePredictions', 'ProbeCost', 'probe_cost', 'probe_predictions',
            'probe_irreducible']
 
-# %% ../nbs/14_probe.ipynb #7ccaaaf2
+# %% ../nbs/14_probe.ipynb #006937db
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -35,10 +35,10 @@ from .nested import batch_size, subset_batch
 from .noise import class_names, row_targets
 from .ridge import FoldRidge, HeldOutRidge, best_penalty, check_features, class_logits, fit_scale, smoothed_shares
 from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
-from .scoring import scoring_mode
+from .scoring import modules_in_mode, scoring_mode
 from .side_models import batch_progress, map_rows, shows_progress
 
-# %% ../nbs/14_probe.ipynb #644595db
+# %% ../nbs/14_probe.ipynb #778c9d13
 _binary_losses = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 def target_kind(
@@ -54,7 +54,7 @@ def target_kind(
                          "For pixels or tokens cross-fit a model instead: crossfit_irreducible(make_learner, dls, n_epoch).")
     return kind
 
-# %% ../nbs/14_probe.ipynb #b3e83d79
+# %% ../nbs/14_probe.ipynb #a2f66471
 def _target(xb, yb):
     "The one target of a batch"
     if not yb and isinstance(xb[0], Mapping): yb = [xb[0][k] for k in ('labels', 'label', 'targets', 'target') if k in xb[0]][:1]
@@ -71,7 +71,7 @@ def _check_targets(targets, loss_func):
     if _alike(targets): raise ValueError(f"All {len(targets)} targets are alike: there is nothing to predict, and no label can be told from another.")
     return kind
 
-# %% ../nbs/14_probe.ipynb #566a2ab0
+# %% ../nbs/14_probe.ipynb #b7e99657
 def _images(xb): return isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].shape[1] <= 16 and (xb[0].is_floating_point() or xb[0].dtype == torch.uint8)
 def _token_ids(xb):
     "Token numbers `(bs, length)` of a batch of texts, else None"
@@ -123,7 +123,7 @@ def choose_features(
     dl = learn.dls.train if dl is None else dl
     return _candidates(learn, _sampled(learn, dl, own_rows(dl).sort().values, 2)[0])
 
-# %% ../nbs/14_probe.ipynb #5c5c0115
+# %% ../nbs/14_probe.ipynb #4ef4b189
 def _pad_numbers(dl):
     "Numbers of the tokens that only fill up"
     tfms = list(getattr(getattr(dl, 'before_batch', None), 'fs', ()))
@@ -138,40 +138,52 @@ def _tokens(xb, pads):
     kept = mask.bool() if mask is not None else ~torch.isin(ids, torch.tensor(sorted(pads), device=ids.device))
     return [o[k].numpy() for o,k in zip(ids.cpu(), kept.cpu())]
 
-def _reader(features, learn, dl, xb):
-    "Function of `(model, xb, rows)` that says the features of a batch, and what becomes of them once all are there"
-    model = get_model(learn.model)
-    def fits(found):
-        if found: return
-        shapes = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)
-        expected = dict(patches='images (bs, channels, height, width)', tfidf='tokens (bs, length)', columns='columns (bs, d)')[features]
-        raise ValueError(f"features={features!r} for inputs of {shapes}: expected {expected}. Pass features='body', or a function of the inputs "
-                         "that returns one line of numbers for each.")
-    if features == 'body':
-        inputs = BodyInputs(model)
-        return lambda model, xb, rows: inputs(model, xb), None
-    if features == 'patches':
-        fits(_images(xb))
-        patches = RandomPatches(xb[0], n_filters=min(128, max(16, len(own_rows(dl))//16)))
-        return lambda model, xb, rows: patches(xb[0]), None
-    if features == 'tfidf':
-        fits(_token_ids(xb) is not None)
-        pads = _pad_numbers(dl)
-        return lambda model, xb, rows: _tokens(xb, pads), text_features
-    if features == 'columns':
-        fits(_columns(xb))
-        n_cats = 0 if _columns(xb)[0] is None else xb[0].shape[1]
-        def join(model, xb, rows): return torch.cat([o.float() for o in _columns(xb) if o is not None], 1)
-        return join, lambda x: table_features(x[:,:n_cats] if n_cats else None, x[:,n_cats:])
-    if callable(features):
-        if isinstance(features, nn.Module): features = features.to(xb[0].device).eval() if isinstance(xb[0], Tensor) else features.eval()
-        return lambda model, xb, rows: features(*xb).flatten(1).float(), None
+# Each returns a function of `(model, xb, rows)` that says the features of a batch, and what becomes of these once all are there, or None
+
+def _read_body(learn, dl, xb):
+    inputs = BodyInputs(get_model(learn.model))
+    return lambda model, xb, rows: inputs(model, xb), None
+
+def _read_patches(learn, dl, xb):
+    patches = RandomPatches(xb[0], n_filters=min(128, max(16, len(own_rows(dl))//16)))
+    return lambda model, xb, rows: patches(xb[0]), None
+
+def _read_tokens(learn, dl, xb):
+    pads = _pad_numbers(dl)
+    return lambda model, xb, rows: _tokens(xb, pads), text_features
+
+def _read_columns(learn, dl, xb):
+    n_cats = 0 if _columns(xb)[0] is None else xb[0].shape[1]
+    def join(model, xb, rows): return torch.cat([o.float() for o in _columns(xb) if o is not None], 1)
+    return join, lambda x: table_features(x[:,:n_cats] if n_cats else None, x[:,n_cats:])
+
+_by_name = dict(body=(_read_body, lambda xb: True, ''), patches=(_read_patches, _images, 'images (bs, channels, height, width)'),
+                tfidf=(_read_tokens, lambda xb: _token_ids(xb) is not None, 'tokens (bs, length)'),
+                columns=(_read_columns, _columns, 'columns of a table (bs, d)'))
+
+def _read_own(features, dl, device):
+    "The same for features of the user's own"
+    if isinstance(features, nn.Module):
+        features,modules = features.to(device),list(features.modules())
+        def of_module(model, xb, rows):
+            with modules_in_mode(modules, False): return features(*xb).flatten(1).float()
+        return of_module, None
+    if callable(features): return lambda model, xb, rows: features(*xb).flatten(1).float(), None
     table = torch.as_tensor(np.asarray(features))
     if table.ndim != 2 or len(table) != dataset_size(dl):
         raise ValueError(f"features of shape {tuple(table.shape)}: expected one line for each of the {dataset_size(dl)} rows of the data set, (n, d).")
     return lambda model, xb, rows: table[rows].float(), None
 
-# %% ../nbs/14_probe.ipynb #29cd74c2
+def _reader(features, learn, dl, xb):
+    if not isinstance(features, str): return _read_own(features, dl, next(get_model(learn.model).parameters()).device)
+    make,fits,expected = _by_name[features]
+    if not fits(xb):
+        shapes = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)
+        raise ValueError(f"features={features!r} for inputs of {shapes}: expected {expected}. Pass features='body', or a function of the inputs "
+                         "that returns one line of numbers for each.")
+    return make(learn, dl, xb)
+
+# %% ../nbs/14_probe.ipynb #f0155c7a
 class _Collected:
     "Features and targets of `rows`, ascending, batch by batch"
     def __init__(self, rows, read, half=False): self.rows,self.read,self.half,self.x,self.y = rows,read,half,None,None
@@ -195,7 +207,7 @@ def _collected(learn, dl, rows, read, finish, half=False, show=False):
     device = y.device if y.device.type in ('cpu', 'cuda') else torch.device('cpu') # double precision is needed
     return x.to(device), y.to(device)
 
-# %% ../nbs/14_probe.ipynb #3a8b2947
+# %% ../nbs/14_probe.ipynb #1663ed75
 class ProbePredictions:
     "What a probe says of each row without having seen its label"
     def __init__(self,
@@ -258,7 +270,7 @@ def _quality(logits, y, kind):
     y,logits = y.reshape(len(y), -1).double(),logits.reshape(len(y), -1).double()
     return dict(r2=(1 - (y - logits).square().sum()/(y - y.mean(0)).square().sum()).item())
 
-# %% ../nbs/14_probe.ipynb #c3ee7da2
+# %% ../nbs/14_probe.ipynb #44e831be
 def _solved(x, y, kind, n_classes, folds, seed):
     "Calibrated held-out logits of targets `y` by features `x`, which are overwritten, and how they were made"
     check_features(x)
@@ -279,7 +291,7 @@ def _solved(x, y, kind, n_classes, folds, seed):
         logits,made['temperature'] = class_logits(pred, shares, scale, binary),1/max(scale, 1e-9)
     return logits,dict(made, penalty=ridge.penalty(alpha), folds=folds, held_out='leave-one-out' if folds is None else f'{folds} folds')
 
-# %% ../nbs/14_probe.ipynb #44ee76ee
+# %% ../nbs/14_probe.ipynb #cd456f5c
 def _trial(learn, read, xb, rows):
     "Features of a few of the inputs `xb`, and the operations that a forward pass of the model takes for each of these"
     model,n = get_model(learn.model),min(8, batch_size(xb))
@@ -324,8 +336,8 @@ _dims = dict(tfidf=512, columns=600) # at most, or about
 
 def _cost(learn, dl, features, read, xb, rows, folds):
     x,flops = _trial(learn, read, xb, rows)
-    dim = x.shape[1] if isinstance(x, Tensor) and features != 'columns' else _dims[features]
-    return ProbeCost(len(rows), dim, features == 'body', flops, features == 'patches', folds, loader_batch_size(dl))
+    name = features if isinstance(features, str) else None
+    return ProbeCost(len(rows), _dims.get(name) or x.shape[1], name == 'body', flops, name == 'patches', folds, loader_batch_size(dl))
 
 def probe_cost(
     learn:Learner,
@@ -344,9 +356,7 @@ def probe_cost(
             features = names[0]
         return _cost(learn, dl, features, _reader(features, learn, dl, xb)[0], xb, rows, folds)
 
-# %% ../nbs/14_probe.ipynb #5c36075a
-_names = ('auto', 'body', 'patches', 'tfidf', 'columns')
-
+# %% ../nbs/14_probe.ipynb #7cd497ac
 def _as_learner(learn, dl):
     "A Learner and its loader; of `DataLoaders`, with a model that is not asked"
     if isinstance(learn, DataLoaders): learn = Learner(learn, nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
@@ -387,7 +397,7 @@ def probe_predictions(
     learn,dl = _as_learner(learn, dl)
     if folds is not None: check_count('folds', folds, 2)
     if n_rows is not None: check_count('n_rows', n_rows, 2)
-    if isinstance(features, str): check_choice('features', features, _names)
+    if isinstance(features, str): check_choice('features', features, ('auto', *_by_name))
     marks,rows,names = fingerprint(dl),own_rows(dl).sort().values,class_names(dl)
     if n_rows is not None and n_rows < len(rows):
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]].sort().values
@@ -416,7 +426,7 @@ def probe_predictions(
     if verbose: print(res.said)
     return res
 
-# %% ../nbs/14_probe.ipynb #c34a397a
+# %% ../nbs/14_probe.ipynb #261f1128
 def _averaged(values, old, kind):
     "Losses of the mean of two probabilities, or the mean of two losses of numbers"
     return (values + old)/2 if kind == 'numbers' else -torch.logaddexp(-values, -old) + np.log(2)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_count, check_number
 from .importance import DatasetScores
-from .irreducible import IrreducibleLosses
+from .il_source import il_values
 from .item_table import ItemTable
 from .loaders import restrict_rows
 from .noise import row_targets
@@ -82,7 +82,7 @@ def prune(
     strategy:str='hardest', # 'hardest' (highest scores), 'easiest', 'moderate' (nearest to the median), 'random' or 'stratified'
     offset:float=0., # Share to leave out first: the hardest by score (for 'easiest' the easiest), or, with `il`, those of the highest irreducible loss
     per_class:bool=False, # Keep the same share of each class?
-    il=None, # Irreducible losses, which say what the offset leaves out: `IrreducibleLosses`, a file of them, or one number a row
+    il=None, # Irreducible losses, which say what the offset leaves out: in any form that `il_source` takes
     n_strata:int=50, # For 'stratified': number of ranges of the score
     seed:int=0 # Of what is chosen at random, ties included
 )->DataLoaders: # A copy, with the same transforms, batch size, workers and validation set
@@ -102,7 +102,7 @@ def prune(
     values = (scores if isinstance(scores, ItemTable) else DatasetScores.of(scores, dl)).check(dl).values
     rows,classes = own_rows(dl),row_classes(dl)
     if per_class and classes is None: raise ValueError("per_class=True needs one class a row, and the targets of this data set aren't: use per_class=False.")
-    noise,values = None if il is None else IrreducibleLosses.given(il, dl).values[rows],values[rows]
+    noise,values = None if il is None else il_values(il, dl)[rows],values[rows]
     groups = [(classes == c).nonzero().flatten() for c in classes.unique()] if per_class else [torch.arange(len(rows))]
     kept = torch.cat([g[_kept(values[g], None if noise is None else noise[g], keep, strategy, offset, n_strata, generator)] for g in groups]).sort().values
     gone = [] if classes is None else sorted(set(classes.tolist()) - set(classes[kept].tolist()))

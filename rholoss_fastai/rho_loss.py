@@ -13,17 +13,20 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .il_source import CrossFitIL, ModelIL, il_source
+from .il_source import AutoIL, CrossFitIL, ModelIL, ProbeIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .beside import TrainBeside
-from .scores import reducible_loss
+from .scores import learnable_error, reducible_loss
 from .selector import BatchSelector, add_selector, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
-def _il_source(il, update_il, crossfit):
+def _il_source(il, budget, update_il, crossfit):
     "The source of irreducible losses that the arguments speak of"
     crossfit = {k: v for k,v in crossfit.items() if v is not None}
-    source = CrossFitIL(**crossfit) if il is None or isinstance(il, str) and il == 'crossfit' else il_source(il)
+    named = il if isinstance(il, str) else None
+    if crossfit and named not in ('auto', 'crossfit'):
+        raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is given: leave one of them out.")
+    source = CrossFitIL(**crossfit) if crossfit or named == 'crossfit' else il_source(il, budget)
     if update_il:
         if not isinstance(source, ModelIL):
             raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a Learner, not its losses.")
@@ -32,8 +35,8 @@ def _il_source(il, update_il, crossfit):
 
 def _pick(pick, frac):
     "The pick, of size `frac` where it has one"
-    if pick is None: return TopFraction(0.1 if frac is None else frac)
-    if isinstance(pick, str): return find_pick(pick, frac if frac is not None else 0.1 if find_pick(pick).fraction() is not None else None)
+    if pick is None: return TopFraction(0.5 if frac is None else frac)
+    if isinstance(pick, str): return find_pick(pick, frac if frac is not None else 0.5 if find_pick(pick).fraction() is not None else None)
     if frac is not None: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
     return pick
 
@@ -42,11 +45,12 @@ class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
     @delegates(selector_parts)
     def __init__(self,
-        il='crossfit', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
-        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
-        score:str|Callable=reducible_loss, # How much an item is wanted: a function of any of `loss`, `il`, `pred`, `targ`, `log_probs`, or its name
+        il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
+        score:str|Callable=None, # How much an item is wanted, a function or a name; default 'reducible', and by a probe's irreducible losses 'learnable'
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
         enlarge:bool=True, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
+        epoch:str='cost', # As many steps as 'cost' what plain training's epoch costs, as many 'steps' as it, or one pass over the 'candidates', as published
         update_il:bool=False, # Train an IL model on what is selected too, at a hundredth of the learning rate?
         il_epochs:int=None, # Cross-fitting: epochs of each fold's model, default 5; the best one's losses are kept
         il_lr:float=None, # Cross-fitting: learning rate; default the Learner's
@@ -55,8 +59,9 @@ class RhoLossCallback(BatchSelector):
         il_arch:Callable=None, # Cross-fitting: function that returns a new model, such as `partial(small_cnn, 10)`; default copies of the Learner's
         **kwargs
     ):
-        source = _il_source(il, update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
-        parts = selector_parts(il=source, enlarge=enlarge, **kwargs)
+        source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
+        parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
+        if score is None: score = learnable_error if isinstance(source, (ProbeIL, AutoIL)) else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
         super().__init__(score, _pick(pick, frac), **parts)
 
@@ -64,11 +69,11 @@ class RhoLossCallback(BatchSelector):
 @patch
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
-    il='crossfit', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
-    frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
+    il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+    frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
-    if before and isinstance(il, str) and il == 'crossfit': il = before[0].il_source # another `frac`, the same irreducible losses
+    if before and isinstance(il, str) and il == 'auto': il = before[0].il_source # another `frac`, the same irreducible losses
     return add_selector(self, RhoLossCallback(il, frac, **kwargs))

@@ -8,13 +8,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/ridge.html.md"""
 __all__ = ['check_features', 'standardise', 'HeldOutRidge', 'FoldRidge', 'class_logits', 'smoothed_shares', 'fit_scale',
            'best_penalty']
 
-# %% ../nbs/13_ridge.ipynb #b69efa61
+# %% ../nbs/13_ridge.ipynb #1aa9e1e3
 import torch
 from fastcore.basics import noop, store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/13_ridge.ipynb #3dfbac90
+# %% ../nbs/13_ridge.ipynb #c6032ccf
 def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
 def check_features(
@@ -47,7 +47,7 @@ def standardise(
     for rows in _blocks(len(x), block): x[rows] = _wide(x[rows]).sub_(shift).mul_(scale)
     return x
 
-# %% ../nbs/13_ridge.ipynb #0038388d
+# %% ../nbs/13_ridge.ipynb #c9d9e715
 def _gram(x, block, rows=None):
     "`x.T @ x` in float64, summed over blocks, each in the precision of `x`"
     res = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -126,7 +126,7 @@ class HeldOutRidge(_Ridge):
             res.append((x @ weights - leverage*y)/(1 - leverage).clamp(min=1e-6) + mean)
         return torch.cat(res)
 
-# %% ../nbs/13_ridge.ipynb #499ffaae
+# %% ../nbs/13_ridge.ipynb #d079d2a4
 class FoldRidge(_Ridge):
     "Ridge regression with an intercept that predicts each fold by the others; the folds share one Gram matrix, each fold's part subtracted"
     def __init__(self,
@@ -142,7 +142,7 @@ class FoldRidge(_Ridge):
         if folds > self.n: raise ValueError(f"folds={folds}, but there are {self.n} rows: a fold needs at least one.")
         if self.n <= self.d: self.rotate()
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
-        self.folds = [rows.sort().values.to(self.x.device) for rows in order.chunk(folds)]
+        self.folds = [rows.sort().values.to(self.x.device) for rows in order.tensor_split(folds)]
         self.parts = [self._sums(rows) for rows in self.folds]
         self.whole = [sum(o) for o in zip(*self.parts)]
         self.unit = (self.whole[0].trace()/min(self.x.shape)).item()*(1 - 1/len(self.folds)) or 1.
@@ -180,7 +180,7 @@ class FoldRidge(_Ridge):
             for part in at.split(self.block): res[part] = _wide(self.x[idxs[part]]) @ weights + intercept
         return res
 
-# %% ../nbs/13_ridge.ipynb #fd6ef06d
+# %% ../nbs/13_ridge.ipynb #e24f9fe9
 def class_logits(
     pred:Tensor, # `(n, C)` predictions of one-hot targets, or `(n, k)` of targets from 0 to 1 where `binary`
     shares:Tensor, # `(C,)` share of each class, or of 1 in each target
@@ -234,7 +234,7 @@ def _entropy(
     if binary: return F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction='none').mean(1)
     return F.cross_entropy(logits, y.long(), reduction='none')
 
-# %% ../nbs/13_ridge.ipynb #bd659720
+# %% ../nbs/13_ridge.ipynb #2466642f
 def best_penalty(
     ridge, # `HeldOutRidge` or `FoldRidge`
     loss, # Function of held-out predictions `(m, k)` and the rows they are of; lower is better

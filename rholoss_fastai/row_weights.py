@@ -74,8 +74,8 @@ class RowLoss(FitCallback):
 
     def after_loss(self):
         "Weigh the loss of the batch"
-        weights = self.item_weights(batch_rows(self.learn, self._fit.device))
-        weigh_loss(self.learn, self.item_losses(), weights)
+        item_losses = self.checked_item_losses()
+        weigh_loss(self.learn, item_losses, self.item_weights(batch_rows(self.learn, self._fit.device)))
 
 # %% ../nbs/36_row_weights.ipynb #87e75853
 class RowWeights(RowLoss):

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
-from .candidates import Candidates
+from .candidates import Candidates, own_forward
 from .checks import check_choice, check_count, check_number
 from .nested import batch_size, prediction, subset_batch
 from .record import STEP_COST
+from .scores import FIGURES
 from .scoring import ScoringForward, learner_precision, modules_in_mode, scoring_mode, unwrapped
 from .side_models import Companion
 
@@ -118,6 +119,12 @@ class SeparateForward(Scorer):
         self.model,self.modules,self.device = model,list(model.modules()),device
         self.dropouts = [m for m in self.modules if _drops(m)]
         return self
+
+    def check_asked(self, asked):
+        watching = [o for o in asked if getattr(FIGURES[o], 'watch', None)]
+        if self.compile and watching:
+            raise ValueError(f"{', '.join(watching)}: a score or pick that asks for this looks into the model as it scores, and a compiled one can't be looked "
+                             "into: use compile=False.")
 
     def context(self): return scoring_mode(self.model, self.device, self.mode == 'train', modules=self.modules)
 
@@ -214,8 +221,8 @@ class SharedForward(Scorer):
     "The training forward serves for scoring too: the prediction is narrowed after it"
     forward = 'reuse'
     def check_asked(self, asked):
-        if 'log_probs' in asked:
-            raise ValueError("The score needs forward passes of its own, with dropout: use forward='twice' with it.")
+        if names := own_forward(asked):
+            raise ValueError(f"{', '.join(names)}: a score or pick that asks for this needs a forward pass of its own, so use forward='twice' with it.")
 
     def check(self, learn, asked):
         if any(isinstance(cb, MixHandler) for cb in learn.cbs):
@@ -237,13 +244,15 @@ class CheaperForward(Scorer):
         self.separate,self.shared = separate or SeparateForward(),SharedForward()
         self.divides,self.asked = None,() # can the model's prediction be narrowed to some items? Known after the first batch
 
+    def check_asked(self, asked): self.separate.check_asked(asked)
+
     def check(self, learn, asked):
         self.asked = asked
         self.separate.check(learn, asked)
 
     def begin_epoch(self, learn, device, kept=None):
         separate = self.separate.begin_epoch(learn, device, kept)
-        if separate.cheaper or 'log_probs' in self.asked or any(isinstance(cb, MixHandler) for cb in learn.cbs): return separate
+        if separate.cheaper or own_forward(self.asked) or any(isinstance(cb, MixHandler) for cb in learn.cbs): return separate
         # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's choice
         if self.divides is False or any(isinstance(m, _BatchNorm) or _drops(m) for m in separate.modules): return separate
         # one forward with gradients costs a whole step: its backward goes through the whole batch, with zeros for the rejected

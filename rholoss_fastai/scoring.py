@@ -141,8 +141,9 @@ def copy_state(
 )->list: # For `merge_state`
     "The state that `model` carries now, of every row of the batch"
     fresh = [(m, name) for m in model.modules() if not _from_torch(m) for name in _names_watched(m)]
-    return [(m, name, map_tensors(Tensor.clone, vars(m)[name])) for m,name in fresh
-            if (held := tensors(vars(m)[name])) and not any(t.requires_grad or isinstance(t, nn.Parameter) for t in held)]
+    state = [(m, name, vars(m)[name]) for m,name in fresh if not any(t.requires_grad or isinstance(t, nn.Parameter) for t in tensors(vars(m)[name]))]
+    # numbers, too: a model may note for how many rows its state is
+    return [(m, name, map_tensors(Tensor.clone, o)) for m,name,o in state if tensors(o) or isinstance(o, (int, float))]
 
 def _row_dim(t, n, name, recurrent):
     "The dimension of a state that counts the rows of the batch; None without"
@@ -181,7 +182,7 @@ def merge_state(
             part = next(seen)
             if part.shape == t.shape and len(idxs) not in t.shape: return part
             dims = [i for i,(a,b) in enumerate(zip(part.shape, t.shape)) if a != b] or [1 if recurrent and t.ndim == 3 else t.shape.index(len(idxs))]
-            return t.index_copy(dims[0], idxs.to(t.device), part.detach().to(t.dtype))
+            return t.to(part.dtype).index_copy(dims[0], idxs.to(t.device), part.detach())
         vars(m)[name] = map_tensors(merged, all_rows)
 
 # %% ../nbs/08_scoring.ipynb #2827896e

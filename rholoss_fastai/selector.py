@@ -8,8 +8,10 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/selector.html.md"""
 __all__ = ['BatchSelector', 'add_selector', 'selector_parts']
 
 # %% ../nbs/20_selector.ipynb #ada25dc6
+import math
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,18 +22,19 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import noop, patch
 from fastcore.meta import delegates
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from .candidates import Candidates, LossMemory, When
+from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_count, short_name
-from .delivery import Enlarge, Narrow
+from .delivery import CarriedState, Enlarge, Narrow, goes_on_from_state
 from .fit_callback import FitCallback, weigh_loss
 from .il_source import il_source
 from .nested import batch_size, plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
 from .record import SelectionRecord
 from .rows import dataset_size, loader_batch_size, track_rows
-from .scores import SCORES, find_score, score_inputs, training_loss
+from .scores import SCORES, find_score, for_loss, score_inputs, training_loss
+from .scoring import carries_state, copy_state, unwrapped
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .scorers import Scorer, find_scorer
 
@@ -60,7 +63,7 @@ class BatchSelector(FitCallback):
         self.scorer,self.il_source,self.when = scorer or find_scorer(),il_source(il),when or When()
         self.memory,self.delivery,self.enlarge,self.min_items,self.beside = memory,delivery or Narrow(),enlarge,min_items,list(beside)
         self.inputs = score_inputs(self.score) if self.pick.needs_scores else ()
-        self.asked = tuple(dict.fromkeys((*self.inputs, *self.pick.needs)))
+        self.asked = what_is_asked((*self.inputs, *self.pick.needs), self.il_source is not None)
         if enlarge: enlarge.check(self.pick)
         check_sentence(self)
         self.record,self.epochs_done,self.epochs_selected,self.off = SelectionRecord(),0,0,False
@@ -97,7 +100,8 @@ class BatchSelector(FitCallback):
         check_learner(self, learn)
         self.record.figures = lambda: {**self.scorer.figures(), **self.pick.figures()}
         self.delivery.begin_fit(learn, self._fit.device)
-        vars(self._fit).update(first=True, pending=None, weights=None, marked=None, il_of=None, said=False, delivered=None)
+        vars(self._fit).update(first=True, pending=None, weights=None, marked=None, il_of=None, said=False, delivered=None, score_of=None,
+                               state=CarriedState(unwrapped(learn.model)), state_known=False)
         columns = {**self.columns, **{k: v for o in self.beside for k,v in getattr(o, 'columns', {}).items()}}
         self.add_columns(**{name: partial(self.record.last, column) for name,column in columns.items()})
 
@@ -113,7 +117,7 @@ class BatchSelector(FitCallback):
         if not fit.said: say_what_will_happen(self, learn, source)
         fit.said = True
         if 'il' in self.asked and fit.il_of is not learn.dls.train:
-            self.record.seconds_il += self.il_source.begin(learn, fit.device)
+            with explained(self, 'made'): self.record.seconds_il += self.il_source.begin(learn, fit.device)
             fit.il_of = learn.dls.train
         n_rows = dataset_size(source) if fit.loader is not None else None
         if self.memory is not None: self.memory.begin_epoch(learn.dls.train, n_rows, fit.device)
@@ -145,15 +149,18 @@ class BatchSelector(FitCallback):
         fit.marked = self.record.watch.mark()
         candidates = self._candidates()
         if not self._selects(): return self._deliver(candidates, self._spread(candidates.n))
-        if fit.scorer.forward == 'reuse' and self.pick.now(self.learn.pct_train).needs_scores:
+        if fit.scorer.forward == 'reuse' and (self.pick.now(self.learn.pct_train).needs_scores or fit.state and may_carry_state(fit.state.model)):
             fit.pending = candidates # the training forward is the scoring forward: goes on in `after_pred`
             return self._mark('scoring')
-        self._deliver(candidates, self._select(candidates))
+        selection = self._select(candidates)
+        if fit.state and selection is not None: fit.state.narrow(selection.idxs, candidates.n)
+        self._deliver(candidates, selection)
 
     def after_pred(self):
         "With one forward for both: score by the prediction, pick, and narrow prediction and batch"
         learn,fit,candidates = self.learn,self._fit,self._fit.pending
-        if fit.first: self._check_first()
+        if fit.state: fit.state.widen()
+        self._check_seen()
         fit.first,fit.pending = False,None
         if candidates is None: return
         self._mark('training')
@@ -166,6 +173,7 @@ class BatchSelector(FitCallback):
         "The batch as the loader delivered it"
         learn,fit = self.learn,self._fit
         fit.weights,self.delivered_rows = None,None
+        if fit.state: fit.state.widen(seen=False)
         rows = None if fit.loader is None else fit.loader.rows(learn.iter, fit.device)
         candidates = Candidates(plain(learn.xb), plain(learn.yb), rows, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
         check_rows(candidates)
@@ -190,14 +198,33 @@ class BatchSelector(FitCallback):
         if size == n and not pick.weighted: return
         fit.selecting = True
         # between a forward and its backward no buffer may be written, and the scores run nothing forward then
-        with fit.scorer.context():
-            if pick.needs_scores: candidates.scores = check_scores(self.score(*[candidates[o] for o in self.inputs]), n, self.score)
+        with explained(self, 'scored'), fit.scorer.context():
+            if pick.needs_scores: candidates.scores = check_scores(self._score_in_force()(*[candidates[o] for o in self.inputs]), n, self.score)
             needed = {o: candidates[o] for o in pick.needs}
+            if fit.state and fit.scorer.forward != 'reuse': self._note_state(candidates)
         scores = candidates.scores if pick.needs_scores else torch.empty(n, device=fit.device)
         idxs,weights = pick(scores, pct_train, size, **needed)
         if len(idxs) < fit.min_items <= n:
             idxs,weights = top_items(scores, fit.min_items),None if weights is None else torch.ones(fit.min_items, device=fit.device)
         return None if len(idxs) == n and weights is None else Selection(idxs, weights)
+
+    def _score_in_force(self):
+        "The score, in the form that the loss function in force calls for"
+        fit,item_losses = self._fit,self.item_losses()
+        if fit.score_of is not item_losses: fit.score_of,fit.score = item_losses,for_loss(self.score, item_losses)
+        return fit.score
+
+    def _note_state(self, candidates):
+        "Where a model that carries state stands after all candidates, of which it may be trained on some"
+        fit,model = self._fit,self._fit.state.model
+        if not fit.state_known: # by the first batch that is selected from
+            fit.state_known,held = True,candidates.scored and any(tensors(o) for *_,o in copy_state(model))
+            if not (held or may_carry_state(model)) or not goes_on_from_state(model, candidates.xb, fit.device):
+                fit.state = None
+                return
+            check_state(self)
+        if not candidates.scored: fit.scorer(candidates)
+        fit.state.note()
 
     def _deliver(self, candidates, selection):
         "Put the selected in the batch's place, and count them"
@@ -218,15 +245,12 @@ class BatchSelector(FitCallback):
         watch.add(spent_on, fit.marked, now)
         fit.marked = now
 
-    def _check_first(self):
-        "Does an item's loss mean something, and did the model see what was scored? Before the first step of a fit"
-        learn,fit = self.learn,self._fit
-        self.scorer.after_pred(learn)
-        if ('loss' in self.asked or self.pick.weighted) and batch_size(learn.yb) > 1:
-            with torch.no_grad():
-                pred,yb = plain(learn.pred),plain(learn.yb)
-                self.item_losses().check(self.item_losses()(pred, *yb), pred, *yb)
-        if self.asked: check_inputs_unchanged(self, learn, fit.delivered)
+    def _check_seen(self):
+        "Does an item's loss mean something, and did the model see what was scored? Before the first step of a fit, and where the loss is replaced"
+        if 'loss' in self.asked or self.pick.weighted: self.checked_item_losses(self.pick.weighted)
+        if not self._fit.first: return
+        self.scorer.after_pred(self.learn)
+        if self.asked: check_inputs_unchanged(self, self.learn, self._fit.delivered)
 
     def after_loss(self):
         "Where the pick gave weights, the loss is what `loss_func` would have computed with these"
@@ -300,6 +324,18 @@ def check_rows(candidates):
         raise ValueError(f"The batch has {candidates.n} items, but {len(candidates.rows)} rows were drawn for it: the DataLoader or a callback "
                          "before this one adds or drops items. Let it do so after selection (callback order above -5).")
 
+def may_carry_state(model): return carries_state(model) or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules())
+
+def check_state(selector):
+    "Raise where rows can't go on from their own state"
+    scorer,why = selector._fit.scorer,None
+    if selector.enlarge: why = "enlarge=True draws other batches, in which a row doesn't go on where it stood in the batch before: use enlarge=False"
+    elif type(selector.delivery) is not Narrow: why = "items that wait lose theirs: use queue=False"
+    elif getattr(scorer, 'score_bs', None): why = f"score_bs={scorer.score_bs} would let some rows go on from the state of others: leave it out"
+    elif scorer.model is not unwrapped(selector.learn.model): why = "the proxy's isn't known: leave proxy out"
+    elif 'log_probs' in selector.asked: why = "several passes with dropout would each move it on: use another score"
+    if why: raise ValueError(f"{type(selector.learn.model).__name__} carries state from batch to batch, and {why}.")
+
 def check_first_batch(candidates, fit):
     "Raise where the batch can't be selected from"
     if not len(candidates.yb): raise ValueError("The training batch has no targets, so no item has a loss: selection needs a labelled training set.")
@@ -324,6 +360,21 @@ def _within(new, old):
     if new.dtype != old.dtype or new.shape[1:] != old.shape[1:]: return False
     slack = 1e-3*(old.max() - old.min()).abs() + 1e-6 if old.is_floating_point() else 0
     return bool((new.min() >= old.min() - slack) & (new.max() <= old.max() + slack))
+
+@contextmanager
+def explained(selector, what):
+    "Where the model can't be run on a batch that callbacks change later, or that copies of the Learner don't have changed, say so"
+    try: yield
+    except torch.cuda.OutOfMemoryError: raise
+    except (RuntimeError, TypeError, IndexError) as e:
+        changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf) if not type(cb).__module__.startswith('fastai.')]
+        if not changers: raise
+        names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
+        if what == 'scored': say = f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in cb.order = -6"
+        else:
+            say = (f"The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. {names} may change the batch: do that in the "
+                   "DataLoaders' transforms (after_batch), or give irreducible losses made otherwise, il=...")
+        raise ValueError(f"{say}. ({type(e).__name__}: {e})") from e
 
 def check_inputs_unchanged(selector, learn, delivered):
     "Raise where a callback changed the inputs after selection, so that the model saw something else than what was scored"
@@ -394,7 +445,8 @@ def selector_parts(
     every:int=1, # Select in each `every`-th batch
     warmup_epochs:int=0, # Epochs, counted over the Learner's life, before selection begins
     staleness:int=1, # Score a row's loss only every so many epochs, and remember it in between
-    il=None, # Irreducible losses: a table, a file, one number per row, a module, a Learner, or a name
+    il=None, # Irreducible losses: a table, a file, one number per row, a module, a Learner, or a name ('auto', 'probe', 'crossfit')
+    il_budget:float=0.2, # With il='auto': largest share of the fit to come that they may cost
     enlarge:bool=False, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
     epoch:str='candidates', # With `enlarge`: one pass over the 'candidates', as many 'steps' as plain training, or as many as 'cost' what its epoch costs
     min_items:int=None, # Fewest items to train on; default 2 where batch norm is in train mode (it needs two), else 1
@@ -408,7 +460,7 @@ def selector_parts(
     beside = [TrainBeside(scorer.companion)] if proxy is not None else []
     if track is not None: beside.append(TrackSubsets(track, track_columns))
     if fallback is not None: beside.append(FallBack(fallback))
-    return dict(scorer=scorer, il=il, when=When(start, end, every, warmup_epochs), memory=LossMemory(staleness) if staleness > 1 else None,
+    return dict(scorer=scorer, il=il_source(il, il_budget), when=When(start, end, every, warmup_epochs), memory=LossMemory(staleness) if staleness > 1 else None,
                 enlarge=Enlarge(epoch) if enlarge else None, min_items=min_items, beside=beside)
 
 # %% ../nbs/20_selector.ipynb #9a4c4604

@@ -24,12 +24,13 @@ from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
+from .checks import short_name
 from .loaders import scoring_loader
 
-from .rows import dataset_size, preserve_rng, track_rows
+from .rows import own_rows, preserve_rng, track_rows
 from .losses import ItemLosses
 from .nested import plain, prediction
-from .scores import score_inputs, training_loss
+from .scores import for_loss, score_inputs, training_loss
 from .scoring import autocast, learner_precision, scoring_mode
 
 # %% ../nbs/11_side_models.ipynb #9c36e5a7
@@ -37,11 +38,11 @@ def map_rows(
     learn:Learner, # Its model is asked, in eval mode and in its own precision, and keeps no trace of it
     dl, # `DataLoader` that `track_rows` takes: of the data set, un-augmented whatever its transforms
     func, # Function of `(model, xb, yb, rows)` that returns one value an item, `(bs, ...)`
-    rows:Tensor=None, # Ascending row numbers to go through; None for all
+    rows:Tensor=None, # Ascending row numbers to go through; None for all that `dl` goes through
     step=noop, # Called after each batch
     augment:bool=False # With the transforms of training?
-)->Tensor: # `(n, ...)`, on the model's device, in the order of the data set, or of `rows`
-    "What `func` says of every row of `dl`'s data set"
+)->Tensor: # `(k, ...)`, on the model's device, in the order of the data set
+    "What `func` says of every row that `dl` goes through"
     model,values,seen = get_model(learn.model),[],[]
     device,reset = next(model.parameters()).device,getattr(model, 'reset', noop) # of a recurrent model's state, as fastai does
     with preserve_rng(), scoring_mode(model, device):
@@ -56,7 +57,7 @@ def map_rows(
             with autocast(device, learner_precision(learn, device)): values.append(func(model, batch[:split], batch[split:], seen[-1]))
             step()
         reset()
-    seen,wanted = torch.cat(seen),torch.arange(dataset_size(dl)) if rows is None else rows
+    seen,wanted = torch.cat(seen),own_rows(dl).sort().values if rows is None else rows
     if not torch.equal(seen.sort().values, wanted):
         raise ValueError(f"Every row must be scored exactly once: {len(wanted)} rows were wanted; {len(seen)} were scored, "
                          f"{len(seen.unique())} of them different. Pass a loader of the whole training set, such as dls.train.")
@@ -68,22 +69,29 @@ def score_rows(
     dl, # `DataLoader` of the data set
     score=training_loss, # A function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
     il:Tensor=None, # `(n,)` irreducible losses, for a score that needs them
-    rows:Tensor=None, # Ascending row numbers to score; None for all
+    rows:Tensor=None, # Ascending row numbers to score; None for all that `dl` goes through
     item_losses:ItemLosses=None, # The loss; default of `learn`'s own loss function
     step=noop, # Called after each batch
     augment:bool=False # With the transforms of training?
-)->Tensor: # `(n,)`, on the model's device, in the order of the data set, or of `rows`
-    "The score of every row of `dl`'s data set"
-    inputs = score_inputs(score)
-    if 'log_probs' in inputs: raise ValueError(f"The score {getattr(score, '__name__', score)} needs several passes with dropout; here one is made, without.")
-    if 'il' in inputs and il is None: raise ValueError(f"The score {getattr(score, '__name__', score)} needs irreducible losses: pass il=..., one a row.")
+)->Tensor: # `(k,)`, on the model's device, in the order of the data set; `spread` makes it `(n,)` where `dl` is restricted
+    "The score of every row that `dl` goes through"
+    inputs,name = score_inputs(score),short_name(score)
+    if 'log_probs' in inputs: raise ValueError(f"The score {name} needs several passes with dropout; here one is made, without.")
+    if 'il' in inputs and il is None: raise ValueError(f"The score {name} needs irreducible losses: pass il=..., one a row.")
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
+    score,checked = for_loss(score, item_losses),False
     def of_batch(model, xb, yb, idxs):
         if not yb and {'loss', 'targ'} & set(inputs):
             raise ValueError(f"The batch has no targets: its {len(xb)} element(s) are all inputs (n_inp={len(xb)}). Every row's label is needed: "
                              "pass a labelled DataLoader, such as dls.train.")
         pred = model(*xb)
-        values = dict(pred=lambda: prediction(pred).float(), targ=lambda: yb[0] if len(yb)==1 else yb, loss=lambda: item_losses(pred, *yb),
+        def losses():
+            nonlocal checked
+            values = item_losses(pred, *yb)
+            if not checked: item_losses.check(values, pred, *yb)
+            checked = True
+            return values
+        values = dict(pred=lambda: prediction(pred).float(), targ=lambda: yb[0] if len(yb)==1 else yb, loss=losses,
                       il=lambda: il[idxs].to(prediction(pred).device))
         return score(**{o: values[o]() for o in inputs})
     return map_rows(learn, dl, of_batch, rows, step, augment)

@@ -1,8 +1,10 @@
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: the tests run side by side, one on each core
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: tests run side by side, one per core
 
 import numpy as np
 import pytest
@@ -18,6 +20,19 @@ def pytest_collection_modifyitems(items):
     import torch
     if not torch.cuda.is_available():
         for item in cuda: item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+@pytest.fixture(scope='session')
+def copy_repository():
+    "A function that copies what git tracks or would track, as it is now, to a folder; some folders may be left out"
+    listed = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True,
+                            text=True, capture_output=True).stdout.splitlines()
+    def copy(target, skip=()):
+        for name in listed:
+            if not (ROOT/name).is_file() or name.startswith(skip): continue
+            (target/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT/name, target/name)
+        return target
+    return copy
 
 @pytest.fixture(scope='session')
 def root():

@@ -57,11 +57,11 @@ def main(out):
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     before, after = Watch(-6), Watch(-4)
-    learn.rho_loss(il, frac=FRAC, score=score)
+    learn.rho_loss(il, frac=FRAC, score=score, epoch='candidates')
     with learn.distrib_ctx(sync_bn=False), learn.no_logging(): learn.fit(2, cbs=[before, after])
     rank = dist.get_rank()
 
-    crossfitted = Learner(dls, nn.Sequential(nn.Linear(5, 3)), loss_func=CrossEntropyLossFlat()).rho_loss(frac=FRAC, il_epochs=1, il_folds=3)
+    crossfitted = Learner(dls, nn.Sequential(nn.Linear(5, 3)), loss_func=CrossEntropyLossFlat()).rho_loss(frac=FRAC, epoch='candidates', il_epochs=1, il_folds=3)
     if hasattr(crossfitted, 'progress'): crossfitted.remove_cb(crossfitted.progress)
     with crossfitted.distrib_ctx(sync_bn=False), crossfitted.no_logging(): crossfitted.fit(1)
 

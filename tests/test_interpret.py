@@ -88,7 +88,7 @@ def fitted(kind, tmp_path, **kwargs):
     set_seed(0)
     learn = learners[kind](tmp_path)
     il = IrreducibleLosses.of(torch.rand(dataset_size(learn.dls.train), generator=torch.Generator().manual_seed(1)), learn.dls.train)
-    learn.rho_loss(il, frac=0.25, **kwargs)
+    learn.rho_loss(il, frac=0.25, epoch='candidates', **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(3)
     return learn
 
@@ -204,7 +204,7 @@ def test_other_selectors(tmp_path):
 
 
 def test_what_is_missing(tmp_path):
-    learn = plain(tmp_path).rho_loss(torch.zeros(N), frac=0.25)
+    learn = plain(tmp_path).rho_loss(torch.zeros(N), frac=0.25, epoch='candidates')
     with pytest.raises(ValueError, match='fit with selection first'): learn.selection.top()
     learn = fitted('plain', tmp_path)
     record = learn.selection
@@ -225,7 +225,7 @@ def test_what_is_missing(tmp_path):
 
 @pytest.mark.cuda
 def test_on_cuda(tmp_path):
-    learn = images(tmp_path).rho_loss(torch.rand(N), frac=0.25)
+    learn = images(tmp_path).rho_loss(torch.rand(N), frac=0.25, epoch='candidates')
     learn.dls.to(torch.device('cuda'))
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     suspects = learn.selection.suspects(10)

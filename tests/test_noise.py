@@ -207,7 +207,7 @@ def test_fastai_goes_on_as_before():
     assert [dls.train_ds.decode((x, y))[1] for x, y in dls.train_ds] == [NAMES[i] for i in row_targets(dls.train)]
     learn = Learner(dls, nn.Linear(4, 3))
     il = IrreducibleLosses.of(torch.zeros(N), dls.train)
-    learn.rho_loss(il, frac=0.5)
+    learn.rho_loss(il, frac=0.5, epoch='candidates')
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     assert learn.selection.seen.sum() > learn.selection.selected.sum() > 0
     with pytest.raises(ValueError, match='relabelled'): Learner(block(), nn.Linear(4, 3)).rho_loss(il)

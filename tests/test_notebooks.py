@@ -10,7 +10,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
 CONFIG = get_config(Path(__file__).parent)
-NOTEBOOKS = {path.relative_to(CONFIG.nbs_path).as_posix(): path for path in nbglob(CONFIG.nbs_path, as_path=True).sorted()}
+NBS = CONFIG.nbs_path
+NOTEBOOKS = {path.relative_to(NBS).as_posix(): path for path in nbglob(NBS, as_path=True).sorted()}
 RUNNER = '''
 import sys
 from nbdev.test import test_nb
@@ -19,11 +20,13 @@ passed, _ = test_nb(name, skip_flags.split(), force_flags.split(), basepath=base
 sys.exit(not passed)
 '''
 
-def has_flag(path, flag): return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
+def has_flag(path, flag):
+    return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
 
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
 def test_notebook(name, flags):
-    result = subprocess.run([sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags],
-                            env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags]
+    result = subprocess.run(command, env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True,
+                            text=True, timeout=900)
     assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'

@@ -89,7 +89,7 @@ class Spy(Callback):
     order = OnePassTuner.order - 1
     def before_fit(self):
         self.slopes, own = [], tuner(self.learn)
-        own._clipped = lambda leaf, slope: self.slopes.append(slope) or slope
+        own.hypers.clipped = lambda leaf, slope: self.slopes.append(slope) or slope
 
     def before_step(self):
         if not tuner(self.learn)._fit.due or self.slopes: return
@@ -101,7 +101,7 @@ class Spy(Callback):
 def spied(learn, hessian_share=1, **kwargs):
     spy = Spy()
     fit(learn.one_pass(hessian_share=hessian_share, **kwargs), cbs=spy)
-    spy.slopes = spy.slopes[:len(tuner(learn)._leaves)]
+    spy.slopes = spy.slopes[:len(tuner(learn).hypers.leaves)]
     return spy
 
 
@@ -438,7 +438,7 @@ def test_valid_pct(kind):
 
 def tuner_batches(learn):
     if tuner(learn)._fit is None: tuner(learn).before_fit()
-    return tuner(learn)._fit.batches
+    return tuner(learn)._fit.valid.batches
 
 
 # Models whose kernels or states need care
@@ -535,7 +535,7 @@ def test_two_fits_are_one(name, per, tmp_path):
     fit(resumed, 10)
     for learn in (halves, resumed):
         assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 10
-        assert torch.allclose(flat(tuner(whole)._leaves).detach(), flat(tuner(learn)._leaves).detach(), rtol=1e-6)
+        assert torch.allclose(flat(tuner(whole).hypers.leaves).detach(), flat(tuner(learn).hypers.leaves).detach(), rtol=1e-6)
     with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(learner(name).one_pass()).load_state_dict(state)
 
 
@@ -543,7 +543,7 @@ def test_an_explicit_rate_begins_anew():
     learn = fit(learner(lr=1e-3).one_pass(every=2), 4)
     fit(learn, 1, lr=0.02)
     assert learn.recorder.lrs[0] == pytest.approx(0.02) and tuner(learn).history.lr.iloc[6] == pytest.approx(0.02, rel=0.15)
-    assert next(iter(tuner(learn).adam.state.values()))['step'] == 1
+    assert next(iter(tuner(learn).hypers.adam.state.values()))['step'] == 1
 
 
 def test_export(tmp_path):
@@ -596,7 +596,7 @@ def test_rates_of_single_weights_in_force(name):
         order = OnePassTuner.order - 1
         steps = 0
         def before_step(self):
-            rates = [10**t.detach() for t in tuner(self.learn)._leaves]
+            rates = [10**t.detach() for t in tuner(self.learn).hypers.leaves]
             update = Update(self.opt)
             self.expected = [update(p, p.grad.clone(), {**self.opt.hypers[0], 'lr': rate}).detach() for p, rate in zip(self.model.parameters(), rates)]
             self.spread = max((rate.max() - rate.min()).item() for rate in rates)
@@ -736,7 +736,7 @@ def test_each_roll_back_is_a_tenth_again():
     back = history[history.rolled_back]
     assert back.step.tolist() == [5, 6, 7]
     assert (back.lr/history.lr.iloc[back.index[0] - 1]).tolist() == pytest.approx([0.1, 0.01, 0.001])
-    assert next(iter(tuner(learn).adam.state.values()))['step'] == len(history) - back.index[-1] - 1
+    assert next(iter(tuner(learn).hypers.adam.state.values()))['step'] == len(history) - back.index[-1] - 1
 
 
 def test_hypergradients_that_are_not_finite():
@@ -771,12 +771,12 @@ def test_a_large_hypergradient_is_clipped():
     "One outlier among a hundred: unclipped it would rule Adam's step size for long"
     learn = fit(learner().one_pass(every=1))
     own = tuner(learn)
-    leaf = own._leaves[0]
-    rms = (own.adam.state[leaf]['exp_avg_sq']/(1 - 0.999**own.adam.state[leaf]['step'])).sqrt()
-    assert own._clipped(leaf, torch.tensor(1e9, dtype=torch.float64)) == pytest.approx(10*rms.item())
-    assert own._clipped(leaf, -rms) == -rms
-    own.hyper_clip = None
-    assert own._clipped(leaf, torch.tensor(1e9)) == 1e9
+    leaf = own.hypers.leaves[0]
+    rms = (own.hypers.adam.state[leaf]['exp_avg_sq']/(1 - 0.999**own.hypers.adam.state[leaf]['step'])).sqrt()
+    assert own.hypers.clipped(leaf, torch.tensor(1e9, dtype=torch.float64)) == pytest.approx(10*rms.item())
+    assert own.hypers.clipped(leaf, -rms) == -rms
+    own.hypers.clip = None
+    assert own.hypers.clipped(leaf, torch.tensor(1e9)) == 1e9
 
 
 # Must show 6
@@ -839,7 +839,7 @@ def test_what_the_fit_finds_out():
     learn = learner(dls=DataLoaders(loaders().train, loader(*(o[:0] for o in data()[1]), 20)))
     with pytest.raises(ValueError, match='The validation set is empty'): learn.one_pass()
     fit(learn.one_pass(valid_pct=0.2, every=1), 1, cbs=NoValidation())
-    learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5).one_pass(valid_pct=0.2)
+    learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5, epoch='candidates').one_pass(valid_pct=0.2)
     with pytest.raises(ValueError, match='a selector'): fit(learn)
 
 
@@ -852,7 +852,7 @@ def test_steps_that_another_callback_cancels():
         order = OnePassTuner.order - 1
         def before_train(self): raise CancelTrainException
     learn = fit(learner().one_pass(every=1), cbs=Skip())
-    assert learn.lr == pytest.approx(0.05) and tuner(learn)._values()['lr'] == pytest.approx([0.05]) and not tuner(learn).lines
+    assert learn.lr == pytest.approx(0.05) and tuner(learn).hypers.values()['lr'] == pytest.approx([0.05]) and not tuner(learn).lines
     fit(learner().one_pass(every=1), cbs=NoTraining())
 
 
@@ -866,7 +866,7 @@ def test_what_other_callbacks_do_to_a_batch():
 
 def test_single_rates_become_one():
     learn = fit(learner().one_pass('lr', per='parameter', every=1, hyper_lr=0.2), 3)
-    rates = torch.cat([10**t.detach().flatten() for t in tuner(learn)._leaves])
+    rates = torch.cat([10**t.detach().flatten() for t in tuner(learn).hypers.leaves])
     assert learn.no_one_pass().lr == pytest.approx(rates.median().item()) == learn.opt.hypers[0]['lr'] and rates.max() > 1.5*learn.lr
 
 

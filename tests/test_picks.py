@@ -24,7 +24,8 @@ each_sized = pytest.mark.parametrize('name', SIZED)
 def picked(pick, scores, pct_train=0., size=None, targ=None):
     "The selection, with the classes where the pick asks for them"
     if targ is None: targ = torch.arange(len(scores)) % 3
-    return pick(scores, pct_train, size, **({'targ': targ} if 'targ' in pick.needs else {}))
+    figures = dict(targ=targ, gram=torch.diag(torch.nan_to_num(scores.float(), nan=math.nan).abs()))
+    return pick(scores, pct_train, size, **{name: figures[name] for name in pick.needs})
 
 def check(selection, n, size, weighted=False):
     idxs, weights = selection

@@ -119,7 +119,7 @@ def test_rows_keep_their_numbers_and_nothing_else_is_read():
     for i,(x,y) in enumerate(loader):
         assert torch.equal(loader.rows(i), rows_of(x)) and torch.equal(y, dls.train.dataset.targets[rows_of(x)])
     assert sorted(dls.train.dataset.read) == rows.tolist() # each once
-    learn = fit(learner(pruned).rho_loss(il, frac=0.5), 2)
+    learn = fit(learner(pruned).rho_loss(il, frac=0.5, epoch='candidates'), 2)
     assert set(learn.selection.seen.nonzero().flatten().tolist()) <= set(rows.tolist())
     twice = prune(pruned, scores, 0.5)
     assert twice.train.dataset.row_numbers.tolist() == sorted(sorted(rows.tolist(), key=lambda o: -scores[o])[:25])

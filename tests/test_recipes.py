@@ -15,7 +15,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 
-from rholoss_fastai.all import IrreducibleLosses, restrict_rows, scoring_loader, track_rows
+from rholoss_fastai.all import Comparison, IrreducibleLosses, restrict_rows, scoring_loader, track_rows
 
 RECIPES = Path(__file__).parent.parent/'recipes'
 COLUMNS = 'step,epoch,accuracy,seconds,items_scored,items_trained'
@@ -50,21 +50,23 @@ def check(out, steps, method):
     return [dict(zip(header.split(','), map(float, row.split(',')))) for row in rows], summary
 
 
+def compared(folder, *methods, seeds=1):
+    "The comparison that a recipe left, with these methods beside plain training"
+    table = Comparison.load(folder/'comparison.json').table
+    assert list(table.index) == ['plain', *methods] and (table.seeds == seeds).all() and (folder/'comparison.png').stat().st_size > 5000
+    return table
+
+
 def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
-    for method in ('uniform', 'random', 'rho_loss', 'uniform_all', 'cross_fit'):
-        out = tmp_path/'runs'/f'{method}-0'
-        il_file = tmp_path/f'{method}.safetensors'
-        run('cifar10_rho_loss', path=folder, method=method, steps=12, eval_every=5, bs=8, frac=0.25, il_epochs=2, il_file=il_file, out=out,
-            il_one_cycle=method == 'cross_fit')
-        rows, summary = check(out, 12, method)
-        assert [r['step'] for r in rows] == [5, 10, 12] and rows[-1]['items_trained'] == 12*8
-        assert rows[-1]['items_scored'] == (12*32 if method in ('rho_loss', 'cross_fit') else 0)
-        assert bool(summary['il']) == (method in ('rho_loss', 'cross_fit')) == il_file.exists()
-        if summary['il']: assert summary['il']['n_folds'] == (2 if method == 'cross_fit' else 1)
-    run('compare_runs', folder=tmp_path/'runs')
-    table = capsys.readouterr().out
-    assert "steps to uniform's best" in table and 'rho_loss' in table
-    assert json.loads((tmp_path/'runs'/'comparison.json').read_text())['table'][0]['method'] == 'uniform'
+    for name,options in (('holdout', {}), ('cross_fit', dict(cross_fit=True, il_one_cycle=True))):
+        run('cifar10_rho_loss', path=folder, steps=12, eval_every=4, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
+        table = compared(tmp_path/name, 'random', 'rho_loss')
+        assert (table.steps == 12).all() and (table.trained == 12*8).all() and table.scored.tolist() == [0, 0, 12*32] and (table.wrong_labels > 0).all()
+        il = IrreducibleLosses.load(tmp_path/name/'il.safetensors')
+        assert (len(il), il.info['n_folds']) == ((160, 2) if options else (80, 1))
+    capsys.readouterr()
+    run('compare_runs', folder=tmp_path/'holdout')
+    assert 'rho_loss' in capsys.readouterr().out
 
 
 def test_other_folders(tmp_path):
@@ -75,10 +77,10 @@ def test_other_folders(tmp_path):
             folder = tmp_path/split/f'super{label % 2}'/f'class{label}'
             folder.mkdir(parents=True)
             for i in range(n): Image.fromarray((rng.integers(0, 60, (20, 24, 3)) + 30*label).astype(np.uint8)).save(folder/f'{i}.jpg')
-    run('cifar10_rho_loss', path=tmp_path, method='rho_loss', steps=4, eval_every=2, bs=8, frac=0.25, il_epochs=1, size=16, test_folder='clean',
-        holdout_folder='valid', il_file=tmp_path/'il', out=tmp_path/'out')
-    check(tmp_path/'out', 4, 'rho_loss')
-    assert len(IrreducibleLosses.load(tmp_path/'il')) == 6*8 # all of train, none of valid
+    run('cifar10_rho_loss', path=tmp_path, methods='rho_loss', steps=6, eval_every=2, bs=8, frac=0.25, il_epochs=1, size=16, test_folder='clean',
+        holdout_folder='valid', folder=tmp_path/'out')
+    compared(tmp_path/'out', 'rho_loss')
+    assert len(IrreducibleLosses.load(tmp_path/'out'/'il.safetensors')) == 6*8 # all of train, none of valid
 
 
 def test_loaders_in_memory_go_through_the_rows_asked_for():
@@ -106,19 +108,11 @@ def sentences(folder, rng):
 def test_text(tmp_path, capsys, model):
     if model == 'hf': pytest.importorskip('transformers')
     sentences(tmp_path, np.random.default_rng(0))
-    for method, data in (('uniform', 'cola'), ('random', 'sst2'), ('rho_loss', 'cola')):
-        out = tmp_path/'runs'/method
-        run('text_rho_loss', path=tmp_path, data=data, model=model, method=method, noise=0.1, steps=8, eval_every=4, bs=8, frac=0.25, il_epochs=1,
-            il_file=tmp_path/'il', out=out)
-        rows, summary = check(out, 8, method)
-        assert [r['step'] for r in rows] == [4, 8] and rows[-1]['items_trained'] == 8*8
-        assert rows[-1]['items_scored'] == (8*32 if method == 'rho_loss' else 0) and bool(summary['il']) == (method == 'rho_loss')
-        assert len(summary['matthews_history']) == 2 and -1 <= summary['matthews'] == max(summary['matthews_history']) <= 1
-    assert len(IrreducibleLosses.load(tmp_path/'il')) == 96
-    run('text_rho_loss', path=tmp_path, model=model, noise=0.1, steps=2, eval_every=2, bs=8, frac=0.25, il_file=tmp_path/'il', out=out) # loaded
-    assert 'cross-fitting' in (printed := capsys.readouterr().out) and printed.count('cross-fitting') == 1
-    run('compare_runs', folder=tmp_path/'runs')
-    assert 'matthews' in json.loads((tmp_path/'runs'/'comparison.json').read_text())['table'][0]
+    for data,metric,method in (('cola', 'matthews_corrcoef', 'rho_loss:frac=0.5'), ('sst2', 'accuracy', 'batch_loss_filter')):
+        run('text_rho_loss', path=tmp_path, data=data, model=model, methods=f'random {method}', metric=metric, noise=0.1, epochs=3, bs=8, folder=tmp_path/data)
+        table = compared(tmp_path/data, 'random', method)
+        assert metric in table and table.cost.tolist() == pytest.approx([3]*3, abs=0.3) and (table.wrong_labels > 0).all()
+        assert (table.cost_il > 0).tolist() == [False, False, data == 'cola']
 
 
 def test_text_says_what_is_wrong(tmp_path):
@@ -138,72 +132,55 @@ def test_real_sentences(shared_data):
 def test_command_line(folder, tmp_path):
     "Options with underscores, as in Python, and a clear end for bad ones"
     out = tmp_path/'out'
-    done = command('cifar10_rho_loss.py', '--path', folder, '--method', 'uniform', '--steps', 4, '--eval_every', 2, '--bs', 8, '--out', out)
+    done = command('cifar10_rho_loss.py', '--path', folder, '--methods', 'random', '--steps', 10, '--eval_every', 5, '--bs', 8, '--folder', out)
     assert done.returncode == 0, done.stderr
-    check(out, 4, 'uniform')
-    with pytest.raises(SystemExit, match='--method must be one of'): run('cifar10_rho_loss', path=folder, method='best')
+    compared(out, 'random')
+    with pytest.raises(SystemExit, match='--methods must be of'): run('cifar10_rho_loss', path=folder, methods='best')
     with pytest.raises(FileNotFoundError, match='No images'): run('cifar10_rho_loss', path=tmp_path)
 
 
-@pytest.mark.parametrize('method', ['uniform', 'batch_loss_filter', 'selective_backprop', 'composer'])
-def test_batch_selection(folder, tmp_path, method):
-    run('batch_selection', path=folder, method=method, epochs=2, bs=16, out=tmp_path/method)
-    rows, summary = check(tmp_path/method, 20, method)
-    assert len(rows) == 2 and len(summary['valid_losses']) == 2
-    if method != 'uniform': assert summary['ledger']['selected'][0] == 1 > summary['ledger']['selected'][1]
+def test_batch_selection(folder, tmp_path):
+    run('batch_selection', path=folder, methods='batch_loss_filter selective_backprop:beta=1,queue=true composer', epochs=2, bs=16, seeds=2, folder=tmp_path)
+    table = compared(tmp_path, 'batch_loss_filter', 'selective_backprop:beta=1,queue=true', 'composer', seeds=2)
+    assert table.cost.tolist() == pytest.approx([2]*4, abs=0.15)
+    with pytest.raises(SystemExit, match='names no method'): run('batch_selection', path=folder, methods='best:beta=1', folder=tmp_path)
+    with pytest.raises(SystemExit, match='Did you mean'): run('batch_selection', path=folder, methods='batch_los_filter', folder=tmp_path)
 
 
-def test_prune(folder, tmp_path, capsys):
-    few = dict(path=folder, epochs=2, score_runs=2, score_epochs=1, forgetting_epochs=2, il_epochs=1, bs=16, evaluations=1, keep='0.6,0.5,0.4', per_class=True)
-    run('prune', **few, methods='all,el2n,forgetting,stratified,random,infobatch', out=tmp_path/'static')
-    for method in ('all-1-0', 'el2n-0.5-0', 'random-0.4-0', 'infobatch-1-0'):
-        check(tmp_path/'static'/method, 20 if method == 'all-1-0' else None, method.split('-')[0])
-    result = json.loads((tmp_path/'static'/'comparison.json').read_text())
-    assert len(result['table']) == 2 + 4*3 and result['scores']['el2n']['n_runs'] == 2 and (tmp_path/'static'/'comparison.png').exists()
-    assert all(0.7 < row['share_items_trained'] <= 1 for row in result['table'])
-    (tmp_path/'static'/'el2n-0.5-0'/'summary.json').unlink() # as if it had been killed
-    before = (tmp_path/'static'/'random-0.4-0'/'summary.json').stat().st_mtime_ns
-    capsys.readouterr()
-    run('prune', **few, methods='all,el2n,forgetting,stratified,random,infobatch', out=tmp_path/'static')
-    assert capsys.readouterr().out.count('accuracy 0') == 1 and (tmp_path/'static'/'random-0.4-0'/'summary.json').stat().st_mtime_ns == before
-    assert json.loads((tmp_path/'static'/'comparison.json').read_text())['table'][2]['accuracy'] == result['table'][2]['accuracy'] # the same again
-    with pytest.raises(SystemExit, match='other settings'): run('prune', **dict(few, epochs=3), methods='all', out=tmp_path/'static')
-    run('prune', **dict(few, keep='0.5'), methods='all,el2n,el2n_il,reducible,reducible_epochs', noise=0.2, equal='epochs', out=tmp_path/'noise')
-    result = json.loads((tmp_path/'noise'/'comparison.json').read_text())
-    assert all(0 <= row['noisy_trained'] < 0.5 for row in result['table']) and result['curves']['reducible']['found'][-1] == 1
-    assert [row['share_items_trained'] for row in result['table'][1:4]] == [0.5]*3
+def test_prune(folder, tmp_path):
+    few = dict(path=folder, epochs=2, score_runs=2, score_epochs=1, forgetting_epochs=2, il_epochs=1, bs=16, evaluations=1, keep='0.6,0.4', per_class=True)
+    methods = ('el2n', 'forgetting', 'stratified', 'random')
+    run('prune', **few, methods=','.join([*methods, 'infobatch']), folder=tmp_path/'static')
+    table = compared(tmp_path/'static', *[f'{m} {k}' for m in methods for k in (0.6, 0.4)], 'infobatch')
+    assert (table.steps == 20).all()
+    run_ = tmp_path/'static'/'infobatch-seed0.json'
+    before = run_.stat().st_mtime_ns
+    run('prune', **few, methods=','.join([*methods, 'infobatch']), folder=tmp_path/'static')
+    assert run_.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match='other settings'): run('prune', **dict(few, epochs=3), methods='random', folder=tmp_path/'static')
+    run('prune', **dict(few, keep='0.5'), methods='el2n,el2n_il,reducible', noise=0.2, budget='cost', folder=tmp_path/'noise')
+    assert compared(tmp_path/'noise', 'el2n 0.5', 'el2n_il 0.5', 'reducible 0.5').wrong_labels.between(0, 0.5).all()
+    assert json.loads((tmp_path/'noise'/'noise.json').read_text())['reducible']['found'][-1] == 1
     with pytest.raises(SystemExit, match='--methods must be of'): run('prune', path=folder, methods='grand')
 
 
 def test_quickstart(tmp_path, capsys):
-    run('quickstart', seeds=1, steps=60, out=tmp_path)
-    table = capsys.readouterr().out
-    assert 'RHO-LOSS' in table and 'IL seconds' in table and (tmp_path/'quickstart.png').exists()
+    run('quickstart', seeds=1, epochs=2, out=tmp_path)
+    compared(tmp_path, 'random', 'rho_loss:frac=0.5', 'rho_epochs')
+    assert 'with one seed: no interval' in capsys.readouterr().out
 
 
 def test_on_real_cifar10(shared_data, tmp_path):
     with tarfile.open(shared_data/'cifar10_jpeg.tar.xz') as archive: archive.extractall(tmp_path, filter='data')
-    run('cifar10_rho_loss', path=tmp_path/'cifar10', method='random', steps=10, eval_every=10, out=tmp_path/'out')
-    rows, summary = check(tmp_path/'out', 10, 'random')
-    assert abs(summary['noisy_candidates'] - 0.18) < 0.01 # a tenth of the redrawn labels stay the same
+    run('cifar10_rho_loss', path=tmp_path/'cifar10', methods='random', steps=800, eval_every=800, folder=tmp_path/'out')
+    assert abs(compared(tmp_path/'out', 'random').wrong_labels.plain - 0.18) < 0.01 # a tenth of the redrawn labels stay the same
 
 
-def test_compare_selectors_and_resume(folder, tmp_path, capsys):
-    settings = dict(path=folder, folder=tmp_path, bs=8, steps=4, mc_steps=2, eval_every=2, test_rows=20, il_epochs=1)
-    run('compare_selectors', **settings, selectors='rho_loss,bald')
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['bald-0', 'rho_loss-0', 'uniform-0']
-    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/history.csv')}
+def test_compare_selectors(folder, tmp_path):
+    settings = dict(path=folder, folder=tmp_path, bs=8, epochs=1, evaluations=2, test_rows=20, il_epochs=1)
     run('compare_selectors', **settings)
-    assert {p: p.stat().st_mtime_ns for p in written} == written, 'a run that was there was run again'
-    result = json.loads((tmp_path/'comparison.json').read_text())
-    names = importlib.import_module('compare_selectors').SELECTORS
-    assert [row[0] for row in result['table']] == ['uniform', *names]
-    assert dict(row[:2] for row in result['table'])['bald'] == 2
-    scored = {name: runs[0][-1][4] for name, runs in result['histories'].items()}
-    assert scored['then_uniform'] == 32 and scored['rho_loss'] == scored['loss'] == 4*32 # a quarter of the steps, not of the epochs
-    assert len(json.loads((tmp_path/'proxy-0'/'summary.json').read_text())['spearman']) == 2 # epochs
-    assert (tmp_path/'comparison.png').stat().st_size > 5000
-    assert 'wrong labels among selected' in capsys.readouterr().out
+    table = compared(tmp_path, *importlib.import_module('compare_selectors').SELECTORS)
+    assert (table.steps == 10).all() and table.scored.then_uniform == 3*32 and table.scored.rho_loss == table.scored.loss == 10*32 # a quarter of the steps
     with pytest.raises(SystemExit, match='got nonsense'): run('compare_selectors', **settings, selectors='nonsense')
 
 

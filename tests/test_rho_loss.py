@@ -87,7 +87,7 @@ class Algorithm1(Callback):
 @pytest.mark.parametrize('drop_last', [True, False])
 def test_choice_equals_an_independent_one(num_workers, drop_last):
     n = 230
-    learn = learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC)
+    learn = learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC, epoch='candidates')
     expected, selected = Algorithm1(il_values(n)), Batches()
     fit(learn, 3, cbs=[expected, selected])
     assert len(selected.rows) == 3*(n//32 + (not drop_last))
@@ -105,7 +105,7 @@ COMPANIONS = dict(
 @pytest.mark.parametrize('name', COMPANIONS)
 def test_beside_other_callbacks(name, tmp_path):
     "From the first batch, twice in a row, after an interrupted fit, and each in the order of selection before mixing"
-    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC)
+    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     epoch_steps = N // (BS*4)
     for _ in range(2):
         selected = Batches()
@@ -133,7 +133,7 @@ def test_mixup_mixes_what_was_selected():
         def before_fit(self): self.sizes = []
         def before_batch(self):
             if self.training: self.sizes.append((len(self.x), len(self.learn.mix_up.lam)))
-    learn, mixed = learner().rho_loss(il_values(), frac=FRAC), Mixed()
+    learn, mixed = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), Mixed()
     fit(learn, 1, cbs=[MixUp(), mixed])
     assert mixed.sizes == [(BS, BS)]*7
 
@@ -149,7 +149,7 @@ def test_gradients_are_of_the_selected_items_alone():
     learn = learner()
     learn.model = no_dropout()
     start = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    learn.rho_loss(il_values(), frac=FRAC)
+    learn.rho_loss(il_values(), frac=FRAC, epoch='candidates')
     first = FirstGradient()
     fit(learn, 1, cbs=first)
     net = no_dropout()
@@ -159,7 +159,7 @@ def test_gradients_are_of_the_selected_items_alone():
 
 
 def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
-    learn = learner(tmp_path).rho_loss(frac=FRAC)
+    learn = learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
     selected = Batches()
     with learn.no_logging(), learn.no_mbar(): learn.add_cb(selected).lr_find(num_it=12, show_plot=False)
     assert {len(o) for o in selected.rows} == {BS}
@@ -172,7 +172,7 @@ def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
 
 def test_only_a_fit_cross_fits_or_checks_the_data(tmp_path):
     "`summary`, `tta` and `with learn:` fire before_fit too"
-    learn = learner(tmp_path).rho_loss(frac=FRAC)
+    learn = learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
     learn.freeze()
     with learn.no_mbar():
         learn.summary()
@@ -186,10 +186,10 @@ def test_nothing_stays_behind_after_an_interrupted_fit(undo):
     if undo == 'temporary':
         with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[RhoLossCallback(il_values(), frac=FRAC), Interrupt()])
     else:
-        learn.rho_loss(il_values(), frac=FRAC)
+        learn.rho_loss(il_values(), frac=FRAC, epoch='candidates')
         with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[MixUp(), Interrupt()])
         assert learn.selection.ledger.trained.tolist() == [3*BS] # what was cut short was paid for
-        learn.no_selection() if undo == 'no_selection' else learn.rho_loss(frac=0.5)
+        learn.no_selection() if undo == 'no_selection' else learn.rho_loss(frac=0.5, epoch='candidates')
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
     fit(learn, 1, cbs=MixUp())
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
@@ -199,19 +199,19 @@ def test_data_changed_in_the_midst_of_a_fit_is_noticed():
     class Change(Callback):
         def before_epoch(self):
             if self.epoch == 1: self.learn.dls = learner(n=100).dls
-    with pytest.raises(ValueError, match='100'): fit(learner().rho_loss(il_values(), frac=FRAC), 2, cbs=Change())
+    with pytest.raises(ValueError, match='100'): fit(learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 2, cbs=Change())
 
 
 def test_no_last_batch_of_one_item():
     "108 rows in candidate batches of 107 would leave one, which batch norm can't take"
     learn = learner(drop_last=False, n=108)
     learn.dls.train.bs = 32
-    fit(learn.rho_loss(il_values(108), frac=0.3), 1)
+    fit(learn.rho_loss(il_values(108), frac=0.3, epoch='candidates'), 1)
     assert learn.selection.ledger.loaded.tolist() == [108]
 
 
 def test_deepcopy_keeps_irreducible_losses():
-    learn = fit(learner().rho_loss(il_values(), frac=FRAC), 1)
+    learn = fit(learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     copied = deepcopy(learn)
     copied.logger = learn.logger
     fit(copied, 1)
@@ -223,21 +223,21 @@ def test_loaders_that_cannot_be_enlarged():
     sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), BS, True)
     learn = learner()
     learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler), torch.utils.data.DataLoader(Rows(48), batch_size=48))
-    with pytest.raises(ValueError, match='enlarge=False'): fit(learn.rho_loss(il_values(), frac=FRAC), 1)
+    with pytest.raises(ValueError, match='enlarge=False'): fit(learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     learn.no_selection()
     fit(learn.rho_loss(il_values(), frac=FRAC, enlarge=False), 1)
     assert learn.selection.ledger.trained.tolist() == [2*N//BS]
 
 
 def test_an_interrupted_lr_find_leaves_selection_on(tmp_path):
-    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC)
+    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     with pytest.raises(KeyboardInterrupt), learn.added_cbs(Interrupt()), learn.no_logging(), learn.no_mbar(): learn.lr_find(show_plot=False)
     fit(learn, 1)
     assert learn.selection.ledger.selected.tolist() == [FRAC]
 
 
 def test_validate_and_get_preds_never_select():
-    plain, learn = learner(), learner().rho_loss(il_values(), frac=FRAC)
+    plain, learn = learner(), learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     learn.model.load_state_dict(plain.model.state_dict())
     for o in (plain, learn): o.create_opt()
     with plain.no_mbar(), learn.no_mbar():
@@ -257,19 +257,19 @@ def test_validate_and_get_preds_never_select():
 
 
 def test_fine_tune_warms_up_once():
-    learn = learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1)
+    learn = learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1, epoch='candidates')
     fit(learn, 2, method='fine_tune')
     assert learn.selection.ledger.selected.tolist() == [1, FRAC, FRAC]
 
 
 def test_start_epoch():
-    learn = learner().rho_loss(il_values(), frac=FRAC, warmup_epochs=2)
+    learn = learner().rho_loss(il_values(), frac=FRAC, warmup_epochs=2, epoch='candidates')
     fit(learn, 4, start_epoch=2) # a run that goes on in a new process: its two warm-up epochs are over
     assert learn.selection.ledger.selected.tolist() == [FRAC]*2
 
 
 def test_export_and_load(tmp_path):
-    learn = fit(learner(tmp_path).rho_loss(il_values(), frac=FRAC), 1)
+    learn = fit(learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     learn.export('a.pkl')
     assert learn.selector.il is not None # the Learner itself keeps them
     fit(learn, 1)
@@ -283,13 +283,13 @@ def test_export_and_load(tmp_path):
     with learn.no_mbar(), loaded.no_mbar(): assert torch.equal(loaded.get_preds(dl=dl)[0], learn.get_preds(dl=dl)[0])
     loaded.dls = learn.dls
     with pytest.raises(ValueError, match='not exported'): fit(loaded, 1)
-    fit(loaded.rho_loss(il_values(), frac=FRAC), 1)
+    fit(loaded.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
 
 def test_bf16_scores_choose_nearly_the_same():
     chosen = []
     for precision in (None, torch.float32, torch.bfloat16):
-        learn, selected = learner().rho_loss(il_values(), frac=FRAC, precision=precision), Batches()
+        learn, selected = learner().rho_loss(il_values(), frac=FRAC, precision=precision, epoch='candidates'), Batches()
         fit(learn, 1, cbs=selected)
         chosen.append(selected.rows[0])
     assert torch.equal(chosen[0], chosen[1])
@@ -298,7 +298,7 @@ def test_bf16_scores_choose_nearly_the_same():
 
 def test_an_outer_autocast_keeps_its_gradients():
     "Weights cast under no_grad must not be reused by the training forward"
-    learn = learner().rho_loss(il_values(), frac=FRAC)
+    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     before = [p.clone() for p in learn.model.parameters()]
     with torch.autocast('cpu', dtype=torch.bfloat16): fit(learn, 1)
     assert all((a != b).any() for a, b in zip(before, learn.model.parameters()))
@@ -326,7 +326,7 @@ def test_no_trace_when_scoring_raises(mode, fails):
         return [*[b.clone() for b in learn.model.buffers()], torch.get_rng_state(), torch.tensor([m.training for m in learn.model.modules()])]
     learn, state = learner(), State()
     learn.model, learn.loss_func = Fragile(), loss_func
-    learn.rho_loss(il_values(), frac=FRAC, mode=mode, score=score)
+    learn.rho_loss(il_values(), frac=FRAC, mode=mode, score=score, epoch='candidates')
     learn.add_cb(state)
     with pytest.raises((RuntimeError, ValueError), match='broken'): fit(learn, 1)
     for got, expected in zip(trace(learn), state.before): assert torch.equal(got, expected)
@@ -339,7 +339,7 @@ def test_frac_1_is_plain_fastai():
         fit(learn, 2)
         return [*learn.model.state_dict().values(), torch.get_rng_state()]
     plain = weights(lambda learn: learn)
-    for select in (lambda learn: learn.rho_loss(il_values(), frac=1), lambda learn: learn.rho_loss(pick=Uniform(1.)),
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=1, epoch='candidates'), lambda learn: learn.rho_loss(pick=Uniform(1.), epoch='candidates'),
                    lambda learn: learn.rho_loss(il_values(), frac=1, enlarge=False)):
         for got, expected in zip(weights(select), plain): assert torch.equal(got, expected)
 
@@ -349,7 +349,7 @@ def test_cross_fitting_restores_the_random_state_and_leaves_the_learner_alone():
         order = 55
         def before_train(self): self.seen = [*[v.clone() for v in self.model.state_dict().values()], torch.get_rng_state()]
     firsts = []
-    for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC), lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1)):
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1, epoch='candidates')):
         first = First()
         fit(select(learner()), 1, cbs=first)
         firsts.append(first.seen)
@@ -357,12 +357,12 @@ def test_cross_fitting_restores_the_random_state_and_leaves_the_learner_alone():
 
 
 def test_irreducible_losses_cost_is_booked_once(tmp_path):
-    first = fit(learner().rho_loss(frac=FRAC, il_epochs=1), 2)
+    first = fit(learner().rho_loss(frac=FRAC, il_epochs=1, epoch='candidates'), 2)
     il = first.selector.il
     assert first.selection.ledger.seconds_il.tolist() == [il.info['seconds'], 0]
-    second = fit(learner(seed=1).rho_loss(il, frac=FRAC), 1)
+    second = fit(learner(seed=1).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
     assert second.selection.ledger.seconds_il.tolist() == [0]
-    again = fit(first.rho_loss(frac=0.5), 1) # a second call keeps the irreducible losses
+    again = fit(first.rho_loss(frac=0.5, epoch='candidates'), 1) # a second call keeps the irreducible losses
     assert again.selector.il is il
     assert again.selection.ledger.selected.tolist() == [0.5]
 
@@ -380,12 +380,12 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     booked = []
     for seed, arch in enumerate((partial(resnet18, num_classes=3), partial(small_cnn, 3), partial(small_cnn, 3))):
         set_seed(seed)
-        learn = fit(learner_of(arch()).rho_loss(il, frac=FRAC), 1)
+        learn = fit(learner_of(arch()).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
         booked.append(learn.selection.ledger.seconds_il.sum())
         assert learn.selector.il is il
     assert booked == [il.info['seconds'], 0, 0]
     il.save(tmp_path/'il.safetensors')
-    again = fit(learner_of(small_cnn(3)).rho_loss(tmp_path/'il.safetensors', frac=FRAC), 1)
+    again = fit(learner_of(small_cnn(3)).rho_loss(tmp_path/'il.safetensors', frac=FRAC, epoch='candidates'), 1)
     assert again.selection.ledger.seconds_il.sum() == 0
 
 
@@ -393,7 +393,7 @@ def test_update_il_needs_an_optimiser_of_its_own():
     "A ready-made one holds the target's parameters: stepping it for the IL model would train the target"
     learn = learner()
     learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match='update_il=True needs an optimiser'): fit(learn.rho_loss(model(), update_il=True, frac=FRAC), 1)
+    with pytest.raises(ValueError, match='update_il=True needs an optimiser'): fit(learn.rho_loss(model(), update_il=True, frac=FRAC, epoch='candidates'), 1)
 
 
 def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
@@ -427,7 +427,7 @@ def test_a_score_asked_for_is_the_score():
     "Whatever else is given: the training loss with irreducible losses at hand, as the baseline of the paper"
     il, batches = il_values()*10, {}
     for name in ('loss', 'reducible'):
-        learn = learner().rho_loss(il, score=name, frac=FRAC)
+        learn = learner().rho_loss(il, score=name, frac=FRAC, epoch='candidates')
         assert learn.selector.score is SCORES[name] and learn.selector.inputs == (('loss',) if name == 'loss' else ('loss', 'il'))
         batches[name] = fit(learn, 1).selection.selected
     assert not torch.equal(*batches.values())
@@ -462,11 +462,11 @@ def test_bad_input(tmp_path):
         def forward(self, x): return self.net(x)[:-1]
     wrong = learner()
     wrong.model = WrongShape()
-    with pytest.raises(ValueError, match='number of items'): fit(wrong.rho_loss(il_values(), frac=FRAC), 1)
+    with pytest.raises(ValueError, match='number of items'): fit(wrong.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
     coupled = learner()
     coupled.loss_func = lambda pred, targ: pred.std(0).sum() if len(pred) > 1 else pred[:, :2]
-    with pytest.raises(ValueError, match='item'): fit(coupled.rho_loss(il_values(), frac=FRAC), 1)
+    with pytest.raises(ValueError, match='item'): fit(coupled.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
 
 def test_nan_scores(recwarn):
@@ -476,12 +476,12 @@ def test_nan_scores(recwarn):
         def forward(self, x): return self.net(x)*float('nan')
     learn = learner()
     learn.model = NaNModel()
-    fit(learn.rho_loss(values, frac=FRAC), 1)
+    fit(learn.rho_loss(values, frac=FRAC, epoch='candidates'), 1)
     assert learn.selection.ledger.trained.tolist() == [BS*7]
     assert any('every score was NaN' in str(o.message) for o in recwarn)
     stopped = learner()
     stopped.model = NaNModel()
-    fit(stopped.rho_loss(values, frac=FRAC), 3, cbs=TerminateOnNaNCallback())
+    fit(stopped.rho_loss(values, frac=FRAC, epoch='candidates'), 3, cbs=TerminateOnNaNCallback())
     assert stopped.selection.ledger.trained.tolist() == [BS]
 
 
@@ -494,7 +494,7 @@ def test_never_one_item_with_batch_norm():
 
 
 def test_schedule_of_the_fraction():
-    learn = fit(learner().rho_loss(il_values(), frac=SchedCos(1., 0.1)), 5)
+    learn = fit(learner().rho_loss(il_values(), frac=SchedCos(1., 0.1), epoch='candidates'), 5)
     selected = learn.selection.ledger.selected.tolist()
     assert selected[0] == 1 and all(a > b for a, b in zip(selected, selected[1:]))
 
@@ -502,7 +502,7 @@ def test_schedule_of_the_fraction():
 def test_learner_as_irreducible_model_is_neither_trained_nor_registered():
     learn_il = learner(seed=5)
     weights = [v.clone() for v in learn_il.model.state_dict().values()]
-    learn = learner().rho_loss(learn_il.model.train(), frac=FRAC)
+    learn = learner().rho_loss(learn_il.model.train(), frac=FRAC, epoch='candidates')
     n_parameters = len(list(learn.model.parameters()))
     fit(learn, 1)
     assert learn_il.model.training and all(p.grad is None for p in learn_il.model.parameters())
@@ -520,7 +520,7 @@ def test_every_event_of_the_selectors_exists():
 @pytest.mark.cuda
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 def test_mixed_precision(half):
-    learn = learner().rho_loss(il_values(), frac=FRAC)
+    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     getattr(learn, half)()
     fit(learn, 2)
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
@@ -540,7 +540,7 @@ def test_no_host_sync():
     class Resume(Callback):
         order = -4
         def before_batch(self): torch.cuda.set_sync_debug_mode('default')
-    learn = learner().rho_loss(il_values(), frac=FRAC)
+    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     fit(learn, 2, cbs=[NoSync(), Resume()])
 
 
@@ -560,7 +560,7 @@ def test_nothing_is_copied_to_the_host(settings):
             if self.training and self.iter > 0: self.enter.span.__exit__(None, None, None)
     settings = dict(settings)
     il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
-    learn = fit(learner().rho_loss(il, frac=FRAC, **settings), 1) # compiled, and checked
+    learn = fit(learner().rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace: fit(learn, 1, cbs=[Enter(), Leave()])
     spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
     inside = [e for e in trace.events() if e.device_type == DeviceType.CPU and any(o.start <= e.time_range.start <= o.end for o in spans)]

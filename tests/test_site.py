@@ -3,7 +3,6 @@ import ast
 import os
 import posixpath
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,16 @@ from fastcore.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
+from rholoss_fastai._show_doc import ParameterRenderer
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(ROOT)
 NBS = CONFIG.nbs_path
 NOTEBOOKS = nbglob(NBS, as_path=True).sorted()
 UNSHOWN = {'hide', 'export', 'exporti', 'exports', 'default_exp'}
 SHOWS = re.compile(r'(^|[.\s(])(print|display|show|show_\w+|plot\w*|report|suspects)\(')
-SILENT = re.compile(r'test_\w+|seed|set_seed|manual_seed|no_\w+|close|save|append|update|mkdir|use|set_\w+|filterwarnings|simplefilter|write_text|savefig|'
-                    r'nbdev_export|rmtree|unlink|add_cbs?|remove_cbs?|backward|step|zero_grad|ex_\w+')
+SILENT = re.compile(r'test_\w+|seed|set_\w+|manual_seed|no_\w+|close|save|append|update|mkdir|use|filterwarnings|'
+                    r'simplefilter|write_text|savefig|nbdev_export|rmtree|unlink|add_cbs?|remove_cbs?|backward|step|zero_grad')
 FENCE = re.compile(r'^(```|~~~).*?^\1', re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r'`[^`\n]*`')
 LINK = re.compile(r'(?<!!)\[[^\]]*\](?:\[[^\]]*\])?\(([^)\s]+)\)|<a[^>]*\shref="([^"]+)"')
@@ -51,13 +52,14 @@ def test_cells_with_an_import_hold_only_imports(notebook):
     "The site's build runs every cell that contains an import, anywhere in it, without the cells before it"
     imports = ast.Import, ast.ImportFrom
     cells = [cell for cell in parsed_cells(notebook) if cell.cell_type == 'code']
-    if not any(cell.directives_.keys() & {'export', 'exports'} for cell in cells): return # nothing to document, so nothing is run
+    if not any(cell.directives_.keys() & {'export', 'exports'} for cell in cells): return # nothing is run
     for cell in cells:
         if cell.directives_.get('eval') == 'false' or 'nbdev_export()' in cell.source: continue
         trees = statements(cell)
-        if cell.directives_.keys() & {'export', 'exports', 'exporti'}: # run in any case, with the exported cells before them
-            mixed = any(isinstance(t, imports) for t in trees) and any(isinstance(t, (ast.Expr, ast.Assign)) for t in trees)
-        else: mixed = any(isinstance(n, imports) for t in trees for n in ast.walk(t)) and not all(isinstance(t, imports) for t in trees)
+        only,at_top = (test(isinstance(t, imports) for t in trees) for test in (all, any))
+        if cell.directives_.keys() & {'export', 'exports', 'exporti'}: # run anyway, with the exported cells before it
+            mixed = at_top and any(isinstance(t, (ast.Expr, ast.Assign)) for t in trees)
+        else: mixed = not only and any(isinstance(node, imports) for t in trees for node in ast.walk(t))
         assert not mixed, f'cell {cell.id}: put its imports in a cell of their own\n{cell.source}'
 
 @notebooks
@@ -66,7 +68,8 @@ def test_headings_are_clean(notebook):
     for cell in parsed_cells(notebook):
         if cell.cell_type != 'markdown': continue
         dashed = re.findall(r'^#+ .*\s-\s*$', FENCE.sub('', cell.source), re.MULTILINE)
-        assert not dashed or cell.source.strip() == dashed[0].strip(), f'cell {cell.id}: give the heading {dashed[0]!r} a cell of its own'
+        alone = not dashed or cell.source.strip() == dashed[0].strip()
+        assert alone, f'cell {cell.id}: give the heading {dashed[0]!r} a cell of its own'
 
 def quiet_functions(cells):
     "Names of functions, defined in these cells, that return nothing and print nothing"
@@ -90,27 +93,63 @@ def test_shown_cells_have_outputs(notebook):
     cells = parsed_cells(notebook)
     quiet = set(quiet_functions(cells))
     for cell in cells:
-        if not is_shown(cell) or cell.get('outputs') or 'cuda' in cell.directives_ or cell.source.rstrip().endswith(';'): continue
-        hushed = re.search(r'redirect_stdout|capture', cell.source)
-        assert hushed or not shows(statements(cell), quiet), f'cell {cell.id} shows something but holds no output: run the notebook\n{cell.source}'
+        if not is_shown(cell) or cell.get('outputs') or 'cuda' in cell.directives_: continue
+        hushed = re.search(r'redirect_stdout|capture|;\s*$', cell.source)
+        empty = f'cell {cell.id} shows something but holds no output: run the notebook\n{cell.source}'
+        assert hushed or not shows(statements(cell), quiet), empty
 
 @notebooks
 def test_figures_have_alt_text(notebook):
     for cell in parsed_cells(notebook):
         if cell.cell_type == 'markdown':
             for alt,target,tag in IMAGE.findall(FENCE.sub('', cell.source)):
-                assert alt.strip() or re.search(r'\salt="[^"]+"', tag), f'cell {cell.id}: say what the image {target or tag} shows'
+                said = alt.strip() or re.search(r'\salt="[^"]+"', tag)
+                assert said, f'cell {cell.id}: say what the image {target or tag} shows'
         elif is_shown(cell):
-            figures = [o for o in cell.get('outputs', []) if any(kind.startswith('image/') for kind in o.get('data', {}))]
-            assert not figures or cell.directives_.get('fig-alt'), f'cell {cell.id}: say what its figure shows, with `#| fig-alt: "..."`\n{cell.source}'
+            kinds = [kind for output in cell.get('outputs', []) for kind in output.get('data', {})]
+            said = cell.directives_.get('fig-alt') or not any(kind.startswith('image/') for kind in kinds)
+            assert said, f'cell {cell.id}: say what its figure shows, with `#| fig-alt: "..."`\n{cell.source}'
 
 def test_settings_name_files_that_exist():
     site = yaml.safe_load((NBS/'_quarto.yml').read_text())
     website = site['website']
-    files = [site['format']['html']['css'], *site['filters'], website['favicon'], website['image'], website['open-graph']['image'], '404.qmd',
-             *(entry['href'] for entry in website['navbar']['left'])]
+    images = [website['favicon'], website['image'], website['open-graph']['image'], website['twitter-card']['image']]
+    links = [entry['href'] for entry in website['navbar']['left']]
+    files = [site['format']['html']['css'], *site['filters'], *images, *links, '404.qmd']
     missing = [name for name in files if not (NBS/name).is_file()]
     assert not missing, f'nbs/_quarto.yml names {missing}, which are not in nbs'
+
+def test_api_index_is_current():
+    from write_api_index import notebook
+    written = [cell.source for cell in read_nb(NBS/'api_index.ipynb').cells]
+    assert written == [cell.source for cell in notebook().cells], 'run python tools/write_api_index.py'
+
+def documented(
+    table:dict[str, int], # Rows by name
+    pick:str|None=None, # Name of a pick
+    *targs, # Targets
+    score=max, # Largest first
+    il=None, # Irreducible losses
+)->list: # Rows
+    "A function with every kind of parameter"
+
+def test_parameters_of_every_kind():
+    text = ParameterRenderer(documented, name='Learner.documented')._repr_markdown_()
+    rows = [[cell.strip() for cell in row.strip('|').split(' | ')] for row in text.splitlines() if row.startswith('| <code>')]
+    assert 'learn.documented(table, pick=None, *targs, score=max, il=None)' in text
+    assert rows == [
+        ['<code>table</code>', '`dict[str, int]`', '', 'Rows by name'],
+        ['<code>pick</code>', '`str or None`', '`None`', 'Name of a pick'],
+        ['<code>*targs</code>', '', '', 'Targets'],
+        ['<code>score</code>', '`callable`', '`max`', 'Largest first'],
+        ['<code>il</code>', '', '`None`', 'Irreducible losses']]
+    assert '**`list`**' in text and '*A function with every kind of parameter*' in text
+
+def test_source_links_lead_to_a_line():
+    from rholoss_fastai.picks import TopFraction
+    text = ParameterRenderer(TopFraction)._repr_markdown_()
+    line = int(re.search(r'/picks\.py#L(\d+)', text)[1])
+    assert (ROOT/'rholoss_fastai'/'picks.py').read_text().splitlines()[line-1].startswith('class TopFraction')
 
 # What follows is about notebooks as the site's build processes them
 
@@ -134,45 +173,45 @@ class Page:
             source = ''.join(cell.source)
             if cell.cell_type == 'raw' and source.startswith('---'): front = yaml.safe_load(source.strip().strip('-'))
             elif cell.cell_type == 'markdown': texts.append(source)
-            for output in cell.get('outputs', []): texts.append(''.join(output.get('data', {}).get('text/markdown', '')))
+            texts += [''.join(output.get('data', {}).get('text/markdown', '')) for output in cell.get('outputs', [])]
         self.text = '\n\n'.join(texts)
-        self.address = posixpath.join(posixpath.dirname(self.name), front.get('output-file', Path(self.name).with_suffix('.html').name))
+        address = front.get('output-file', Path(self.name).with_suffix('.html').name)
+        self.address = posixpath.join(posixpath.dirname(self.name), address)
         self.anchors,seen = set(),{}
         for heading in re.findall(r'^#{1,6}\s+(.*?)\s*#*$', FENCE.sub('', self.text), re.MULTILINE):
             name = identifier(heading)
             self.anchors.add(f'{name}-{seen[name]}' if name in seen else name)
             seen[name] = seen.get(name, 0) + 1
-        self.anchors |= set(re.findall(r'\sid="([^"]+)"', self.text)) | set(re.findall(r'\]\{[^}]*#([\w.:-]+)', self.text))
-        self.links = [a or b for a,b in LINK.findall(prose(self.text))] + [target for _,target,_ in IMAGE.findall(prose(self.text)) if target]
+        self.anchors |= {*re.findall(r'\sid="([^"]+)"', self.text), *re.findall(r'\]\{[^}]*#([\w.:-]+)', self.text)}
+        text = prose(self.text)
+        self.links = [a or b for a,b in LINK.findall(text)] + [target for _,target,_ in IMAGE.findall(text) if target]
 
 @pytest.fixture(scope='module')
-def processed(tmp_path_factory):
-    "The folder of processed notebooks, made from a copy of what git knows or would know"
-    clone = tmp_path_factory.mktemp('clone')
-    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True, text=True, capture_output=True).stdout
-    for name in files.splitlines():
-        if not (ROOT/name).is_file(): continue
-        (clone/name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/name, clone/name)
-    env = dict(os.environ, PYTHONPATH=str(clone))
-    run = subprocess.run([sys.executable, clone/'tools'/'process_notebooks.py'], cwd=clone, env=env, capture_output=True, text=True, timeout=900)
+def processed(tmp_path_factory, copy_repository):
+    "The folder of processed notebooks, made from a copy of the repository"
+    clone = copy_repository(tmp_path_factory.mktemp('clone'))
+    run = subprocess.run([sys.executable, clone/'tools'/'process_notebooks.py'], cwd=clone, capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONPATH=str(clone)), timeout=900)
     assert run.returncode == 0, f'{run.stdout[-2000:]}\n{run.stderr[-6000:]}'
     assert 'imports and other code' not in run.stderr, run.stderr[-6000:]
     return clone/'_proc'
 
 @pytest.fixture(scope='module')
-def pages(processed): return {page.name: page for page in (Page(path, processed) for path in sorted(processed.rglob('*.ipynb')))}
+def pages(processed):
+    found = [Page(path, processed) for path in sorted(processed.rglob('*.ipynb'))]
+    return {page.name: page for page in found}
 
 @pytest.mark.slow
 def test_every_notebook_is_processed(processed, pages):
     assert sorted(pages) == sorted(map(notebook_id, NOTEBOOKS))
-    for name in '_quarto.yml', 'styles.css', 'show_doc.lua', '404.qmd', 'images/social.png': assert (processed/name).is_file(), name
+    for name in '_quarto.yml', 'styles.css', 'show_doc.lua', '404.qmd', 'images/social.png':
+        assert (processed/name).is_file(), name
 
 @pytest.mark.slow
 def test_parameters_are_tables(pages):
-    text = pages['21_rho_loss.ipynb'].text
+    text = next(page for page in pages.values() if page.name.endswith('_rho_loss.ipynb')).text
     assert re.search(r'^### Learner\.rho_loss$', text, re.MULTILINE) and 'learn.rho_loss(' in text
-    assert re.search(r'^\| `frac` \| `float` \| `0\.\d+` \| ', text, re.MULTILINE)
+    assert re.search(r'^\| <code>frac</code> \| `float` \| ', text, re.MULTILINE)
     assert not re.search(r'NoneType|\bfunction=|#LNone', ''.join(page.text for page in pages.values()))
 
 @pytest.mark.slow
@@ -204,8 +243,7 @@ def test_links_and_anchors_lead_somewhere(processed, pages):
 @pytest.mark.slow
 def test_links_of_the_readme_lead_somewhere(processed, pages):
     text = prose((ROOT/'README.md').read_text(encoding='utf-8'))
-    readme = next(iter(pages.values()))
-    readme = type('Readme', (), dict(name='README.md', anchors=set(), links=[a or b for a,b in LINK.findall(text)]))
-    assert len(readme.links) > 5
-    broken = [link for link in broken_links(readme, pages, ROOT)]
-    assert not broken, broken
+    links = [a or b for a,b in LINK.findall(text)]
+    readme = type('Readme', (), dict(name='README.md', anchors=set(), links=links))
+    broken = list(broken_links(readme, pages, ROOT))
+    assert len(links) > 5 and not broken, broken

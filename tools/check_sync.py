@@ -1,5 +1,7 @@
-"Check that notebooks and modules agree: export everything afresh, clean the notebooks, and see that git finds no change"
-import os, subprocess, sys
+"Check that notebooks and modules agree: export everything anew, clean the notebooks, and see what git finds"
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from fastcore.script import call_parse
@@ -14,7 +16,8 @@ def generated_modules(lib_path):
     "The module files under `lib_path` that nbdev wrote, each with the notebook it was written from"
     sources = {path: [line for line in path.read_text(encoding='utf-8').splitlines() if line.startswith(HEADER)]
                for path in sorted(Path(lib_path).rglob('*.py'))}
-    return {path: (path.parent/lines[0].removeprefix(HEADER).rstrip('.')).resolve() for path, lines in sources.items() if lines}
+    return {path: (path.parent/lines[0].removeprefix(HEADER).rstrip('.')).resolve()
+            for path, lines in sources.items() if lines}
 
 @call_parse
 def main():
@@ -26,7 +29,8 @@ def main():
     nbdev_export.__wrapped__()
     nbdev_clean.__wrapped__()
     def git(*args):
-        return subprocess.run(['git', *args, '--', config.nbs_path, config.lib_path], check=True, text=True, stdout=subprocess.PIPE).stdout
+        command = ['git', *args, '--', config.nbs_path, config.lib_path]
+        return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     if changed := git('status', '--porcelain'):
         print(changed, git('diff', '--stat'), sep='\n')
-        sys.exit('Notebooks and modules differ from the last commit: run nbdev-export and nbdev-clean, and commit the result')
+        sys.exit('Notebooks and modules differ from the last commit: run nbdev-export and nbdev-clean, and commit')

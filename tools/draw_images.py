@@ -2,10 +2,11 @@
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use('Agg')
 import numpy as np
-from matplotlib import pyplot as plt
 from fastcore.script import call_parse
+from matplotlib import pyplot as plt
 
 IMAGES = Path(__file__).resolve().parent.parent/'nbs'/'images'
 BLUE,GREY,RED = '#2780e3','#c3cad3','#e0553a'
@@ -24,7 +25,8 @@ def main():
     fig = plt.figure(figsize=(12, 6.3))
     fig.text(0.06, 0.66, 'rholoss_fastai', size=58, weight='bold', color='#1b2733')
     fig.text(0.06, 0.50, 'Data selection for fastai', size=32, color='#1b2733')
-    fig.text(0.06, 0.32, 'Train on the items of each batch\nthat are worth a backward pass', size=23, color='#5a6673', linespacing=1.5)
+    fig.text(0.06, 0.32, 'Train on the items of each batch\nthat are worth a backward pass', size=23, color='#5a6673',
+             linespacing=1.5)
     fig.text(0.06, 0.14, 'learn.rho_loss()', size=24, family='monospace', color=BLUE)
     candidates(fig.add_axes([0.66, 0.12, 0.29, 0.76]), 11, 8, 560)
     fig.savefig(IMAGES/'social.png', dpi=100)

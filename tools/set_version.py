@@ -1,5 +1,6 @@
 "Set the version everywhere it stands, and date it in the changelog; the release workflow then commits and tags"
-import re, sys
+import re
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def replaced(text, pattern, new, name):
     return text
 
 def dated(changelog, version, day):
-    "The changelog with what is unreleased headed by `version` and `day`, or with the day of a version that it heads already"
+    "The changelog with what is unreleased headed by `version` and `day`; or its heading of that version dated"
     heading = f'## {version}, {day}'
-    if f'\n## {version}, ' in changelog: return replaced(changelog, rf'^## {re.escape(version)}, .*$', heading, 'CHANGELOG.md')
-    return replaced(changelog, r'^## Unreleased$', f'## Unreleased\n\n{heading}', 'CHANGELOG.md')
+    if f'\n## {version}, ' in changelog: pattern,new = rf'^## {re.escape(version)}, .*$',heading
+    else: pattern,new = r'^## Unreleased$',f'## Unreleased\n\n{heading}'
+    return replaced(changelog, pattern, new, 'CHANGELOG.md')
 
 @call_parse
 def main(
@@ -31,8 +33,10 @@ def main(
 ):
     "Write `version` into settings.ini, `__init__.py`, CITATION.cff and CHANGELOG.md"
     root,day = Path(root or ROOT),date.today().isoformat()
-    if not re.fullmatch(r'\d+\.\d+\.\d+', version): sys.exit(f'version must be three numbers such as 0.2.0; got {version}')
-    texts = {name: replaced((root/name).read_text(encoding='utf-8'), pattern, rf'\g<1>{version}\g<2>', name) for name,pattern in PLACES.items()}
-    texts['CITATION.cff'] = replaced(texts['CITATION.cff'], r'^date-released: .*$', f'date-released: {day}', 'CITATION.cff')
-    texts['CHANGELOG.md'] = dated((root/'CHANGELOG.md').read_text(encoding='utf-8'), version, day)
+    if not re.fullmatch(r'\d+\.\d+\.\d+', version): sys.exit(f'version must be numbers such as 0.2.0; got {version}')
+    texts = {name: (root/name).read_text(encoding='utf-8') for name in (*PLACES, 'CHANGELOG.md')}
+    for name,pattern in PLACES.items(): texts[name] = replaced(texts[name], pattern, rf'\g<1>{version}\g<2>', name)
+    name = 'CITATION.cff'
+    texts[name] = replaced(texts[name], r'^date-released: .*$', f'date-released: {day}', name)
+    texts['CHANGELOG.md'] = dated(texts['CHANGELOG.md'], version, day)
     for name,text in texts.items(): (root/name).write_text(text, encoding='utf-8')

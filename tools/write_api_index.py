@@ -1,5 +1,8 @@
-"Write nbs/api_index.ipynb: everything public on one page, in the order of the sidebar, each with its first line of documentation"
-import importlib, inspect, re, sys
+"Write nbs/api_index.ipynb: everything public on one page, in the sidebar's order, with its first line of documentation"
+import importlib
+import inspect
+import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -31,7 +34,7 @@ def first_line(value, name):
     return f'`{value!r}`' if isinstance(value, (int, float, str)) else ''
 
 def entries(module):
-    "`(name, anchor, documentation)` of what `module` offers: first what it adds to a Learner, then the names in its `__all__`"
+    "`(name, anchor, documentation)` of what `module` adds to a Learner, then of the names in its `__all__`"
     from fastai.learner import Learner
     namespace,links = importlib.import_module(f'rholoss_fastai.{module}'),anchors(module)
     for name,anchor in links.items():
@@ -48,7 +51,8 @@ def cells():
     sidebar = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     for page in sidebar_pages(sidebar):
         if page not in modules: continue
-        rows = [(f'[`{name}`]({page}#{anchor})' if anchor else f'`{name}`', text.replace('|', r'\|')) for name,anchor,text in entries(modules[page])]
+        rows = [(f'[`{name}`]({page}#{anchor})' if anchor else f'`{name}`', text.replace('|', r'\|'))
+                for name,anchor,text in entries(modules[page])]
         if not rows: continue
         table = '\n'.join(f'| {name} | {text} |' for name,text in rows)
         yield mk_cell(f'## [{title(NBS/page)}]({page})\n\n|  |  |\n| {"-"*30} | {"-"*70} |\n{table}', 'markdown')

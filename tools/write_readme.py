@@ -1,5 +1,7 @@
 "Write README.md from nbs/index.ipynb with nbdev's own cell filters (nbdev-readme needs quarto, this does not)"
-import posixpath, re, sys
+import posixpath
+import re
+import sys
 from pathlib import Path
 
 from fastcore.nbio import read_nb

@@ -1,0 +1,94 @@
+"""A toy task that trains in milliseconds, Learners on it, and what tests of every method share."""
+from contextlib import contextmanager
+
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from torch import nn
+
+N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 8, 6, 3
+
+
+class Toy:
+    "Rows of six features, and one of three classes that depends on them; made of the seed, so that every process has the same"
+    def __init__(self, n=N, seed=0, targets=None):
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(N_FEATURES, N_CLASSES, generator=torch.Generator().manual_seed(99))
+        self.x = torch.randn(n, N_FEATURES, generator=generator)
+        classes = (self.x@weights + 0.5*torch.randn(n, N_CLASSES, generator=generator)).argmax(1) if n else torch.empty(0, dtype=torch.long)
+        self.y = classes if targets is None else targets(self.x, classes)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+    def new_empty(self): return type(self)(0) # for `export`
+
+
+def rows_of(x, data=None):
+    "The rows of a batch of features, told by the features themselves"
+    return (x[:, None] == (Toy() if data is None else data).x).all(2).int().argmax(1)
+
+
+def loaders(bs=BS, train=None, valid=None, shuffle=True, **kwargs):
+    "Training and validation loader of the toy task"
+    train, valid = Toy() if train is None else train, Toy(N_VALID, 1) if valid is None else valid
+    return DataLoaders(DataLoader(train, bs=bs, shuffle=shuffle, n_inp=1, **kwargs), DataLoader(valid, bs=bs, n_inp=1))
+
+
+def linear(n_out=N_CLASSES): return nn.Linear(N_FEATURES, n_out)
+
+def mlp(n_out=N_CLASSES):
+    "With batch norm and dropout, whose buffers, modes and draws scoring must leave alone"
+    return nn.Sequential(nn.Linear(N_FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, n_out))
+
+
+def learner(dls=None, model=linear, loss_func=None, seed=0, lr=0.05, **kwargs):
+    "A Learner on the toy task; `model` is a function or a module"
+    set_seed(seed)
+    model = model if isinstance(model, nn.Module) else model()
+    return Learner(loaders() if dls is None else dls, model, loss_func=loss_func or CrossEntropyLossFlat(), lr=lr, **{'opt_func': SGD, **kwargs})
+
+
+def fit(learn, n_epoch=1, *args, method='fit', seed=None, **kwargs):
+    "Fit without a word; the Learner"
+    if seed is not None: set_seed(seed)
+    with learn.no_bar(), learn.no_logging(): getattr(learn, method)(n_epoch, *args, **kwargs)
+    return learn
+
+
+def weights_of(learn): return torch.cat([o.detach().flatten().clone() for o in learn.model.state_dict().values() if o.is_floating_point()])
+
+
+class Interrupt(Callback):
+    "The user's ctrl-C (or another exception) in one event of the second epoch"
+    def __init__(self, event, order=30, error=KeyboardInterrupt): self.at, self.order, self.error = event, order, error
+    def __call__(self, event_name):
+        due = getattr(self.learn, 'epoch', 0) == 1 and self.at in (event_name, None)
+        if event_name in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'):
+            due = due and self.training and self.iter == 1
+        if due: raise self.error
+
+
+class Noted(Callback):
+    "The rows and the loss of every batch that is trained on"
+    order, run_valid = 40, False
+    def before_fit(self): self.rows, self.losses = [], []
+    def after_loss(self): self.rows.append(rows_of(self.xb[0])); self.losses.append(self.learn.loss_grad.detach().clone())
+
+
+@contextmanager
+def no_trace(learn):
+    "What a scoring forward must leave as it was, bit for bit"
+    def modes(): return [m.training for m in learn.model.modules()]
+    def attributes(): return {name: sorted(vars(m)) for name, m in learn.model.named_modules()}
+    def held(): return [o.clone() for o in learn.model.state_dict().values()]
+    grads = [p.grad for p in learn.model.parameters()]
+    before = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction', None), torch.is_grad_enabled()
+    yield
+    after = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction', None), torch.is_grad_enabled()
+    assert before[:2] == after[:2] and before[4:] == after[4:]
+    assert all(torch.equal(a, b) for a, b in zip(before[2], after[2])) and torch.equal(before[3], after[3])
+    assert all(a is b.grad for a, b in zip(grads, learn.model.parameters()))

@@ -1,0 +1,232 @@
+"""What every method keeps to, a line of METHODS each: the loop stays fastai's, and nothing is left behind."""
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.core import Callback, event
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import load_learner
+from fastai.metrics import accuracy
+from helpers import BS, N, Interrupt, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
+
+from rholoss_fastai.all import GroupDRO, ImportanceSample, IrreducibleLosses, PerClass, RowWeights, ThenUniform, TopFraction
+
+IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
+
+
+@dataclass
+class Method:
+    add: Callable # of a Learner: so that something is left out, or weighed
+    whole: Callable = None # of a Learner: so that every item is trained on as in plain training; None: it can't be
+    undo: str|type = 'no_selection' # method of the Learner, or class of the callback
+    exact: bool = True # is `whole` bit for bit plain training? A weighted loss is computed in another order
+    mixup: bool = True # goes with MixUp?
+    rows: bool = True # counts rows, so has a record
+    alike: bool = False # may train on the same rows with the same losses as plain training does
+
+
+def select(score, pick, frac=0.5, **kwargs): return Method(lambda l: l.select(score, pick, frac=frac, **kwargs), lambda l: l.select(score, pick, frac=1., **kwargs))
+def by_object(pick, whole): return Method(lambda l: l.select('loss', pick()), whole and (lambda l: l.select('loss', whole())))
+def pruned(rule, whole=None, **kwargs):
+    mixup = rule == 'random'
+    return Method(lambda l: l.prune_epochs(rule, **kwargs), whole and (lambda l: l.prune_epochs(rule, **whole)), 'no_pruning', mixup=mixup)
+
+def table(learn): return IrreducibleLosses.of(IL, learn.dls.train)
+
+
+METHODS = dict(
+    top=select('loss', 'top'),
+    top_shared=Method(lambda l: l.select('loss', 'top', frac=0.5, forward='reuse'), lambda l: l.select('loss', 'top', frac=1., forward='reuse'), mixup=False),
+    top_enlarged=select('loss', 'top', enlarge=True),
+    top_steps=select('loss', 'top', enlarge=True, epoch='steps'),
+    top_stale=select('loss', 'top', staleness=2),
+    entropy=select('entropy', 'top'),
+    gradient_norm=select('gradient_norm', 'boltzmann'),
+    uniform=select('loss', 'uniform'),
+    per_class=by_object(lambda: PerClass(0.5), lambda: PerClass(1.)),
+    then_uniform=by_object(lambda: ThenUniform(pick=TopFraction(0.5)), lambda: ThenUniform(pick=TopFraction(1.))),
+    importance=Method(lambda l: l.select('gradient_norm', ImportanceSample(0.5)), mixup=False),
+    batch_loss_filter=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0), lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0)),
+    filter_scaled=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'),
+                         lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0, scale_lr='linear')),
+    selective_backprop=Method(lambda l: l.selective_backprop(3., warmup_epochs=0), lambda l: l.selective_backprop(0., warmup_epochs=0)),
+    queue=Method(lambda l: l.selective_backprop(3., warmup_epochs=0, queue=True), lambda l: l.selective_backprop(0., warmup_epochs=0, queue=True)),
+    rho_table=Method(lambda l: l.rho_loss(IL, frac=0.5), lambda l: l.rho_loss(IL, frac=1.)),
+    rho_within=Method(lambda l: l.rho_loss(IL, frac=0.5, enlarge=False), lambda l: l.rho_loss(IL, frac=1., enlarge=False)),
+    rho_model=Method(lambda l: l.rho_loss(linear(), frac=0.5), lambda l: l.rho_loss(linear(), frac=1.)),
+    rho_beside=Method(lambda l: l.rho_loss(learner(), frac=0.5, update_il=True, track=dict(first=torch.arange(N) < 9), fallback='uniform')),
+    proxy=Method(lambda l: l.select('loss', 'top', frac=0.5, proxy=learner(seed=3))),
+    infobatch=pruned('infobatch', dict(ratio=0.), delta=1.),
+    random=pruned('random', dict(keep=1.)),
+    ies=pruned('ies', dict(threshold=0.)),
+    seta=pruned('seta', dict(prune=0., window=1.)),
+    rho_epochs=Method(lambda l: l.rho_epochs(table(l), drop=0.3, gate=False), lambda l: l.rho_epochs(table(l), drop=0., by_memory=False, gate=False),
+                      'no_pruning', mixup=False),
+    row_weights=Method(lambda l: l.add_cb(RowWeights(torch.linspace(0.1, 3, N))), lambda l: l.add_cb(RowWeights(torch.ones(N))), RowWeights, False, False, False),
+    group_dro=Method(lambda l: l.add_cb(GroupDRO((torch.arange(N) % 2).tolist())), None, GroupDRO, mixup=False, rows=False),
+    one_pass=Method(lambda l: l.one_pass('lr', every=1), lambda l: l.one_pass('lr', every=10**6, diverged=None), 'no_one_pass', mixup=False, rows=False, alike=True),
+)
+
+
+METHOD = pytest.mark.parametrize('method', METHODS.values(), ids=list(METHODS))
+
+def with_method(method, whole=False, **kwargs):
+    learn = learner(metrics=accuracy, **kwargs)
+    (method.whole if whole else method.add)(learn)
+    return learn
+
+def undo(learn, method):
+    if isinstance(method.undo, str): return getattr(learn, method.undo)()
+    return learn.remove_cb(method.undo)
+
+def own(learn): return [cb for cb in learn.cbs if type(cb).__module__.startswith('rholoss_fastai')]
+
+
+# What else a user has in a fit: name -> function of a Learner that returns callbacks
+
+BESIDE = dict(nothing=list, accumulation=lambda: [GradientAccumulation(3*BS)], clipping=lambda: [GradientClip(0.1)], mixup=lambda: [MixUp()],
+              trackers=lambda: [SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=0), EarlyStoppingCallback(patience=1)])
+
+@METHOD
+@pytest.mark.parametrize('beside', BESIDE)
+def test_on_everything_is_plain_fastai(method, beside, tmp_path):
+    "Weights, buffers and random state after three epochs, bit for bit; a weighted loss to its last digits"
+    if method.whole is None or beside == 'mixup' and not method.mixup: pytest.skip('refused, or never on everything')
+    def run(learn): fit(learn, 3, cbs=BESIDE[beside](), seed=1); return weights_of(learn), torch.get_rng_state(), learn.recorder.values
+    plain = run(learner(model=mlp, metrics=accuracy, path=tmp_path))
+    ours = run(with_method(method, True, model=mlp, path=tmp_path))
+    if method.exact: assert torch.equal(plain[0], ours[0]) and torch.equal(plain[1], ours[1])
+    else: torch.testing.assert_close(plain[0], ours[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(plain[2], ours[2]): torch.testing.assert_close(list(b[:3]), list(a[:3]), rtol=1e-4, atol=1e-5) # columns of its own come after
+
+@METHOD
+@pytest.mark.parametrize('beside', BESIDE)
+def test_beside_other_callbacks(method, beside, tmp_path):
+    "Trains otherwise than plain fastai does, on finite numbers; or refuses before the first step"
+    learn, noted = with_method(method, model=mlp, path=tmp_path), Noted()
+    before = weights_of(learn)
+    if beside == 'mixup' and not method.mixup:
+        with pytest.raises(ValueError, match='MixUp'): fit(learn, 2, cbs=[*BESIDE[beside](), noted])
+        assert torch.equal(before, weights_of(learn)) # by name, before the first step
+        return
+    fit(learn, 2, cbs=[*BESIDE[beside](), noted], seed=1)
+    assert weights_of(learn).isfinite().all() and not torch.equal(before, weights_of(learn))
+    if beside: return
+    plain = Noted()
+    fit(learner(model=mlp), 2, cbs=plain, seed=1)
+    same = len(plain.rows) == len(noted.rows) and all(map(torch.equal, plain.losses, noted.losses))
+    assert method.alike or not same
+
+
+class Watched(Callback):
+    "Enters or leaves a context in the events between which a method scores"
+    run_valid = False
+    def __init__(self, order, act): self.order, self.act = order, act
+    def before_batch(self): self.act()
+    def after_pred(self): self.act()
+    def after_loss(self): self.act()
+
+@METHOD
+def test_scoring_leaves_no_trace(method):
+    "From before a method's events to after them: buffers, attributes, modes, gradients, random state, the loss function's reduction"
+    learn, contexts = with_method(method, model=mlp), []
+    def enter():
+        contexts.append(no_trace(learn))
+        contexts[-1].__enter__()
+    fit(learn, 2, cbs=[Watched(-9, enter), Watched(-1, lambda: contexts.pop().__exit__(None, None, None))])
+    assert all(p.grad is None or p.grad.isfinite().all() for p in learn.model.parameters())
+
+@METHOD
+def test_events_exist(method):
+    "fastai passes over an event that is misspelt"
+    names = {name for cb in own(with_method(method)) for name in dir(type(cb)) if name.startswith(('before_', 'after_'))}
+    assert names and names <= {o for o in dir(event) if not o.startswith('_')}
+
+@METHOD
+def test_one_item_with_batch_norm(method):
+    "The last batch has two items, of which half would be one, more than batch norm can take"
+    learn = with_method(method, model=mlp, dls=loaders(bs=14, train=Toy(N)))
+    assert weights_of(fit(learn, 3)).isfinite().all()
+
+@METHOD
+def test_twice_in_a_row(method):
+    "A second fit goes on, with the same columns and no more; validation and predictions in between are the Learner's own"
+    learn = with_method(method)
+    fit(learn, 2)
+    columns, n_values = list(learn.recorder.metric_names), len(learn.validate())
+    assert n_values == 2 and learn.get_preds()[0].shape == (24, 3) and [m.name for m in learn.metrics] == ['accuracy']
+    scored = learn.selection.total('scored') if method.rows else 0
+    copy = deepcopy(learn)
+    fit(learn, 1, method='fit_one_cycle' if method.undo != 'no_one_pass' else 'fit')
+    assert list(learn.recorder.metric_names) == columns and [m.name for m in learn.metrics] == ['accuracy']
+    fit(learn, 2, start_epoch=1)
+    assert weights_of(fit(copy, 1)).isfinite().all() and len(copy.validate()) == 2
+    if not method.rows: return
+    assert len(learn.selection.ledger) == 4 and learn.selection.total('scored') >= scored
+    assert learn.selection.total('trained') == int(learn.selection.selected.sum()) <= learn.selection.total('loaded')
+
+@METHOD
+def test_lr_find(method, tmp_path):
+    "A search for the rate trains plainly: the same losses as without, and the method acts in the next fit"
+    def search(learn):
+        with learn.no_bar(), learn.no_logging():
+            learn.opt_func(learn.splitter(learn.model), lr=learn.lr) # as `one_pass` looks at one
+            torch.manual_seed(3)
+            learn.lr_find(num_it=5, show_plot=False)
+        return torch.stack(list(learn.recorder.losses))
+    with_it = with_method(method, path=tmp_path)
+    torch.testing.assert_close(search(with_it), search(learner(path=tmp_path)), rtol=0, atol=0)
+    if method.rows: assert not with_it.selection.lines
+    noted = Noted()
+    fit(with_it, 2, cbs=noted)
+    assert noted.rows and (not method.rows or with_it.selection.total('trained') > 0)
+
+@METHOD
+def test_export_and_load(method, tmp_path):
+    "What is loaded predicts the same and validates; after undoing, the file needs this package no more"
+    learn = fit(with_method(method, path=tmp_path), 2)
+    x = Toy().x
+    learn.export('with.pkl')
+    loaded = load_learner(tmp_path/'with.pkl')
+    loaded.dls = loaders()
+    assert torch.equal(loaded.model(x), learn.model(x)) and len(loaded.validate()) == 2 and loaded.get_preds()[0].shape == (24, 3)
+    undo(learn, method)
+    assert not own(learn) and (not method.rows or len(learn.selection.ledger) == 2) # what was recorded can still be read
+    learn.export('without.pkl')
+    assert b'rholoss_fastai' not in (tmp_path/'without.pkl').read_bytes()
+    assert torch.equal(fit(learn, 1, seed=2).model.weight, fit(fresh(learn, tmp_path), 1, seed=2).model.weight)
+
+def fresh(learn, path):
+    "As `load_learner` of the export, before it was fitted on"
+    res = load_learner(path/'without.pkl')
+    res.dls = loaders()
+    return res
+
+
+EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step',
+          'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch']
+
+@METHOD
+@pytest.mark.parametrize('order', [-10, -5, 15, 60])
+def test_interrupted_in_any_event(method, order, tmp_path):
+    "The user's ctrl-C: nothing is left behind, and the Learner goes on"
+    for name in EVENTS:
+        learn = with_method(method, path=tmp_path, dls=loaders(24))
+        with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Interrupt(name, order))
+        assert len(learn.validate()) == 2, name
+        assert [m.name for m in learn.metrics] == ['accuracy'], name
+        learn.export('interrupted.pkl')
+        loaded = load_learner(tmp_path/'interrupted.pkl')
+        loaded.dls = loaders(24)
+        assert len(loaded.validate()) == 2, name
+        if method.rows: assert len(learn.selection.ledger) in (1, 2), name
+        fit(learn, 1)
+        assert weights_of(learn).isfinite().all() and len(learn.validate()) == 2, name
+        undo(learn, method)
+        assert not own(learn) and [m.name for m in learn.metrics] == ['accuracy'], name
+        assert type(learn.loss_func).__module__.startswith('fastai'), name

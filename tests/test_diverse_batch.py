@@ -1,0 +1,186 @@
+"DivBS against an implementation that makes the outer products, and within `learn.select`"
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from rholoss_fastai.all import Candidates, DivBS, ThenUniform, diverse_items, find_pick, logit_gradients
+from rholoss_fastai.losses import ItemLosses
+from rholoss_fastai.scorers import SeparateForward
+
+quick = settings(max_examples=60, deadline=None)
+
+def outer_products(R, f):
+    "`(n, C*d)`, the last layer's gradient of each item"
+    return torch.stack([torch.outer(a, b).flatten() for a, b in zip(R.double(), f.double())])
+
+class ByTheRule:
+    "Hong et al. 2024, algorithm 1, with explicit gradients, in float64: what may be taken next, given what was taken"
+    def __init__(self, g): self.g, self.S, self.basis, self.taken = g, g.sum(0), [], []
+    def shares(self):
+        shares = (self.g @ self.S).abs()
+        shares[self.taken] = -1
+        return shares
+    def take(self, i):
+        e = self.g[i].clone()
+        for _ in range(2): e -= sum(((e @ b)*b for b in self.basis), torch.zeros_like(e)) # twice is enough (Kahan)
+        self.taken.append(i)
+        if e.norm() > 1e-6*self.g[i].norm():
+            self.basis.append(e/e.norm())
+            self.S = self.S - (self.basis[-1] @ self.S)*self.basis[-1]
+
+@quick
+@given(st.integers(2, 30), st.integers(2, 6), st.integers(1, 8), st.integers(0, 10**6), st.booleans())
+def test_equals_explicit_outer_products(n, C, d, seed, ties):
+    gen = torch.Generator().manual_seed(seed)
+    if ties: R, f = (torch.randint(-1, 2, (n, k), generator=gen).float() for k in (C, d))
+    else: R, f = torch.randn(n, C, generator=gen), torch.randn(n, d, generator=gen)
+    rule = ByTheRule(outer_products(R, f))
+    scale = rule.shares().max()
+    taken = diverse_items((R @ R.T)*(f @ f.T), n).tolist()
+    assert sorted(taken) == list(range(n))
+    for i in taken:
+        shares = rule.shares()
+        if shares.max() <= 1e-3*scale: return # the rule says nothing about what is taken once nothing of the sum is left
+        assert shares[i] >= shares.max() - 1e-3*scale # within rounding, one of those with the largest share
+        rule.take(i)
+
+@quick
+@given(st.integers(3, 25), st.integers(0, 10**6))
+def test_exactly_the_rule_without_ties(n, seed):
+    gen = torch.Generator().manual_seed(seed)
+    R, f = torch.randn(n, 5, generator=gen).double(), torch.randn(n, 12, generator=gen).double()
+    rule = ByTheRule(outer_products(R, f))
+    for _ in range(n//2): rule.take(rule.shares().argmax().item())
+    assert diverse_items((R @ R.T)*(f @ f.T), n//2).tolist() == rule.taken
+
+@pytest.mark.parametrize('sample', [False, True])
+def test_nan_comes_last_and_every_item_once(sample):
+    R, f = torch.randn(12, 3), torch.randn(12, 4)
+    R[3], f[7] = math.nan, math.inf
+    gen = torch.Generator().manual_seed(0) if sample else None
+    taken = diverse_items((R @ R.T)*(f @ f.T), 12, gen).tolist()
+    assert sorted(taken) == list(range(12)) and set(taken[-2:]) == {3, 7}
+
+@pytest.mark.parametrize('gram', [torch.zeros(6, 6), torch.full((6, 6), math.nan), torch.ones(6, 6), torch.eye(6), 1e-20*torch.eye(6), 1e30*torch.eye(6)])
+def test_nothing_to_tell_apart(gram):
+    assert sorted(diverse_items(gram, 4).tolist()) == [0, 1, 2, 3]
+    assert len(set(diverse_items(gram, 6, torch.Generator().manual_seed(0)).tolist())) == 6
+
+def test_begins_again_where_the_taken_span_everything():
+    kinds = torch.arange(40) % 4
+    taken = kinds[diverse_items(F.one_hot(kinds, 4).float() @ F.one_hot(kinds, 4).float().T, 16)]
+    for round in taken.split(4): assert sorted(round.tolist()) == [0, 1, 2, 3]
+
+def test_draws_in_proportion_to_the_shares():
+    g = torch.tensor([[3., 0.], [0., 1.], [0.5, 0.]])
+    shares, counts, gen = (g @ g.sum(0)).abs(), torch.zeros(3), torch.Generator().manual_seed(0)
+    for _ in range(4000): counts[diverse_items(g @ g.T, 1, gen)] += 1
+    assert torch.allclose(counts/4000, shares/shares.sum(), atol=0.03)
+
+# What the pick is given
+
+class Net(nn.Module):
+    "A head that is not the last module, and a linear layer after it that is not a head"
+    def __init__(self, C=4):
+        super().__init__()
+        self.head, self.body, self.other = nn.Linear(6, C), nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, C)
+    def forward(self, x):
+        f = self.body(x)
+        out = self.head(f)
+        self.other(f)
+        return out
+
+class NoHead(nn.Module):
+    def __init__(self, C=4): super().__init__(); self.net = nn.Linear(5, C)
+    def forward(self, x): return self.net(x).sigmoid()*2
+
+def candidates(model, loss, y, score_bs=None):
+    x = torch.randn(len(y), 5)
+    dl = DataLoader(list(zip(x, y)), bs=4)
+    scorer = SeparateForward(precision=None, score_bs=score_bs).begin_epoch(Learner(DataLoaders(dl, dl), model, loss_func=loss), torch.device('cpu'))
+    return Candidates((x,), (y,), asked=('loss', 'gram'), scorer=scorer, item_losses=ItemLosses(loss)), scorer
+
+def multi(y, C=4): return F.one_hot(y, C).float()
+
+@pytest.mark.parametrize('score_bs', [None, 3])
+@pytest.mark.parametrize('loss,targets', [(CrossEntropyLossFlat(), lambda y: y), (CrossEntropyLossFlat(label_smoothing=0.1), lambda y: y),
+    (BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (lambda pred, y: ((pred - multi(y))**4).mean(), lambda y: y)], ids='ce smooth bce mse own'.split())
+def test_gram_is_that_of_the_heads_gradients(loss, targets, score_bs):
+    set_seed(0)
+    model, y = Net(), targets(torch.randint(0, 4, (10,)))
+    c, scorer = candidates(model, loss, y, score_bs)
+    with scorer.context(): losses, gram = c['loss'], c['gram']
+    assert c.scored == 10 and not any(m._forward_hooks for m in model.modules()) and not gram.requires_grad
+    grads = [torch.autograd.grad(ItemLosses(loss)(model(x[None]), t[None]).sum(), model.head.weight)[0].flatten() for x, t in zip(c.xb[0], y)]
+    grads = torch.stack(grads).double()
+    assert torch.allclose(gram.double(), grads @ grads.T, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(losses, ItemLosses(loss)(model(c.xb[0]), y))
+
+def test_without_a_head_the_logits_alone():
+    model, y = NoHead(), torch.randint(0, 4, (10,))
+    c, scorer = candidates(model, CrossEntropyLossFlat(), y)
+    with scorer.context(): gram = c['gram']
+    R = model(c.xb[0]).softmax(1) - F.one_hot(y, 4)
+    assert torch.allclose(gram, R @ R.T, atol=1e-5)
+
+def test_hooks_go_where_scoring_fails():
+    model = Net()
+    c, scorer = candidates(model, lambda pred, y: 1/0, torch.randint(0, 4, (10,)))
+    with pytest.raises(ValueError, match="ZeroDivisionError"), scorer.context(): c['gram']
+    assert not any(m._forward_hooks for m in model.modules())
+
+def test_an_output_object():
+    class Out(dict): pass
+    logits, y = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    def loss(out, y): return F.cross_entropy(out['logits'], y)
+    with torch.no_grad(): grads = logit_gradients(ItemLosses(loss), Out(hidden=torch.randn(6, 2), logits=logits), y)
+    assert torch.allclose(grads, logits.softmax(1) - F.one_hot(y, 3), atol=1e-6)
+
+# In training
+
+def learner(**kwargs):
+    set_seed(0)
+    x = torch.randn(96, 5)
+    dl = DataLoader(list(zip(x, x[:, :4].argmax(1))), bs=24, shuffle=True)
+    return Learner(DataLoaders(dl, dl), Net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.1, **kwargs)
+
+def fit(learn, n_epoch=2):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch)
+    return learn
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(enlarge=True), dict(score_bs=5), dict(score='gradient_norm'), dict(forward='twice')], ids=str)
+def test_trains(kwargs):
+    learn = fit(learner().select(pick='divbs', frac=0.25, **kwargs))
+    assert (learn.selection.ledger.selected == 0.25).all() and (learn.selection.ledger.scored == 96).all()
+    assert (learn.selection.ledger.forward == 'twice').all()
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and not any(m._forward_hooks for m in learn.model.modules())
+
+def test_the_cheaper_forward_stays_one_of_its_own():
+    learn = fit(learner().select(pick='divbs', frac=0.95), 3)
+    assert (learn.selection.ledger.forward == 'twice').all()
+
+def test_refused_before_training():
+    with pytest.raises(ValueError, match="gram: .*forward='twice'"): learner().select(pick='divbs', forward='reuse')
+    with pytest.raises(ValueError, match='gram: .*compile=False'): learner().select(pick='divbs', compile=True)
+    with pytest.raises(ValueError, match='frac must lie'): DivBS(0.)
+
+def test_copies():
+    pick = find_pick('divbs', 0.3)
+    for other in (copy.deepcopy(pick), pickle.loads(pickle.dumps(pick))): assert repr(other) == repr(pick) == 'DivBS(frac=0.3, sample=False, seed=0)'
+    g = torch.randn(20, 6)
+    draws = [DivBS(0.3, sample=True, seed=seed)(torch.empty(20), gram=g @ g.T).idxs.tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(ThenUniform(pick=DivBS(0.3), at=0.5)(torch.rand(20), gram=g @ g.T).idxs) == 6
