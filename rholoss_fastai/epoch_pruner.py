@@ -164,7 +164,6 @@ class EpochPruner(FitCallback):
         self.memory.forget()
         self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
         self._fit.rounds = self._fit.weights = self._fit.loader = None
-        self._fit.checked = False
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
         self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
