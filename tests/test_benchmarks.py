@@ -23,6 +23,7 @@ def script(name): return importlib.import_module(name)
 
 # step_cost
 
+@pytest.mark.slow
 def test_step_cost(tmp_path, capsys):
     out = tmp_path/'step_cost.json'
     def run(**kwargs): script('step_cost').main(models='mlp', fracs='0.25', kept='0.5', seconds=0, rounds=1, out=out, **kwargs)
@@ -89,6 +90,7 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
 
 # Comparisons on CIFAR-10
 
+@pytest.mark.slow
 def test_time_to_accuracy(small_cifar, tmp_path):
     out = tmp_path/'out.json'
     runs = 'random rho_loss:frac=0.5 selective_backprop:keep=0.5,warmup_epochs=0'
@@ -129,6 +131,7 @@ def test_scaling(tmp_path, capsys):
 
 # one_pass_cost
 
+@pytest.mark.slow
 def test_one_pass_cost(tmp_path, capsys):
     out, variants = tmp_path/'one_pass_cost.json', {'plain', *script('one_pass_cost').VARIANTS}
     script('one_pass_cost').main(archs='mlp', n_batches=10, repeats=1, out=out)

@@ -160,6 +160,7 @@ def test_grand_keeps_to_its_memory(model):
 def to_float(x): return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['fastai', 'workers', 'drop_last', 'torch', 'weighted'])
 def test_scores_are_in_data_set_order(kind):
     rows = Rows()
@@ -270,6 +271,7 @@ def scripted(table, make_dl=LOADERS['fastai'], **kwargs):
 def knowledge(epochs, n, seed=0): return torch.rand(epochs, n, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('online', [True, False])
 @pytest.mark.parametrize('kind', LOADERS)
 def test_forgetting_of_every_row(kind, online):
@@ -364,6 +366,7 @@ def make_learner(dls, **kwargs): return Learner(dls, cnn(), loss_func=CrossEntro
 def dataloaders(n=96): return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30), device='cpu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance', 'reducible'])
 def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
     kwargs = dict(score=score, epochs=3, seed=3, il=torch.rand(96, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
@@ -390,6 +393,7 @@ def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
     assert len(calls) == 5 and torch.equal(done.values, whole.values) and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_scores_of_runs_are_those_of_their_models():
     "Mean over runs and variance over epochs, against what each model says by itself"
     dls, learns, losses, trackers = dataloaders(), [], [], []
@@ -448,6 +452,7 @@ def test_bad_learners_and_loaders():
     with pytest.raises(ValueError, match="can't be known"): fit(Learner(stream, cnn(), loss_func=CrossEntropyLossFlat()), 1, cbs=ForgettingTracker())
 
 
+@pytest.mark.slow
 def test_progress_bar_counts_every_batch(capsys):
     from rholoss_fastai import importance
     seen = SimpleNamespace(total=0, steps=0)

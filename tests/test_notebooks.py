@@ -23,6 +23,7 @@ sys.exit(not passed)
 def has_flag(path, flag):
     return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
 
+@pytest.mark.slow # most of them train; all together take minutes
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
 def test_notebook(name, flags):
