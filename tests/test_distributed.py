@@ -8,6 +8,8 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.slow # two processes
+
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     pytest.importorskip('accelerate', reason='distributed training needs accelerate')
@@ -19,7 +21,6 @@ def ranks(tmp_path_factory):
     return [torch.load(out/f'rank{rank}.pt', weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.slow
 def test_each_rank_selects_from_its_own_candidates(ranks):
     for rank in ranks:
         assert len(rank['candidates']) == len(rank['selected']) > 0

@@ -29,5 +29,5 @@ def has_flag(path, flag):
 def test_notebook(name, flags):
     command = [sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags]
     result = subprocess.run(command, env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True,
-                            text=True, timeout=900)
+                            text=True, timeout=1800)
     assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'
