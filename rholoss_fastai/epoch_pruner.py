@@ -34,7 +34,7 @@ from .nested import plain, prediction
 from .pruning import row_classes
 from .record import SelectionRecord
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
-from .scores import find_score, for_loss, score_inputs
+from .scores import find_score, score_inputs
 from .selector import BatchSelector
 
 # %% ../nbs/32_epoch_pruner.ipynb #5a7abd23
@@ -148,9 +148,9 @@ class EpochPruner(FitCallback):
     @property
     def makes_loss(self): return 'weights' if self.rule.weighs else None
     @property
-    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown
+    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown; None before the first fit
         "What each row of the data set scored when it was last trained on"
-        return self.memory.values[:,0]
+        return None if self.memory is None else self.memory.values[:,0]
 
     def begin_fit(self):
         "Check what can be checked before the first batch, say what will happen, and add the column"
@@ -163,8 +163,8 @@ class EpochPruner(FitCallback):
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
             self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
-        self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
-        self._fit.rounds = self._fit.weights = None
+        self.learn.selection,self.record.figures,self.share = self.record,self._figures,1.
+        self._fit.rounds = self._fit.weights = self._fit.loader = None
         self._fit.checked = False
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
@@ -191,6 +191,7 @@ class EpochPruner(FitCallback):
             whole = track_rows(self.learn.dls.train)
             self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, len(whole))
         else: self.learn.dl = self._fit.rounds
+        self._fit.loader = self.learn.dl
 
     def next_round(self):
         "A loader of the rows that the rule chooses now"
@@ -258,14 +259,15 @@ class EpochPruner(FitCallback):
 
     def after_loss(self):
         "Remember what each row scored, and weigh the loss"
-        learn,fit,item_losses = self.learn,self._fit,None
-        if self.rule.last or self.rule.weighs:
-            item_losses = self.checked_item_losses(self.rule.weighs) if 'loss' in self.inputs or self.rule.weighs else self.item_losses()
+        learn,fit,item_losses = self.learn,self._fit,self.item_losses() if self.rule.last or self.rule.weighs else None
         if self.rule.last:
             with torch.no_grad():
                 values = dict(loss=lambda: item_losses(learn.pred, *learn.yb), il=lambda: self.il_values[fit.batch_rows],
                               pred=lambda: prediction(plain(learn.pred)).float(), targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
-                scores = for_loss(self.score, item_losses)(**{o: values[o]() for o in self.inputs})
+                if not fit.checked and len(fit.batch_rows) > 1:
+                    fit.checked = True
+                    if 'loss' in self.inputs or self.rule.weighs: item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=self.rule.weighs)
+                scores = self.score(**{o: values[o]() for o in self.inputs})
             if len(scores) != len(fit.batch_rows): batch_rows(learn, fit.device) # raises: a callback changed the batch after its rows were counted
             self.memory.note(fit.batch_rows, scores)
         if fit.weights is not None: weigh_loss(learn, item_losses, fit.weights[fit.batch_rows])
@@ -281,7 +283,9 @@ class EpochPruner(FitCallback):
 
     def _tidy(self):
         "Close the line of an epoch that was cut short, too"
-        if self._fit is not None: self.record.end_epoch(interrupted=True)
+        if self._fit is not None:
+            self.record.end_epoch(interrupted=True)
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train # an export would take the epoch's loader along
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded

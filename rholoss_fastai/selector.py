@@ -29,9 +29,9 @@ from .checks import check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, goes_on_from_state
 from .fit_callback import FitCallback, weigh_loss
 from .il_source import il_source
-from .nested import batch_size, plain, subset_batch, tensors
+from .nested import plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
-from .record import SelectionRecord
+from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, loader_batch_size, track_rows
 from .scores import SCORES, find_score, for_loss, score_inputs, training_loss
 from .scoring import carries_state, copy_state, unwrapped
@@ -370,10 +370,10 @@ def explained(selector, what):
         changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf) if not type(cb).__module__.startswith('fastai.')]
         if not changers: raise
         names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
-        if what == 'scored': say = f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in cb.order = -6"
-        else:
-            say = (f"The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. {names} may change the batch: do that in the "
-                   "DataLoaders' transforms (after_batch), or give irreducible losses made otherwise, il=...")
+        say = (f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in "
+               "cb.order = -6") if what == 'scored' else (
+               f"The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. {names} may change the batch: do "
+               "that in the DataLoaders' transforms (after_batch), or give irreducible losses made otherwise, il=...")
         raise ValueError(f"{say}. ({type(e).__name__}: {e})") from e
 
 def check_inputs_unchanged(selector, learn, delivered):
@@ -427,8 +427,10 @@ def add_selector(
 
 @patch
 def no_selection(self:Learner)->Learner: # The Learner
-    "Train on every item again; what was recorded stays in `learn.selection`"
-    return self.remove_cbs([cb for cb in self.cbs if isinstance(cb, BatchSelector)])
+    "Train on every item again; what was recorded can still be read in `learn.selection`, but isn't exported"
+    selectors = [cb for cb in self.cbs if isinstance(cb, BatchSelector)]
+    for cb in selectors: set_record_aside(self, cb.record)
+    return self.remove_cbs(selectors)
 
 # %% ../nbs/20_selector.ipynb #5f473d5d
 def selector_parts(

@@ -316,10 +316,30 @@ def test_scoring_leaves_no_trace(fails):
     else: irreducible_losses(learn, dls.train)
     assert trace() == before and learn.opt is opt and learn.dls is dls and all(a is b for a,b in zip(dls.loaders, loaders, strict=True))
 
-def test_a_loader_of_some_rows_is_no_training_set():
+def test_a_loader_of_some_rows():
+    "Those rows have the losses that they have in the whole; of the others nothing is known, and nobody takes them"
     dls = make_dls()
-    with pytest.raises(ValueError, match='96 rows were wanted; 10 were scored'):
-        irreducible_losses(make_learner(dls), restrict_rows(dls.train, list(range(10))), **quiet)
+    learn, rows = make_learner(dls), [30, 2, 5, 77]
+    part, whole = restrict_rows(dls.train, rows), irreducible_losses(learn, dls.train, **quiet)
+    some = irreducible_losses(learn, part, **quiet)
+    torch.testing.assert_close(some[rows], whole[rows])
+    assert len(some) == len(whole) and some.unknown.sum() == len(whole) - 4 and some.check(part) is some
+    with pytest.raises(ValueError, match='of 4 of 96 rows: nothing is known of 92'): some.check(dls.train)
+    part_dls = DataLoaders(part, dls.valid)
+    il = crossfit_irreducible(make_learner, part_dls, 1, **quiet)
+    assert not il[rows].isnan().any() and il.info['n_known'] == 4
+    il = fit_irreducible(make_learner(DataLoaders(dls.valid, dls.valid)), part, 1, **quiet)
+    assert not il[rows].isnan().any() and il.info['n_known'] == 4
+
+def test_how_good_the_model_is():
+    dls = make_dls()
+    learn = make_learner(dls)
+    il = irreducible_losses(learn, dls.train, **quiet)
+    preds, targs = learn.get_preds(dl=dls.train.new(shuffle=False, drop_last=False))
+    assert il.info['accuracy'] == pytest.approx((preds.argmax(1) == targs).float().mean().item())
+    assert il.info['chance'] == pytest.approx(targs.bincount().max().item()/len(targs))
+    numbers = Learner(DataLoaders(*(DataLoader([(torch.rand(3), torch.rand(2)) for _ in range(8)], bs=4) for _ in range(2))), nn.Linear(3, 2), nn.MSELoss())
+    assert 'accuracy' not in irreducible_losses(numbers, numbers.dls.train, **quiet).info
 
 def test_a_diverged_model():
     dls = make_dls()

@@ -1,6 +1,5 @@
 "Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that can't work"
 import random
-from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -8,15 +7,13 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
-from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.data.transforms import Categorize
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFlat, MSELossFlat
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
-from fastai.torch_core import set_seed
 from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn import functional as F
