@@ -23,7 +23,6 @@ def script(name): return importlib.import_module(name)
 
 # step_cost
 
-@pytest.mark.slow
 def test_step_cost(tmp_path, capsys):
     out = tmp_path/'step_cost.json'
     def run(**kwargs): script('step_cost').main(models='mlp', fracs='0.25', kept='0.5', seconds=0, rounds=1, out=out, **kwargs)
@@ -88,24 +87,8 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
     assert ((counts - expected)**2/expected).sum() < 73 # chi-squared with 39 degrees of freedom, 0.1 %
 
 
-# rho_epochs
-
-def test_rho_epochs(small_cifar, tmp_path, capsys):
-    module,folder,out = script('rho_epochs'),tmp_path/'runs',tmp_path/'out.json'
-    runs = 'plain rho_epochs:drop=0.2,gate=false,by_memory=false'
-    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs, out=str(out))
-    files = {f.name: f.read_text() for f in folder.glob('*.json')}
-    plain,chosen = json.loads(out.read_text())['table']
-    assert len(files) == 2 and plain['steps'] == [9] and chosen['steps'][0] <= 9 and chosen['billed'][0] > 0 and len(chosen['points']) == 1
-    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs) # nothing is left to do
-    assert files == {f.name: f.read_text() for f in folder.glob('*.json')}
-    with pytest.raises(SystemExit, match='names no method'): module.read_run('rho_loss')
-    assert capsys.readouterr().out.count('rho_epochs') >= 2
-
-
 # Comparisons on CIFAR-10
 
-@pytest.mark.slow
 def test_time_to_accuracy(small_cifar, tmp_path):
     out = tmp_path/'out.json'
     runs = 'random rho_loss:frac=0.5 selective_backprop:keep=0.5,warmup_epochs=0'
@@ -129,6 +112,21 @@ def test_compare_cifar10(small_cifar, tmp_path, capsys):
     with pytest.raises(SystemExit, match='--arch must be one of'): script('compare_cifar10').main(arch='mlp')
 
 
+# rho_epochs
+
+def test_rho_epochs(small_cifar, tmp_path, capsys):
+    module,folder,out = script('rho_epochs'),tmp_path/'runs',tmp_path/'out.json'
+    runs = 'plain rho_epochs:drop=0.2,gate=false,by_memory=false'
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs, out=str(out))
+    files = {f.name: f.read_text() for f in folder.glob('*.json')}
+    plain,chosen = json.loads(out.read_text())['table']
+    assert len(files) == 2 and plain['steps'] == [9] and chosen['steps'][0] <= 9 and chosen['billed'][0] > 0 and len(chosen['points']) == 1
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs) # nothing is left to do
+    assert files == {f.name: f.read_text() for f in folder.glob('*.json')}
+    with pytest.raises(SystemExit, match='names no method'): module.read_run('rho_loss')
+    assert capsys.readouterr().out.count('rho_epochs') >= 2
+
+
 # scaling
 
 def test_scaling(tmp_path, capsys):
@@ -146,7 +144,6 @@ def test_scaling(tmp_path, capsys):
 
 # one_pass_cost
 
-@pytest.mark.slow
 def test_one_pass_cost(tmp_path, capsys):
     out, variants = tmp_path/'one_pass_cost.json', {'plain', *script('one_pass_cost').VARIANTS}
     script('one_pass_cost').main(archs='mlp', n_batches=10, repeats=1, out=out)
