@@ -33,7 +33,7 @@ def run(name, **kwargs):
 
 def command(*args):
     "A recipe from the command line"
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=RECIPES)
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=600, cwd=RECIPES)
 
 
 @pytest.fixture(scope='module')
@@ -59,9 +59,9 @@ def compared(folder, *methods, seeds=1):
 
 def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
     for name,options in (('holdout', {}), ('cross_fit', dict(cross_fit=True, il_one_cycle=True))):
-        run('cifar10_rho_loss', path=folder, steps=12, eval_every=4, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
+        run('cifar10_rho_loss', path=folder, steps=20, eval_every=10, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
         table = compared(tmp_path/name, 'random', 'rho_loss')
-        assert (table.steps == 12).all() and (table.trained == 12*8).all() and table.scored.tolist() == [0, 0, 12*32] and (table.wrong_labels > 0).all()
+        assert (table.steps == 20).all() and (table.trained == 20*8).all() and table.scored.tolist() == [0, 0, 20*32] and (table.wrong_labels > 0).all()
         il = IrreducibleLosses.load(tmp_path/name/'il.safetensors')
         assert (len(il), il.info['n_folds']) == ((160, 2) if options else (80, 1))
     capsys.readouterr()
