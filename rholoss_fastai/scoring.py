@@ -148,6 +148,7 @@ def copy_state(
 def _row_dim(t, n, name, recurrent):
     "The dimension of a state that counts the rows of the batch; None without"
     dims = [i for i,size in enumerate(t.shape) if size == n]
+    if not dims: return None # as at the beginning, when it isn't of rows yet
     if len(dims) < 2 and not (recurrent and t.ndim == 3 and dims != [1]): return dims[0] if dims else None
     if recurrent and t.ndim == 3 and 1 in dims: return 1 # (layers, rows, features), as PyTorch's recurrent layers have it
     raise ValueError(f"The model carries state from batch to batch in `{name}`, of shape {tuple(t.shape)}, and it can't be told which of it belongs to which of "
