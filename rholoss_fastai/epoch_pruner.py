@@ -14,7 +14,6 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Real
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
-from .record import SelectionRecord
+from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
 from .scores import find_score, for_loss, score_inputs
 from .selector import BatchSelector
@@ -303,17 +302,6 @@ def add_pruner(learn, pruner):
     learn.selection = pruner.record
     return learn
 
-# %% ../nbs/32_epoch_pruner.ipynb #5dc5786c
-_set_aside = WeakKeyDictionary() # records of Learners that select no more: outside of the Learner, so that its exports don't need this package
-
-class _LastRecord:
-    "What a Learner without a record of its own answers: the record that was set aside"
-    def __get__(self, learn, owner=None):
-        if learn in _set_aside: return _set_aside[learn]
-        raise AttributeError('selection')
-
-Learner.selection = _LastRecord()
-
 # %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
 def prune_epochs(self:Learner,
@@ -335,6 +323,5 @@ def prune_epochs(self:Learner,
 def no_pruning(self:Learner)->Learner: # The Learner
     "Train every epoch on everything again; what was recorded can still be read in `learn.selection`, but isn't exported"
     pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
-    for record in [cb.record for cb in pruners]:
-        if vars(self).get('selection') is record: _set_aside[self] = vars(self).pop('selection')
+    for cb in pruners: set_record_aside(self, cb.record)
     return self.remove_cbs(pruners)

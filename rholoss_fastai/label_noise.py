@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/label_noise.html.md"""
 # %% auto #0
 __all__ = ['share_of_wrong_labels', 'row_names', 'LabelNoise', 'label_noise']
 
-# %% ../nbs/15_label_noise.ipynb #a8d196ad
+# %% ../nbs/15_label_noise.ipynb #fcc00d75
 import os
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from .noise import class_names
 from .probe import ProbePredictions, probe_predictions
 from .rows import preserve_rng, whole_dataset
 
-# %% ../nbs/15_label_noise.ipynb #fb81b81f
+# %% ../nbs/15_label_noise.ipynb #d6100525
 class _Agreement:
     "Counts of labels that agree with the prediction, in bins of the prediction's margin, and the curve through them"
-    def __init__(self, margin, agrees, n_classes, n_bins=200):
+    def __init__(self, margin, agrees, n_classes, n_bins=100):
         order = margin.argsort()
         bins = np.array_split(np.arange(len(order)), min(n_bins, len(order)))
         margin,agrees = margin[order].double().cpu().numpy(),agrees[order].double().cpu().numpy()
@@ -91,7 +91,7 @@ def share_of_wrong_labels(
     low,high = (agreement.bound(params, loss, end) for end in (0, 0.999/(1 + agreement.accident)))
     return float(params[2]), float(low), float(high)
 
-# %% ../nbs/15_label_noise.ipynb #6ec14da9
+# %% ../nbs/15_label_noise.ipynb #e92f90d6
 def _per_row(values, rows): return values.iloc[rows] if hasattr(values, 'iloc') else [values[i] for i in rows]
 def _is_path(o): return isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o)
 
@@ -123,7 +123,7 @@ def row_names(
         break
     return res
 
-# %% ../nbs/15_label_noise.ipynb #6347c05c
+# %% ../nbs/15_label_noise.ipynb #90504002
 def _picture(x):
     "An image as numbers that matplotlib can draw, None of anything else"
     if isinstance(x, Image.Image): return np.asarray(x.convert('RGB') if x.mode not in ('L', 'RGB') else x)
@@ -200,7 +200,7 @@ class LabelNoise:
 
     def _repr_html_(self): return f'<p>{self}</p>{self.suspects(min(10, max(1, len(self)))).to_html(index=False)}'
 
-# %% ../nbs/15_label_noise.ipynb #46067b4b
+# %% ../nbs/15_label_noise.ipynb #3d131313
 def label_noise(
     learn, # Learner, or `DataLoaders`, where the features need no model
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows

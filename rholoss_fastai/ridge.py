@@ -8,13 +8,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/ridge.html.md"""
 __all__ = ['check_features', 'standardise', 'HeldOutRidge', 'FoldRidge', 'class_logits', 'smoothed_shares', 'fit_scale',
            'best_penalty']
 
-# %% ../nbs/13_ridge.ipynb #aede0013
+# %% ../nbs/13_ridge.ipynb #e48e0592
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/13_ridge.ipynb #f0f78dba
+# %% ../nbs/13_ridge.ipynb #f8275dae
 def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
 def check_features(
@@ -47,7 +47,7 @@ def standardise(
     for rows in _blocks(len(x), block): x[rows] = _wide(x[rows]).sub_(shift).mul_(scale)
     return x
 
-# %% ../nbs/13_ridge.ipynb #7ac7b551
+# %% ../nbs/13_ridge.ipynb #2b478484
 def _gram(x, block, rows=None):
     "`x.T @ x` in float64, summed over blocks, each in the precision of `x`"
     res = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -125,7 +125,7 @@ class HeldOutRidge(_Ridge):
             res.append((x @ weights - leverage*y)/(1 - leverage).clamp(min=1e-6) + mean)
         return torch.cat(res)
 
-# %% ../nbs/13_ridge.ipynb #f510e122
+# %% ../nbs/13_ridge.ipynb #2f47706a
 class FoldRidge(_Ridge):
     "Ridge regression with an intercept that predicts each fold by the others; the folds share one Gram matrix, each fold's part subtracted"
     def __init__(self,
@@ -178,7 +178,7 @@ class FoldRidge(_Ridge):
             for part in at.split(self.block): res[part] = _wide(self.x[idxs[part]]) @ weights + intercept
         return res
 
-# %% ../nbs/13_ridge.ipynb #11131009
+# %% ../nbs/13_ridge.ipynb #ee1944c3
 def class_logits(
     pred:Tensor, # `(n, C)` predictions of one-hot targets, or `(n, k)` of targets from 0 to 1 where `binary`
     shares:Tensor, # `(C,)` share of each class, or of 1 in each target
@@ -232,7 +232,7 @@ def _entropy(
     if binary: return F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction='none').mean(1)
     return F.cross_entropy(logits, y.long(), reduction='none')
 
-# %% ../nbs/13_ridge.ipynb #c374e7a7
+# %% ../nbs/13_ridge.ipynb #f0b15155
 def best_penalty(
     ridge, # `HeldOutRidge` or `FoldRidge`
     loss, # Function of held-out predictions `(m, k)` and the rows they are of; lower is better
