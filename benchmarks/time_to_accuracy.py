@@ -1,6 +1,6 @@
 """What selection buys on the clock: CIFAR-10 with wrong labels, or clean, by a small CNN; even rows train, odd rows are the IL model's.
 
-python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --folder runs/tta --out benchmarks/results/time_to_accuracy.json
+python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --folder runs/tta --out runs/tta.json
 python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --folder runs/tta-steps --budget steps --fit fit
 
 A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was stopped goes on with the next one.

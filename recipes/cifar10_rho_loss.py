@@ -108,7 +108,8 @@ def main(
         learn = make_learner(dls, arch, lr, **kind)
         learn.metrics = [accuracy]
         return learn
-    known = dict(random=lambda learn: learn.rho_loss(pick=Uniform(frac), epoch='candidates'), rho_loss=lambda learn, il: learn.rho_loss(il, frac=frac, compile=compile, epoch='candidates'))
+    known = dict(random=lambda learn: learn.rho_loss(pick=Uniform(frac), epoch='candidates'),
+                 rho_loss=lambda learn, il: learn.rho_loss(il, frac=frac, compile=compile, epoch='candidates'))
     if not set(methods.split(',')) <= {*known}: raise SystemExit(f"--methods must be of {', '.join(known)}; got {methods!r}.")
     dls = image_loaders(train, test, bs, device=device)
     compared(folder, learner, dls, [(o, known[o]) for o in methods.split(',')], n_epoch=steps/len(dls.train), budget='steps', fit='fit', il=il, bill='none',

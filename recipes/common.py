@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.learner import Learner
 
-from rholoss_fastai.all import compare, machine, prediction  # noqa: F401 (`machine` for benchmarks)
+from rholoss_fastai.all import compare, machine  # noqa: F401 (`machine` for benchmarks)
 from rholoss_fastai.all import same_machine as check_machine
+from rholoss_fastai.nested import prediction
 
 matplotlib.use('Agg') # figures go to files
 

@@ -55,7 +55,7 @@ METHODS = dict( # name -> function of a Learner, and of irreducible losses `il` 
     ies=lambda learn: learn.prune_epochs(rule='ies'),
     batch_loss_filter=lambda learn: learn.batch_loss_filter(),
     selective_backprop=lambda learn: learn.selective_backprop(),
-    divbs=lambda learn: learn.select('loss', 'divbs', frac=0.3),
+    divbs=lambda learn: learn.select(pick='divbs', frac=0.3),
     rho_loss=lambda learn, il: learn.rho_loss(il),
     rho_loss_published=lambda learn, il: learn.rho_loss(il, frac=0.1, score='reducible', epoch='candidates'),
     rho_epochs=lambda learn: learn.rho_epochs(),
@@ -433,7 +433,7 @@ def plot(self:Comparison,
 def _mask(noisy, n):
     "Which rows have a wrong label, by position"
     if noisy is None: return
-    noisy = torch.as_tensor(np.asarray(noisy))
+    noisy = torch.from_numpy(np.array(noisy)) # by position, whatever a Series' index
     if noisy.dtype != torch.bool or noisy.shape != (n,):
         raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape {tuple(noisy.shape)} of {noisy.dtype}.")
     return noisy

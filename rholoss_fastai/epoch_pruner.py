@@ -14,7 +14,6 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Real
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
-from .record import SelectionRecord
+from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
 from .scores import find_score, for_loss, score_inputs
 from .selector import BatchSelector
@@ -91,7 +90,9 @@ class Rounds(GetAttr):
     def _stream(self):
         while True:
             self.loader = self.make_round()
-            for self._i,batch in enumerate(self.loader): yield batch
+            for i,batch in enumerate(self.loader):
+                self._i = i
+                yield batch
 
     def __len__(self): return self.n_batches
     def __iter__(self):
@@ -148,9 +149,9 @@ class EpochPruner(FitCallback):
     @property
     def makes_loss(self): return 'weights' if self.rule.weighs else None
     @property
-    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown
+    def remembered(self)->Tensor: # `(n,)` on the device, NaN where unknown; None before the first fit
         "What each row of the data set scored when it was last trained on"
-        return self.memory.values[:,0]
+        return None if self.memory is None else self.memory.values[:,0]
 
     def begin_fit(self):
         "Check what can be checked before the first batch, say what will happen, and add the column"
@@ -164,8 +165,7 @@ class EpochPruner(FitCallback):
             self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
         self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
-        self._fit.rounds = self._fit.weights = None
-        self._fit.checked = False
+        self._fit.rounds = self._fit.weights = self._fit.loader = None
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
         self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
@@ -191,6 +191,7 @@ class EpochPruner(FitCallback):
             whole = track_rows(self.learn.dls.train)
             self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, len(whole))
         else: self.learn.dl = self._fit.rounds
+        self._fit.loader = self.learn.dl
 
     def next_round(self):
         "A loader of the rows that the rule chooses now"
@@ -281,7 +282,10 @@ class EpochPruner(FitCallback):
 
     def _tidy(self):
         "Close the line of an epoch that was cut short, too"
-        if self._fit is not None: self.record.end_epoch(interrupted=True)
+        if self._fit is not None:
+            self.record.end_epoch(interrupted=True)
+            # an export would take the epoch's loader along
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
@@ -300,17 +304,6 @@ def add_pruner(learn, pruner):
     learn.no_pruning().add_cb(pruner)
     learn.selection = pruner.record
     return learn
-
-# %% ../nbs/32_epoch_pruner.ipynb #5dc5786c
-_set_aside = WeakKeyDictionary() # records of Learners that select no more: outside of the Learner, so that its exports don't need this package
-
-class _LastRecord:
-    "What a Learner without a record of its own answers: the record that was set aside"
-    def __get__(self, learn, owner=None):
-        if learn in _set_aside: return _set_aside[learn]
-        raise AttributeError('selection')
-
-Learner.selection = _LastRecord()
 
 # %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
@@ -333,6 +326,5 @@ def prune_epochs(self:Learner,
 def no_pruning(self:Learner)->Learner: # The Learner
     "Train every epoch on everything again; what was recorded can still be read in `learn.selection`, but isn't exported"
     pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
-    for record in [cb.record for cb in pruners]:
-        if vars(self).get('selection') is record: _set_aside[self] = vars(self).pop('selection')
+    for cb in pruners: set_record_aside(self, cb.record)
     return self.remove_cbs(pruners)

@@ -49,6 +49,7 @@ class FitCallback(Callback):
     run_valid = False
     makes_loss = None # how it changes the training loss: None, 'weights' of the items, or a 'whole' other loss
     _fit = None # state of a fit, made in `before_fit`
+    _not_saved = () # attributes that are None in copies and exports
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after an interruption
     @property
@@ -113,7 +114,9 @@ class FitCallback(Callback):
             self.learn._metrics = L(list(self.learn.metrics))
         self._fit = None
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_fit', '_columns')}
+    def __getstate__(self):
+        left_out = {o: None for o in self._not_saved if o in self.__dict__}
+        return {k: v for k,v in {**self.__dict__, **left_out}.items() if k not in ('_fit', '_columns')}
 
 # %% ../nbs/09_fit_callback.ipynb #cb1b0138
 def loss_in_force(

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/50_interpret.ipynb #8f28df80
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,11 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
-from torch import nn
+from fastcore.foundation import L
 
-from .irreducible import IrreducibleLosses, irreducible_losses
+from .il_source import il_values
 from .loaders import scoring_loader
 from .rows import dataset_size, preserve_rng, track_rows, whole_dataset
 from .losses import ItemLosses
@@ -73,10 +75,22 @@ class _Reader(Callback):
         losses = self.item_losses(self.learn.pred, *self.yb)
         self.parts.append([self.learn.dl.rows(self.iter), *(o.detach().cpu() for o in (pred, targ, losses))])
 
+@contextmanager
+def _left_alone(learn):
+    "Afterwards the Learner is as it was, its recorder and the modes of its model included"
+    held,cbs,modes = dict(vars(learn)),list(learn.cbs),[(m, m.training) for m in learn.model.modules()]
+    try:
+        with preserve_rng(), learn.removed_cbs([o for o in cbs if isinstance(o, (Recorder, ProgressCallback))]), learn.no_logging(): yield
+    finally:
+        for name in set(vars(learn)) - set(held): del vars(learn)[name]
+        vars(learn).update(held)
+        learn.cbs.items[:] = cbs # in their order
+        for module,mode in modes: module.training = mode
+
 def _read(learn, rows=None):
     "Rows of the training set, all or `rows`, with predictions, targets and losses by the model as it is"
     reader = _Reader()
-    with preserve_rng(), learn.no_bar(), learn.no_logging():
+    with _left_alone(learn):
         learn.get_preds(dl=track_rows(scoring_loader(learn.dls.train, rows)), with_preds=False, with_targs=False, reorder=False, cbs=reader)
     return [torch.cat(o) for o in zip(*reader.parts)]
 
@@ -100,6 +114,19 @@ def _files(dataset, rows):
         files = [o[0] if isinstance(o, tuple) else o for o in (items[i] for i in rows.tolist())]
         if all(isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o) for o in files): return [Path(o) for o in files]
 
+def _short(text, n=60):
+    text = text if isinstance(text, str) else ' '.join(map(str, text))
+    return text if len(text) <= n else text[:n-3] + '...'
+
+def _known_by(dataset, rows):
+    "What the user knows `rows` by: the file, or the data frame's index and its text"
+    files,frame = _files(dataset, rows),dataset if isinstance(dataset, pd.DataFrame) else getattr(dataset, 'items', None)
+    if files is not None: return dict(file=files)
+    if not isinstance(frame, pd.DataFrame) or len(frame) != len(dataset): return {}
+    lines = frame.iloc[rows.tolist()]
+    texts = {'text': [_short(o) for o in lines['text']]} if 'text' in frame and isinstance(frame['text'].iloc[0], (str, list, tuple, L)) else {}
+    return dict(index=lines.index.tolist(), **texts)
+
 def _table(record, learn, rows, **columns):
     "A line for each of `rows`"
     rows_read,pred,targ,_ = _read(learn, rows)
@@ -109,7 +136,7 @@ def _table(record, learn, rows, **columns):
         values = values[order]
         if names is None or values.is_floating_point() or values.ndim > 1: return values.tolist()
         return [names[i] for i in values.tolist()]
-    table = dict(row=rows.tolist(), file=_files(whole_dataset(learn.dls.train), rows), label=named(targ), predicted=named(pred),
+    table = dict(row=rows.tolist(), **_known_by(whole_dataset(learn.dls.train), rows), label=named(targ), predicted=named(pred),
                  **{k: v.tolist() for k,v in columns.items()}, seen=record.seen.cpu()[rows].tolist(), selected=record.selected.cpu()[rows].tolist())
     return pd.DataFrame({k: v for k,v in table.items() if v is not None})
 
@@ -153,12 +180,9 @@ def never(self:SelectionRecord,
 # %% ../nbs/50_interpret.ipynb #9ebf2b72
 def _il_values(learn, il):
     "`(n,)`, irreducible losses of the training set of `learn`"
-    if il is None: il = getattr(getattr(learn, 'selector', None), 'il', None)
+    if il is None: il = getattr(vars(learn).get('selector'), 'il_source', None)
     if il is None: raise ValueError("There are no irreducible losses: train with learn.rho_loss(), or pass them as il= (crossfit_irreducible makes some).")
-    dl = learn.dls.train
-    if isinstance(il, nn.Module): il = irreducible_losses(Learner(learn.dls, il, loss_func=learn.loss_func), dl, progress=False)
-    if isinstance(il, (str, Path)): il = IrreducibleLosses.load(il)
-    return (il if isinstance(il, IrreducibleLosses) else IrreducibleLosses.of(il, dl)).check(dl).values
+    return il_values(il, learn.dls.train, learn)
 
 @patch
 def suspects(self:SelectionRecord,

@@ -128,7 +128,7 @@ class ItemLosses:
             raise ValueError("CTC loss has the batch in the second dimension of its input, so has no item losses as it is. Wrap it in "
                              "a function of (pred, *targs) whose pred is (bs, time, classes) and that transposes it.")
         self.loss_func = loss_func = getattr(loss_func, '_orig_mod', loss_func) # of a compiled module, the module
-        self.one_tensor,self.divisors = _from_library(loss_func),{} # how the loss is reduced, once it is known
+        self.one_tensor,self.divisors,self.checked = _from_library(loss_func),{},False # how the loss is reduced, once it is known
         params = _parameters(loss_func)
         self.params = {k: p.default for k,p in params.items() if k in ('reduction', 'ignore_index', 'weight')}
         self.n_args = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in params.values())
@@ -348,7 +348,8 @@ def weighted(self:ItemLosses,
     pred, # Prediction as the model returned it, `bs` rows
     *targs # Targets, `bs` rows each
 )->Tensor: # Scalar; with weights of 1, `loss_func(pred, *targs)`
-    "What the loss function would have computed, with weights of the items in it"
+    "What the loss function would have computed, with weights of the items in it; the first time, `check` is made"
+    if not self.checked: self.check(None, pred, *targs, weighting=True)
     pred,targs,bs = self._prepared(pred, targs)
     total,weighted,divisors = self._sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
@@ -444,6 +445,7 @@ def check(self:ItemLosses,
             whole = plain(self.loss_func(prepared, *prepared_targs)).item()
             raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' losses ({_say(losses)}): the loss is not "
                              f"made of the items' own losses, so these mean nothing. {mend}")
+    self.checked = self.checked or weighting
     return losses
 
 def _say(losses):

@@ -124,7 +124,8 @@ def check_no_item_lists(
     held = children(batch)
     if held is None: return
     if isinstance(batch, (list, L)) and held:
-        if isinstance(held[0], Mapping) and tensors(held): raise _item_list(held)
+        if len(held) > 1 and isinstance(held[0], Mapping) and all(isinstance(o, Mapping) and o.keys() == held[0].keys() for o in held) and tensors(held):
+            raise _item_list(held)
         if isinstance(held[0], Tensor) and len({o.shape[:1] for o in held if isinstance(o, Tensor) and o.ndim}) > 1: raise _item_list(held)
     for o in held: check_no_item_lists(o)
 
@@ -191,7 +192,7 @@ def as_tensor(
         values = list(values)
         if values and isinstance(values[0], Tensor): return plain(torch.stack(values).detach()).to(dtype)
         try: return torch.tensor(values, dtype=dtype)
-        except (TypeError, ValueError) as e: raise TypeError(f"values of kind {type(values[0]).__name__}: expected numbers, one a row; got {values!r:.100}.") from e
+        except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"values of kind {type(values[0]).__name__}: expected numbers, one a row; got {values!r:.100}.") from e
     array = values.to_numpy() if hasattr(values, 'to_numpy') else values
     if array.dtype == object: array = np.array(array.tolist()) # a nullable column
     if array.dtype.kind not in 'biufc': raise TypeError(f"values of type {array.dtype}: expected numbers, one a row; got {values!r:.100}.")

@@ -17,7 +17,7 @@ from .record import SelectionRecord
 
 # %% ../nbs/51_report.ipynb #a7e7d547
 class SelectionReport:
-    "What selection cost, and what it would have to bring to pay"
+    "What selection cost, what it bought, and what it would have to bring to pay"
     def __init__(self,
         record:SelectionRecord, # What a run left behind
         plain_seconds:float=None # Seconds that plain training took to the accuracy that this run reached
@@ -26,16 +26,20 @@ class SelectionReport:
         if not len(ledger) or not ledger.trained.sum():
             raise ValueError("Nothing has been trained with selection yet, so there is nothing to report: fit first.")
         if plain_seconds is not None: check_number('plain_seconds', plain_seconds, high=math.inf, open_low=True, schedule=False)
-        self.plain_seconds = plain_seconds
+        self.plain_seconds,self.ledger,self.il = plain_seconds,ledger,_il_quality(record)
+        # `prune_epochs` doesn't even load what it leaves out
+        at_hand = (ledger.trained/ledger.selected.where(ledger.selected > 0)).round().fillna(0).clip(lower=ledger.loaded).astype(int)
         loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
-        self.table = ledger.assign(seconds_loading=loading)[['epoch', 'loaded', 'scored', 'trained', 'selected', 'forward', 'seconds', 'seconds_loading',
-                                                             'seconds_scoring', 'seconds_training', 'seconds_il']]
+        columns = ['epoch', 'at_hand', 'loaded', 'scored', 'trained', 'selected', 'forward', 'seconds', 'seconds_loading', 'seconds_scoring', 'seconds_training',
+                   'seconds_il']
+        self.table = ledger.assign(at_hand=at_hand, seconds_loading=loading)[columns]
         # with one forward for both, every candidate took part in the step
         in_step = ledger.trained.where(ledger.forward != 'reuse', ledger.loaded)
         a_step = (ledger.seconds_training/in_step.where(in_step > 0)).fillna(0) # seconds an item
+        a_load = (loading/ledger.loaded.where(ledger.loaded > 0)).fillna(0)
         self.seconds,self.seconds_scoring,self.seconds_il = ledger.seconds.sum(),ledger.seconds_scoring.sum(),ledger.seconds_il.sum()
-        self.seconds_all = (a_step*ledger.loaded + loading).sum() # of training on every candidate
-        self.seconds_as_many = (a_step*ledger.trained + loading*ledger.selected.fillna(0)).sum() # of as many plain steps
+        self.seconds_all = (a_step*at_hand + a_load*at_hand).sum() # of training on everything at hand
+        self.seconds_as_many = (a_step*ledger.trained + a_load*ledger.trained).sum() # of as many plain steps
 
     @property
     def step_cost(self)->float:
@@ -44,7 +48,7 @@ class SelectionReport:
 
     @property
     def saved(self)->float:
-        "Seconds a run saved, irreducible losses apart: against `plain_seconds` if given, else against training on every candidate"
+        "Seconds a run saved, irreducible losses apart: against `plain_seconds` if given, else against training on everything at hand"
         return (self.seconds_all if self.plain_seconds is None else self.plain_seconds) - self.seconds
 
     @property
@@ -52,32 +56,78 @@ class SelectionReport:
         "Runs that must share the irreducible losses before the clock is ahead; infinite if a run saves nothing"
         return math.inf if self.saved <= 0 else max(1, math.ceil(self.seconds_il/self.saved))
 
-    def _words(self):
-        yield (f"{self.table.trained.sum():,} of {self.table.loaded.sum():,} items trained on, in {self.seconds:.1f} s, of which "
-               f"{self.seconds_scoring:.1f} s scoring.")
-        plain,against = self.plain_seconds,'training on every candidate'
-        if plain is not None: against = f'the plain run of {plain:.1f} s'
-        if self.saved > 0: yield f"Against {against}, selection saved {self.saved:.1f} s a run."
-        elif plain is not None: yield f"Against {against}, selection cost {-self.saved:.1f} s more than it saved: it does not pay here."
-        else:
-            yield (f"Scoring cost more than the backward passes that were left out: training on every candidate would have taken {self.seconds_all:.1f} s. "
-                   "Select fewer items, or score more cheaply: staleness, scale_factor, compile.")
-        if self.seconds_il:
-            if self.saved > 0: yield f"The irreducible losses cost {self.seconds_il:.1f} s: the clock is ahead from {_runs(self.break_even)} that share them."
-            else: yield f"The irreducible losses cost {self.seconds_il:.1f} s more, which no number of runs brings back."
-        if plain is None and self.step_cost > 1:
-            yield (f"A step cost as much as {self.step_cost:.2f} plain steps on as many items: against plain training, selection pays if it gets there in "
-                   f"less than {1/self.step_cost:.0%} of the steps. A plain run tells: report(plain_seconds=...).")
+    @property
+    def left_out(self)->int:
+        "Items at hand that were not trained on"
+        return int(self.table.at_hand.sum() - self.table.trained.sum())
 
-    def __str__(self): return '\n'.join(self._words())
+    def __str__(self): return '\n'.join(_sentences(self))
     def __repr__(self): return f"{self.table.round(2).to_string(index=False)}\n\n{self}"
-    def _repr_html_(self): return self.table.round(2).to_html(index=False) + ''.join(f'<p>{o}</p>' for o in self._words())
+    def _repr_html_(self): return self.table.round(2).to_html(index=False) + ''.join(f'<p>{o}</p>' for o in _sentences(self))
 
+# %% ../nbs/51_report.ipynb #75e973d6
+def _il_quality(record):
+    "How good the irreducible losses of the Learner's selector are, in words; None where that isn't known"
+    source = getattr(getattr(record.learner, 'selector', None), 'il_source', None)
+    info = getattr(getattr(source, 'table', None), 'info', None) or {}
+    if 'accuracy' in info: return f"the predictions behind them are right for {info['accuracy']:.0%} of the rows, by chance {info['chance']:.0%} would be"
+    if 'r2' in info: return f"the predictions behind them explain {info['r2']:.0%} of the variance"
+
+def _share_of(ledger, column):
+    "Mean of a share over the epochs that left something out, weighted by what was loaded; None where it was not measured"
+    lines = ledger[(ledger.selected < 1) & ledger[column].notna() & (ledger.scored > 0)]
+    return (lines[column]*lines.loaded).sum()/lines.loaded.sum() if len(lines) else None
+
+def _seconds(n): return f'{n:.1f} s'
 def _runs(n): return 'the first run' if n == 1 else f'{n} runs'
 
+# %% ../nbs/51_report.ipynb #ec07ce3c
+def _bought(report):
+    "What the items that were trained on hold"
+    ledger = report.ledger
+    for column,what in dict(score_share='score', loss_share='loss').items():
+        share,selected = _share_of(ledger, column),_share_of(ledger, 'selected') if column in ledger else None
+        if share is not None: return f"The {selected:.0%} of the candidates that were selected hold {share:.0%} of the {what}."
+
+def _against(report):
+    "Did it save seconds?"
+    plain,saved,pruned = report.plain_seconds,report.saved,(report.table.at_hand > report.table.loaded).any()
+    against = f'the plain run of {_seconds(plain)}' if plain is not None else 'training on every row' if pruned else 'training on every candidate'
+    if plain is None and not report.left_out:
+        cost = f", though {_seconds(report.seconds_scoring)} went into scoring" if report.seconds_scoring else ''
+        return f"Nothing was left out, so this was plain training{cost}."
+    if saved > 0: return f"Against {against}, {'leaving rows out' if pruned else 'selection'} saved {_seconds(saved)} per run."
+    if plain is not None: return f"Against {against}, selection cost {_seconds(-saved)} more than it saved: it does not pay here."
+    whole = f"{against} would have taken {_seconds(report.seconds_all)}"
+    if report.table.scored.sum() and not pruned and report.seconds_scoring:
+        return (f"Scoring cost more than the backward passes that were left out: {whole}. "
+                "Select fewer items, or score more cheaply: staleness, scale_factor, compile.")
+    return f"No seconds were saved: {whole}. Leave out more, or train on everything."
+
+def _il_bill(report):
+    "What the irreducible losses cost, and how good they are"
+    cost = f"The irreducible losses cost {_seconds(report.seconds_il)}"
+    if report.il: cost += f" ({report.il})"
+    if report.saved > 0: return f"{cost}: the clock is ahead from {_runs(report.break_even)} that share them."
+    return f"{cost} on top, which no number of runs brings back."
+
+def _sentences(report):
+    "The report in words"
+    table = report.table
+    scoring = f", of which {_seconds(report.seconds_scoring)} scoring" if report.seconds_scoring else ''
+    yield f"{table.trained.sum():,} of {table.at_hand.sum():,} items at hand were trained on, in {_seconds(report.seconds)}{scoring}."
+    bought = _bought(report)
+    if bought: yield bought
+    yield _against(report)
+    if report.seconds_il: yield _il_bill(report)
+    if report.plain_seconds is None and report.left_out and report.step_cost > 1:
+        yield (f"A step cost as much as {report.step_cost:.2f} plain steps on as many items: against plain training, selection pays if it gets there in "
+               f"less than {1/report.step_cost:.0%} of the steps. A plain run tells: report(plain_seconds=...).")
+
+# %% ../nbs/51_report.ipynb #8bbde8f6
 @patch
 def report(self:SelectionRecord,
     plain_seconds:float=None # Seconds that plain training took to the accuracy that this run reached
 )->SelectionReport: # Shows a table by epoch and what it means; `.step_cost`, `.saved`, `.break_even` are numbers
-    "What selection cost by epoch, the break-even point, and whether it pays, in plain words"
+    "What selection cost by epoch and what it bought, the break-even point, and whether it pays, in plain words"
     return SelectionReport(self, plain_seconds)

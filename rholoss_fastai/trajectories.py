@@ -103,7 +103,8 @@ class LossHistory(FitCallback):
 
     def before_train(self):
         "Know the rows of the epoch's batches"
-        if not hasattr(self.learn.dl, 'rows'): self.learn.dl = track_rows(self.learn.dl)
+        dl = self.learn.dl
+        if 'rows' not in vars(dl) and not hasattr(type(dl), 'rows'): self.learn.dl = track_rows(dl) # nothing before this one has
         self._fit.now.fill_(torch.nan); self._fit.valid.zero_()
 
     def after_loss(self):

@@ -11,7 +11,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 8, 6, 3
+N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 24, 6, 3
 
 
 class Toy:

@@ -112,6 +112,21 @@ def test_compare_cifar10(small_cifar, tmp_path, capsys):
     with pytest.raises(SystemExit, match='--arch must be one of'): script('compare_cifar10').main(arch='mlp')
 
 
+# rho_epochs
+
+def test_rho_epochs(small_cifar, tmp_path, capsys):
+    module,folder,out = script('rho_epochs'),tmp_path/'runs',tmp_path/'out.json'
+    runs = 'plain rho_epochs:drop=0.2,gate=false,by_memory=false'
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs, out=str(out))
+    files = {f.name: f.read_text() for f in folder.glob('*.json')}
+    plain,chosen = json.loads(out.read_text())['table']
+    assert len(files) == 2 and plain['steps'] == [9] and chosen['steps'][0] <= 9 and chosen['billed'][0] > 0 and len(chosen['points']) == 1
+    module.main(path=str(small_cifar), folder=str(folder), rows=160, noise=0.5, budgets='9', seeds='0', runs=runs) # nothing is left to do
+    assert files == {f.name: f.read_text() for f in folder.glob('*.json')}
+    with pytest.raises(SystemExit, match='names no method'): module.read_run('rho_loss')
+    assert capsys.readouterr().out.count('rho_epochs') >= 2
+
+
 # scaling
 
 def test_scaling(tmp_path, capsys):

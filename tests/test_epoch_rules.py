@@ -663,7 +663,7 @@ def test_interrupted_anywhere(event, epoch, tmp_path):
     class Stop(Callback):
         order = 30
         def __call__(self, name):
-            if name == event and self.learn.epoch == 2 and (self.learn.training or 'valid' in event): raise KeyboardInterrupt
+            if name == event and self.learn.epoch == 2 and (self.learn.training or 'valid' in event or 'epoch' in event): raise KeyboardInterrupt
     learn = learner(path=tmp_path, metrics=lambda pred, targ: pred.sum()).prune_epochs(delta=1., epoch=epoch)
     with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=Stop())
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Stop)])
@@ -694,3 +694,63 @@ def test_an_export_after_no_pruning_needs_nothing_of_this_package(tmp_path):
     with zipfile.ZipFile(tmp_path/'learner.pkl') as z:
         content = z.read(next(o for o in z.namelist() if o.endswith('data.pkl')))
     assert b'rholoss' not in content and pickle
+
+
+two_rules = '''
+import sys, os
+sys.path.insert(0, os.path.dirname({path!r}))
+from test_epoch_rules import *
+from distributed_rho_loss import broadcast
+from fastai.distributed import DistributedDL
+from rholoss_fastai.all import LossHistory
+import torch.distributed as dist
+DistributedDL._broadcast = broadcast
+class Draws(Callback):
+    "What was remembered before each choice, and what was chosen"
+    order = -4
+    def before_fit(self): self.rows, self.before = [], []
+    def before_train(self): self.before.append(self.epoch_pruner.memory.values.clone())
+results = {{}}
+for rule,kwargs in (('seta', dict(prune=0.1)), ('ies', dict(threshold=0.1, floor=0.2))):
+    history, watch, draws = LossHistory(), Watch(), Draws()
+    learn = learner(dataloaders(Rows(N)), linear()).prune_epochs(rule, seed=4, **kwargs)
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    with learn.distrib_ctx(sync_bn=False), learn.no_logging(): learn.fit(8, 0.05, cbs=[watch, draws, history])
+    results[rule] = dict(rows=[torch.cat(o) for o in watch.rows], losses=[torch.cat(o) for o in watch.losses], before=draws.before,
+                         weights=torch.cat([o.flatten() for o in learn.model.parameters()]), history=history.losses, valid=history.valid,
+                         ledger=learn.selection.ledger.to_dict('list'))
+torch.save(results, {out!r} + str(dist.get_rank()))
+'''
+
+
+def test_two_processes_choose_alike(tmp_path):
+    "SeTa, IES and LossHistory: what both remember is gathered, both choose the same rows and end with the same weights"
+    pytest.importorskip('accelerate', reason='distributed training needs accelerate')
+    (tmp_path/'run.py').write_text(two_rules.format(path=__file__, out=str(tmp_path/'rank')))
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')], env=env,
+                         capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = [torch.load(tmp_path/f'rank{rank}', weights_only=False) for rank in (0, 1)]
+    for rule in ('seta', 'ies'):
+        a, b = (o[rule] for o in ranks)
+        assert torch.equal(a['weights'], b['weights']) and torch.equal(a['history'].nan_to_num(-1), b['history'].nan_to_num(-1)) and a['valid'] == b['valid']
+        for epoch in range(8):
+            assert torch.equal(a['before'][epoch].nan_to_num(-1), b['before'][epoch].nan_to_num(-1))
+            rows, losses = (torch.cat([o[key][epoch] for o in (a, b)]) for key in ('rows', 'losses'))
+            assert len(rows) - len(rows.unique()) <= 1 # one row twice where their number is odd
+            sums = torch.zeros(2, N).index_add_(1, rows, torch.stack([losses, torch.ones_like(losses)]))
+            expected = (sums[0]/sums[1])
+            assert torch.allclose(a['history'][epoch], expected, atol=5e-3, equal_nan=True) # NaN: not trained on, in neither
+            if epoch == 7: continue
+            newest = a['before'][epoch + 1][:, 0]
+            trained = sums[1] > 0
+            assert torch.allclose(newest[trained], expected[trained], atol=1e-5)
+        counts = a['ledger']['trained']
+        assert min(counts) < N
+        if rule == 'ies': # mastered by three second differences; of a class at least a fifth stays
+            for epoch in range(8):
+                h = a['before'][epoch]
+                mastered = (h[:, :3] - 2*h[:, 1:4] + h[:, 2:5]).abs().mean(1) < 0.1
+                chosen = torch.cat([o['rows'][epoch] for o in (a, b)]).unique()
+                assert set((~mastered).nonzero().flatten().tolist()) <= set(chosen.tolist())

@@ -73,6 +73,7 @@ def brute_force(model, dataset):
 
 # ---- cross-fitting
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n_folds', [2, 3, 5])
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_no_row_is_scored_by_a_model_that_trained_on_it(n_folds, num_workers):
@@ -107,6 +108,7 @@ def augmented_dls(num_workers=0):
     datasets = Datasets(list(range(96)), [[Features(), Jitter()], Label()], splits=[range(80), range(80, 96)])
     return datasets.dataloaders(bs=16, num_workers=num_workers, device='cpu', after_batch=[Jitter()])
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_the_seed_alone_decides(num_workers):
     def run(seed, global_seed):
@@ -268,6 +270,7 @@ def test_the_training_set_as_holdout():
     dls = make_dls()
     with pytest.raises(ValueError, match='crossfit_irreducible'): fit_irreducible(make_learner(dls), dls.train, 1)
 
+@pytest.mark.slow
 def test_progress(capsys):
     target = make_dls(seed=0)
     fit_irreducible(make_learner(make_dls(seed=1)), target.train, 30)
@@ -313,10 +316,30 @@ def test_scoring_leaves_no_trace(fails):
     else: irreducible_losses(learn, dls.train)
     assert trace() == before and learn.opt is opt and learn.dls is dls and all(a is b for a,b in zip(dls.loaders, loaders, strict=True))
 
-def test_a_loader_of_some_rows_is_no_training_set():
+def test_a_loader_of_some_rows():
+    "Those rows have the losses that they have in the whole; of the others nothing is known, and nobody takes them"
     dls = make_dls()
-    with pytest.raises(ValueError, match='96 rows were wanted; 10 were scored'):
-        irreducible_losses(make_learner(dls), restrict_rows(dls.train, list(range(10))), **quiet)
+    learn, rows = make_learner(dls), [30, 2, 5, 77]
+    part, whole = restrict_rows(dls.train, rows), irreducible_losses(learn, dls.train, **quiet)
+    some = irreducible_losses(learn, part, **quiet)
+    torch.testing.assert_close(some[rows], whole[rows])
+    assert len(some) == len(whole) and some.unknown.sum() == len(whole) - 4 and some.check(part) is some
+    with pytest.raises(ValueError, match='of 4 of 96 rows: nothing is known of 92'): some.check(dls.train)
+    part_dls = DataLoaders(part, dls.valid)
+    il = crossfit_irreducible(make_learner, part_dls, 1, **quiet)
+    assert not il[rows].isnan().any() and il.info['n_known'] == 4
+    il = fit_irreducible(make_learner(DataLoaders(dls.valid, dls.valid)), part, 1, **quiet)
+    assert not il[rows].isnan().any() and il.info['n_known'] == 4
+
+def test_how_good_the_model_is():
+    dls = make_dls()
+    learn = make_learner(dls)
+    il = irreducible_losses(learn, dls.train, **quiet)
+    preds, targs = learn.get_preds(dl=dls.train.new(shuffle=False, drop_last=False))
+    assert il.info['accuracy'] == pytest.approx((preds.argmax(1) == targs).float().mean().item())
+    assert il.info['chance'] == pytest.approx(targs.bincount().max().item()/len(targs))
+    numbers = Learner(DataLoaders(*(DataLoader([(torch.rand(3), torch.rand(2)) for _ in range(8)], bs=4) for _ in range(2))), nn.Linear(3, 2), nn.MSELoss())
+    assert 'accuracy' not in irreducible_losses(numbers, numbers.dls.train, **quiet).info
 
 def test_a_diverged_model():
     dls = make_dls()
@@ -354,6 +377,7 @@ class Wrapped(Net):
         self.wrap = wrap
     def forward(self, x): return self.wrap(super().forward(x))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrap', [lambda o: (o, [o.detach()]), lambda o: dict(logits=o), lambda o: SimpleNamespace(loss=None, logits=o)])
 def test_outputs_that_hold_the_prediction(wrap):
     def make(dls): return Learner(dls, Wrapped(wrap), CrossEntropyLossFlat(), lr=1e-2)
@@ -365,12 +389,14 @@ def test_outputs_that_hold_the_prediction(wrap):
         return fit_irreducible(learn, make_dls(seed=0).train, 2, **quiet)
     assert torch.equal(fitted(make).values, fitted(make_learner).values)
 
+@pytest.mark.slow
 def test_a_loss_that_wants_the_whole_output_gets_it():
     dls = make_dls()
     def loss(pred, targ, reduction='mean'): return F.cross_entropy(pred[0], targ, reduction=reduction) + 0*pred[1].sum()
     def make(dls): return Learner(dls, Wrapped(lambda o: (o, o)), loss, lr=1e-2)
     assert torch.equal(crossfit_irreducible(make, dls, 1, **quiet).values, crossfit_irreducible(make_learner, dls, 1, **quiet).values)
 
+@pytest.mark.slow
 def test_recurrent_text_model_out_of_the_box():
     from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
     set_seed(0)
@@ -391,6 +417,7 @@ def test_recurrent_text_model_out_of_the_box():
     il = crossfit_irreducible(make, dls, 2, **quiet)
     assert len(il) == 48 and torch.equal(il.values, crossfit_irreducible(make, dls, 2, **quiet).values)
 
+@pytest.mark.slow
 def test_unet_out_of_the_box():
     from fastai.vision.all import resnet18, unet_learner
     set_seed(0)
@@ -508,6 +535,7 @@ il.save({out!r} + str(rank))
 torch.distributed.destroy_process_group()
 '''
 
+@pytest.mark.slow
 def test_processes_share_the_folds(tmp_path):
     (tmp_path/'run.py').write_text(script.format(path=__file__, out=str(tmp_path/'il')))
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')],

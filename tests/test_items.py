@@ -280,6 +280,7 @@ def test_torch_order(kind):
         return res + [torch.rand(1)]
     assert same(copies(make(kind), track_rows), copies(make(kind), lambda o: o))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,persistent_workers', [('shuffled', True), ('seeded', False), ('batches', True)])
 def test_torch_workers(kind, persistent_workers):
     plain,tracked = (make(kind, num_workers=2, persistent_workers=persistent_workers) for _ in range(2))
@@ -490,6 +491,7 @@ def test_types_and_metadata():
 leaves = st.one_of(st.just('tensor'), st.just('image'), st.none(), st.just('text'), st.floats(allow_nan=False))
 def nest(o): return st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=3))
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(tree=st.recursive(leaves, nest),
        idxs=st.lists(st.integers(0, 6), max_size=7))
@@ -638,6 +640,7 @@ def run_script(code, *args, **env):
     args = [sys.executable, '-W', 'ignore', '-c', code, *map(str, args)]
     return subprocess.run(args, env=dict(os.environ, **env), capture_output=True, text=True)
 
+@pytest.mark.slow
 def test_the_same_in_every_process():
     runs = [run_script(script, PYTHONHASHSEED=seed) for seed in ('1', '2')]
     assert runs[0].stdout and runs[0].stdout == runs[1].stdout, runs[0].stderr
@@ -711,6 +714,7 @@ os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 ItemTable(torch.arange(12), dict(n=12, targets='', items='')).save(sys.argv[1])
 '''
 
+@pytest.mark.slow
 def test_killed_save_leaves_the_old_file(tmp_path):
     path = tmp_path/'il.safetensors'
     table_of().save(path)

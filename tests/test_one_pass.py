@@ -677,6 +677,7 @@ def test_what_no_rate_helps():
     assert broken <= 1 and len(tuner(learn).lines) <= 12 # the callback acts after the roll-back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(5))
 def test_a_lucky_validation_batch_is_no_measure(seed):
     "Losses of single items differ a hundredfold; nothing moves, so nothing diverges"
@@ -726,6 +727,7 @@ def test_nan_and_an_interruption():
 
 def test_each_roll_back_is_a_tenth_again():
     "Adam begins anew, from the good values and no others"
+    set_seed(0) # of the loader's order, too: the last good state must be that of the step before
     learn = learner(dls=loaders(600, n=6000)).one_pass('lr', every=1)
     class Break(Callback):
         order = OnePassTuner.order - 1

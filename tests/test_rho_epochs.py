@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,6 +161,16 @@ def test_numbers_and_several_labels():
         learn = fit(learner(dataloaders(rows), model, loss_func=loss_func).rho_epochs(features=features), 3)
         rule,times = learn.epoch_pruner.rule,learn.selection.selected.float()
         assert not rule.plain and times[noise].mean() < 0.7*times[~noise].mean() and learn.epoch_pruner.remembered.max() <= 1
+
+
+def test_export_and_start_epoch(tmp_path):
+    learn = noisy_learner(path=tmp_path).rho_epochs(features=features)
+    fit(learn, 2)
+    learn.export('learner.pkl')
+    loaded = load_learner(tmp_path/'learner.pkl')
+    loaded.dls = learn.dls
+    fit(loaded, 3, start_epoch=1) # judged anew, and only the epochs that are left
+    assert loaded.epoch_pruner.rule.table is not None and len(loaded.selection.ledger) == 2 + 2
 
 
 def test_the_estimate():

@@ -56,7 +56,7 @@ def readme(path=None):
     nb = read_nb(path or config.nbs_path/config.readme_nb)
     NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, strip_ansi, hide_line, rm_header_dash, rm_export, clean_magics, hide_],
                 process=True)
-    lookup = NbdevLookup(incl_libs=(config.lib_name,))
+    lookup = NbdevLookup(strip_libs=config.lib_name, incl_libs=(config.lib_name,)) # a README links to this site alone
     blocks = [f"# {nb.frontmatter_['title']}", WARNING]
     if 'description' in nb.frontmatter_: blocks.append(f"> {nb.frontmatter_['description']}")
     for cell in nb.cells: blocks += cell_markdown(cell, lookup)
