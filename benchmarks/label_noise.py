@@ -52,7 +52,8 @@ def auc(score, wrong):
     return float((ranks[wrong].sum() - n*(n-1)/2)/(n*(len(wrong) - n))) if 0 < n < len(wrong) else None
 
 
-def found(rows, wrong): return dict(n=len(rows), precision=float(wrong[rows].mean()) if len(rows) else None, recall=float(wrong[rows].sum()/max(1, wrong.sum())))
+def found(rows, wrong):
+    return dict(n=len(rows), precision=float(wrong[rows].mean()) if len(rows) else None, recall=float(wrong[rows].sum()/max(1, wrong.sum())))
 
 
 def loaders(images, labels): return image_loaders(*[ImageRows(images, labels, list(map(str, range(len(labels)))))]*2, 125)
@@ -61,7 +62,8 @@ def loaders(images, labels): return image_loaders(*[ImageRows(images, labels, li
 def cleanlab_of(labels, probs, wrong):
     from cleanlab.filter import find_label_issues
     with Timer() as timer: rows = find_label_issues(labels, probs, return_indices_ranked_by='self_confidence', n_jobs=1)
-    return dict(found(rows, wrong), share=len(rows)/len(labels), first_1000=float(wrong[rows[:1000]].mean()) if len(rows) else None, process_seconds=timer.process_seconds)
+    first = float(wrong[rows[:1000]].mean()) if len(rows) else None
+    return dict(found(rows, wrong), share=len(rows)/len(labels), first_1000=first, process_seconds=timer.process_seconds)
 
 
 def usual_route(x, labels, wrong):
@@ -70,8 +72,10 @@ def usual_route(x, labels, wrong):
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    with Timer() as timer: probs = cross_val_predict(make_pipeline(StandardScaler(), LogisticRegression(max_iter=100)), x, labels, cv=5, method='predict_proba')
-    return dict(cleanlab_of(labels, probs, wrong), auc=auc(-probs[np.arange(len(labels)), labels], wrong), process_seconds_of_probabilities=timer.process_seconds)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
+    with Timer() as timer: probs = cross_val_predict(model, x, labels, cv=5, method='predict_proba')
+    return dict(cleanlab_of(labels, probs, wrong), auc=auc(-probs[np.arange(len(labels)), labels], wrong),
+                process_seconds_of_probabilities=timer.process_seconds)
 
 
 def run(name, x, images, truth, share, confusion, seed, route):
@@ -83,9 +87,10 @@ def run(name, x, images, truth, share, confusion, seed, route):
         noise = LabelNoise(predictions, dls.train)
     first = noise.suspects(1000).row.to_numpy()
     probs = predictions.probs.numpy()
-    res = dict(features=name, n=len(truth), redrawn=share, noise='pairs' if confusion else 'symmetric', seed=seed, wrong=float(wrong.mean()), estimate=noise.share,
-               low=noise.low, high=noise.high, accuracy=predictions.info['accuracy'], accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()),
-               auc=auc(-predictions.p_label.numpy(), wrong), first_1000=float(wrong[first].mean()), suspects=found(noise.table.row.to_numpy(), wrong),
+    res = dict(features=name, n=len(truth), redrawn=share, noise='pairs' if confusion else 'symmetric', seed=seed, wrong=float(wrong.mean()),
+               estimate=noise.share, low=noise.low, high=noise.high, accuracy=predictions.info['accuracy'],
+               accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()), auc=auc(-predictions.p_label.numpy(), wrong),
+               first_1000=float(wrong[first].mean()), suspects=found(noise.table.row.to_numpy(), wrong),
                process_seconds=timer.process_seconds, cleanlab=cleanlab_of(labels.numpy(), probs, wrong))
     if route: res['cleanlab_usual_route'] = usual_route(x.numpy(), labels.numpy(), wrong)
     shown = f"cleanlab {res['cleanlab']['share']:.3f}, its first 1000 {res['cleanlab']['first_1000']}"

@@ -14,7 +14,6 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Real
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,9 +31,9 @@ from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
-from .record import SelectionRecord
+from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
-from .scores import find_score, score_inputs
+from .scores import find_score, for_loss, score_inputs
 from .selector import BatchSelector
 
 # %% ../nbs/32_epoch_pruner.ipynb #5a7abd23
@@ -91,7 +90,9 @@ class Rounds(GetAttr):
     def _stream(self):
         while True:
             self.loader = self.make_round()
-            for self._i,batch in enumerate(self.loader): yield batch
+            for i,batch in enumerate(self.loader):
+                self._i = i
+                yield batch
 
     def __len__(self): return self.n_batches
     def __iter__(self):
@@ -165,7 +166,6 @@ class EpochPruner(FitCallback):
         self.memory.forget()
         self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
         self._fit.rounds = self._fit.weights = self._fit.loader = None
-        self._fit.checked = False
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
         self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
@@ -259,15 +259,14 @@ class EpochPruner(FitCallback):
 
     def after_loss(self):
         "Remember what each row scored, and weigh the loss"
-        learn,fit,item_losses = self.learn,self._fit,self.item_losses() if self.rule.last or self.rule.weighs else None
+        learn,fit,item_losses = self.learn,self._fit,None
+        if self.rule.last or self.rule.weighs:
+            item_losses = self.checked_item_losses(self.rule.weighs) if 'loss' in self.inputs or self.rule.weighs else self.item_losses()
         if self.rule.last:
             with torch.no_grad():
                 values = dict(loss=lambda: item_losses(learn.pred, *learn.yb), il=lambda: self.il_values[fit.batch_rows],
                               pred=lambda: prediction(plain(learn.pred)).float(), targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
-                if not fit.checked and len(fit.batch_rows) > 1:
-                    fit.checked = True
-                    if 'loss' in self.inputs or self.rule.weighs: item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=self.rule.weighs)
-                scores = self.score(**{o: values[o]() for o in self.inputs})
+                scores = for_loss(self.score, item_losses)(**{o: values[o]() for o in self.inputs})
             if len(scores) != len(fit.batch_rows): batch_rows(learn, fit.device) # raises: a callback changed the batch after its rows were counted
             self.memory.note(fit.batch_rows, scores)
         if fit.weights is not None: weigh_loss(learn, item_losses, fit.weights[fit.batch_rows])
@@ -285,7 +284,8 @@ class EpochPruner(FitCallback):
         "Close the line of an epoch that was cut short, too"
         if self._fit is not None:
             self.record.end_epoch(interrupted=True)
-            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train # an export would take the epoch's loader along
+            # an export would take the epoch's loader along
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
@@ -304,17 +304,6 @@ def add_pruner(learn, pruner):
     learn.no_pruning().add_cb(pruner)
     learn.selection = pruner.record
     return learn
-
-# %% ../nbs/32_epoch_pruner.ipynb #5dc5786c
-_set_aside = WeakKeyDictionary() # records of Learners that select no more: outside of the Learner, so that its exports don't need this package
-
-class _LastRecord:
-    "What a Learner without a record of its own answers: the record that was set aside"
-    def __get__(self, learn, owner=None):
-        if learn in _set_aside: return _set_aside[learn]
-        raise AttributeError('selection')
-
-Learner.selection = _LastRecord()
 
 # %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
@@ -337,6 +326,5 @@ def prune_epochs(self:Learner,
 def no_pruning(self:Learner)->Learner: # The Learner
     "Train every epoch on everything again; what was recorded can still be read in `learn.selection`, but isn't exported"
     pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
-    for record in [cb.record for cb in pruners]:
-        if vars(self).get('selection') is record: _set_aside[self] = vars(self).pop('selection')
+    for cb in pruners: set_record_aside(self, cb.record)
     return self.remove_cbs(pruners)

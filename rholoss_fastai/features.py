@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/features.html.md"""
 # %% auto #0
 __all__ = ['RandomPatches', 'is_trained', 'BodyInputs', 'text_features', 'table_features']
 
-# %% ../nbs/13_features.ipynb #3d7e0d85
+# %% ../nbs/13_features.ipynb #8ea9d634
 import numpy as np
 import torch
 from fastcore.basics import store_attr
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .nested import plain
 
-# %% ../nbs/13_features.ipynb #d105a4dc
+# %% ../nbs/13_features.ipynb #7a08bf62
 def _whitened(patches, eps):
     "Patches `(n, d)` without their covariance, and the matrix that takes it away (ZCA)"
     values,vectors = torch.linalg.eigh((patches.T @ patches/len(patches)).double())
@@ -72,7 +72,7 @@ class RandomPatches(nn.Module):
         both = torch.cat([answers - self.threshold, -self.threshold - answers], 1).relu_()
         return F.adaptive_avg_pool2d(both, self.pool).flatten(1)
 
-# %% ../nbs/13_features.ipynb #2ec718db
+# %% ../nbs/13_features.ipynb #087483ac
 def _varies(t): return t is not None and t.numel() > 1 and bool((t != t.flatten()[0]).any())
 
 def is_trained(
@@ -84,7 +84,7 @@ def is_trained(
     tell = [t for t in tell if t is not None and t.numel() > 1]
     return any(map(_varies, tell)) if tell else None
 
-# %% ../nbs/13_features.ipynb #e484895a
+# %% ../nbs/13_features.ipynb #0ee7d4fa
 class BodyInputs:
     "Watches a model's forward passes, and keeps what its last linear layer is given"
     def __init__(self,
@@ -131,7 +131,7 @@ class BodyInputs:
         if kept.ndim == 4: return F.adaptive_avg_pool2d(kept, 2 if kept.shape[1] <= 256 and min(kept.shape[2:]) > 1 else 1).flatten(1)
         return kept if kept.ndim == 2 else kept.flatten(1, -2).mean(1)
 
-# %% ../nbs/13_features.ipynb #8a7c79f6
+# %% ../nbs/13_features.ipynb #768127b1
 def _n_grams(tokens, most):
     "The tokens of a text `(length,)` and its pairs of neighbours, each as a number below `most`"
     tokens = tokens.astype(np.int64)
@@ -156,7 +156,7 @@ def text_features(
     if dim < 1: return torch.from_numpy(weights.toarray()).float()
     return torch.from_numpy(TruncatedSVD(dim, random_state=seed, n_iter=2).fit_transform(weights)).float()
 
-# %% ../nbs/13_features.ipynb #c4a32a29
+# %% ../nbs/13_features.ipynb #cf5b8257
 def table_features(
     cats:Tensor, # `(n, k)` codes of categories, or None
     conts:Tensor, # `(n, m)` numbers, or None

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -77,13 +78,13 @@ class _Reader(Callback):
 @contextmanager
 def _left_alone(learn):
     "Afterwards the Learner is as it was, its recorder and the modes of its model included"
-    held,cbs,modes = dict(vars(learn)),learn.cbs,[(m, m.training) for m in learn.model.modules()]
+    held,cbs,modes = dict(vars(learn)),list(learn.cbs),[(m, m.training) for m in learn.model.modules()]
     try:
-        with preserve_rng(), learn.removed_cbs(learn._grab_cbs(Recorder)), learn.no_bar(), learn.no_logging(): yield
+        with preserve_rng(), learn.removed_cbs([o for o in cbs if isinstance(o, (Recorder, ProgressCallback))]), learn.no_logging(): yield
     finally:
         for name in set(vars(learn)) - set(held): del vars(learn)[name]
         vars(learn).update(held)
-        learn.cbs = cbs
+        learn.cbs.items[:] = cbs # in their order
         for module,mode in modes: module.training = mode
 
 def _read(learn, rows=None):

@@ -47,7 +47,7 @@ def misclassified(
 def error_set(
     learn:Learner, # Its model is asked, in eval mode
     dl=None, # Training `DataLoader`; default `learn.dls.train`
-    il=None, # Irreducible losses, which say what is noise, in any form that `il_source` takes
+    il=None, # Irreducible losses, which say what is noise: in any form that `il_source` takes
     noise:float=0.1, # With `il`: the share of the training rows, of the highest irreducible loss, that is left out
     wrong:Callable=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     step:Callable=noop # Called after each batch
@@ -123,7 +123,7 @@ def just_train_twice(
     n_epoch:int, # Epochs of the second
     upweight:float, # Lambda_up: weight of a row of the error set, where the others have 1
     by:str='sampling', # Weight by 'sampling' (rows are drawn more often) or by 'loss'?
-    il=None, # Irreducible losses, which say what is noise, in any form that `il_source` takes
+    il=None, # Irreducible losses, which say what is noise: in any form that `il_source` takes
     noise:float=0.1, # With `il`: the share of the training rows, of the highest irreducible loss, that is left out of the error set
     wrong:Callable=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     lr=None, # Learning rate of both, or a slice; default the Learner's

@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/label_noise.html.md"""
 # %% auto #0
 __all__ = ['share_of_wrong_labels', 'row_names', 'LabelNoise', 'label_noise']
 
-# %% ../nbs/15_label_noise.ipynb #19a9c8d6
+# %% ../nbs/15_label_noise.ipynb #fcc00d75
 import os
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from .noise import class_names
 from .probe import ProbePredictions, probe_predictions
 from .rows import preserve_rng, whole_dataset
 
-# %% ../nbs/15_label_noise.ipynb #6da8d4ad
+# %% ../nbs/15_label_noise.ipynb #d6100525
 class _Agreement:
     "Counts of labels that agree with the prediction, in bins of the prediction's margin, and the curve through them"
-    def __init__(self, margin, agrees, n_classes, n_bins=200):
+    def __init__(self, margin, agrees, n_classes, n_bins=100):
         order = margin.argsort()
         bins = np.array_split(np.arange(len(order)), min(n_bins, len(order)))
         margin,agrees = margin[order].double().cpu().numpy(),agrees[order].double().cpu().numpy()
@@ -55,7 +55,7 @@ class _Agreement:
         return -loss, -np.array([by_right @ self.margin, 0 if self.binary else by_right.sum(), by_p @ (self.accident*(1 - right) - right)])
 
     def fit(self, start, share=None):
-        "The likeliest slope, shift and share, or those with `share` given, and the negative log-likelihood"
+        "The likeliest slope, shift and share near `start`, or those with `share` given, and the negative log-likelihood"
         low,high = (0, 0.999/(1 + self.accident)) if share is None else (share, share)
         bounds = [(1e-3, 50), (0, 0) if self.binary else (-20, 20), (low, high)]
         found = minimize(self._loss, np.clip(start, *np.array(bounds).T), jac=True, method='L-BFGS-B', bounds=bounds)
@@ -63,14 +63,18 @@ class _Agreement:
 
     def best(self): return min((self.fit((1, 0, share)) for share in (0.02, 0.15, 0.4)), key=lambda o: o[1])
 
-    def bound(self, params, loss, beyond, worse=1.92, n_steps=12):
-        "How far the share may move towards `beyond` before the likelihood excludes it (95 %)"
+    def excludes(self, share, params, loss, worse=1.92):
+        "Is the likelihood with this share lower than chance explains (95 %)?"
+        return all(self.fit(start, share)[1] > loss + worse for start in (params, (1, 0, share), (0.01, -1, share)))
+
+    def bound(self, params, loss, beyond, n_steps=12):
+        "How far the share may move towards `beyond` before the likelihood excludes it"
         inside,outside = params[2],beyond
-        if self.fit(params, beyond)[1] <= loss + worse: return beyond
+        if not self.excludes(beyond, params, loss): return beyond
         for _ in range(n_steps):
             middle = (inside + outside)/2
-            if self.fit(params, middle)[1] <= loss + worse: inside = middle
-            else: outside = middle
+            if self.excludes(middle, params, loss): outside = middle
+            else: inside = middle
         return inside
 
 def share_of_wrong_labels(
@@ -80,13 +84,14 @@ def share_of_wrong_labels(
     "The estimated share of wrong labels, by how agreement rises with the predictions' margin"
     if logits.ndim != 2 or logits.shape[1] < 2 or len(labels) != len(logits):
         raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(labels)} labels: expected (n, C) of at least two classes, and (n,) labels.")
+    if not logits.isfinite().all(): raise ValueError("logits hold NaN or infinite numbers: check the features that they were made by.")
     top = logits.topk(2, 1)
     agreement = _Agreement(top.values[:,0] - top.values[:,1], top.indices[:,0] == labels, logits.shape[1])
     params,loss = agreement.best()
     low,high = (agreement.bound(params, loss, end) for end in (0, 0.999/(1 + agreement.accident)))
     return float(params[2]), float(low), float(high)
 
-# %% ../nbs/15_label_noise.ipynb #8f7a68a2
+# %% ../nbs/15_label_noise.ipynb #e92f90d6
 def _per_row(values, rows): return values.iloc[rows] if hasattr(values, 'iloc') else [values[i] for i in rows]
 def _is_path(o): return isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o)
 
@@ -118,7 +123,7 @@ def row_names(
         break
     return res
 
-# %% ../nbs/15_label_noise.ipynb #dcbcfbf6
+# %% ../nbs/15_label_noise.ipynb #90504002
 def _picture(x):
     "An image as numbers that matplotlib can draw, None of anything else"
     if isinstance(x, Image.Image): return np.asarray(x.convert('RGB') if x.mode not in ('L', 'RGB') else x)
@@ -195,7 +200,7 @@ class LabelNoise:
 
     def _repr_html_(self): return f'<p>{self}</p>{self.suspects(min(10, max(1, len(self)))).to_html(index=False)}'
 
-# %% ../nbs/15_label_noise.ipynb #ed2bbdc8
+# %% ../nbs/15_label_noise.ipynb #3d131313
 def label_noise(
     learn, # Learner, or `DataLoaders`, where the features need no model
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows

@@ -8,7 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/probe.html.md"""
 __all__ = ['target_kind', 'choose_features', 'ProbePredictions', 'ProbeCost', 'probe_cost', 'probe_predictions',
            'probe_irreducible']
 
-# %% ../nbs/14_probe.ipynb #006937db
+# %% ../nbs/14_probe.ipynb #761d4d51
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -38,7 +38,7 @@ from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
 from .scoring import modules_in_mode, scoring_mode
 from .side_models import batch_progress, map_rows, shows_progress
 
-# %% ../nbs/14_probe.ipynb #778c9d13
+# %% ../nbs/14_probe.ipynb #4c9eaa6a
 _binary_losses = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 def target_kind(
@@ -54,7 +54,7 @@ def target_kind(
                          "For pixels or tokens cross-fit a model instead: crossfit_irreducible(make_learner, dls, n_epoch).")
     return kind
 
-# %% ../nbs/14_probe.ipynb #a2f66471
+# %% ../nbs/14_probe.ipynb #1f7a63d6
 def _target(xb, yb):
     "The one target of a batch"
     if not yb and isinstance(xb[0], Mapping): yb = [xb[0][k] for k in ('labels', 'label', 'targets', 'target') if k in xb[0]][:1]
@@ -71,7 +71,7 @@ def _check_targets(targets, loss_func):
     if _alike(targets): raise ValueError(f"All {len(targets)} targets are alike: there is nothing to predict, and no label can be told from another.")
     return kind
 
-# %% ../nbs/14_probe.ipynb #b7e99657
+# %% ../nbs/14_probe.ipynb #9f31cc8b
 def _images(xb): return isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].shape[1] <= 16 and (xb[0].is_floating_point() or xb[0].dtype == torch.uint8)
 def _token_ids(xb):
     "Token numbers `(bs, length)` of a batch of texts, else None"
@@ -123,7 +123,7 @@ def choose_features(
     dl = learn.dls.train if dl is None else dl
     return _candidates(learn, _sampled(learn, dl, own_rows(dl).sort().values, 2)[0])
 
-# %% ../nbs/14_probe.ipynb #4ef4b189
+# %% ../nbs/14_probe.ipynb #059fa57c
 def _pad_numbers(dl):
     "Numbers of the tokens that only fill up"
     tfms = list(getattr(getattr(dl, 'before_batch', None), 'fs', ()))
@@ -183,7 +183,7 @@ def _reader(features, learn, dl, xb):
                          "that returns one line of numbers for each.")
     return make(learn, dl, xb)
 
-# %% ../nbs/14_probe.ipynb #f0155c7a
+# %% ../nbs/14_probe.ipynb #c625854c
 class _Collected:
     "Features and targets of `rows`, ascending, batch by batch"
     def __init__(self, rows, read, half=False): self.rows,self.read,self.half,self.x,self.y = rows,read,half,None,None
@@ -207,7 +207,7 @@ def _collected(learn, dl, rows, read, finish, half=False, show=False):
     device = y.device if y.device.type in ('cpu', 'cuda') else torch.device('cpu') # double precision is needed
     return x.to(device), y.to(device)
 
-# %% ../nbs/14_probe.ipynb #1663ed75
+# %% ../nbs/14_probe.ipynb #b8c1e453
 class ProbePredictions:
     "What a probe says of each row without having seen its label"
     def __init__(self,
@@ -270,7 +270,7 @@ def _quality(logits, y, kind):
     y,logits = y.reshape(len(y), -1).double(),logits.reshape(len(y), -1).double()
     return dict(r2=(1 - (y - logits).square().sum()/(y - y.mean(0)).square().sum()).item())
 
-# %% ../nbs/14_probe.ipynb #44e831be
+# %% ../nbs/14_probe.ipynb #f328d29d
 def _solved(x, y, kind, n_classes, folds, seed):
     "Calibrated held-out logits of targets `y` by features `x`, which are overwritten, and how they were made"
     check_features(x)
@@ -291,7 +291,7 @@ def _solved(x, y, kind, n_classes, folds, seed):
         logits,made['temperature'] = class_logits(pred, shares, scale, binary),1/max(scale, 1e-9)
     return logits,dict(made, penalty=ridge.penalty(alpha), folds=folds, held_out='leave-one-out' if folds is None else f'{folds} folds')
 
-# %% ../nbs/14_probe.ipynb #cd456f5c
+# %% ../nbs/14_probe.ipynb #ecc363fe
 def _trial(learn, read, xb, rows):
     "Features of a few of the inputs `xb`, and the operations that a forward pass of the model takes for each of these"
     model,n = get_model(learn.model),min(8, batch_size(xb))
@@ -356,7 +356,7 @@ def probe_cost(
             features = names[0]
         return _cost(learn, dl, features, _reader(features, learn, dl, xb)[0], xb, rows, folds)
 
-# %% ../nbs/14_probe.ipynb #7cd497ac
+# %% ../nbs/14_probe.ipynb #1271b7ed
 def _as_learner(learn, dl):
     "A Learner and its loader; of `DataLoaders`, with a model that is not asked"
     if isinstance(learn, DataLoaders): learn = Learner(learn, nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
@@ -426,7 +426,7 @@ def probe_predictions(
     if verbose: print(res.said)
     return res
 
-# %% ../nbs/14_probe.ipynb #261f1128
+# %% ../nbs/14_probe.ipynb #e358947c
 def _averaged(values, old, kind):
     "Losses of the mean of two probabilities, or the mean of two losses of numbers"
     return (values + old)/2 if kind == 'numbers' else -torch.logaddexp(-values, -old) + np.log(2)

@@ -8,13 +8,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/ridge.html.md"""
 __all__ = ['check_features', 'standardise', 'HeldOutRidge', 'FoldRidge', 'class_logits', 'smoothed_shares', 'fit_scale',
            'best_penalty']
 
-# %% ../nbs/13_ridge.ipynb #1aa9e1e3
+# %% ../nbs/13_ridge.ipynb #e48e0592
 import torch
-from fastcore.basics import noop, store_attr
+from fastcore.basics import store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/13_ridge.ipynb #c6032ccf
+# %% ../nbs/13_ridge.ipynb #f8275dae
 def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
 def check_features(
@@ -47,7 +47,7 @@ def standardise(
     for rows in _blocks(len(x), block): x[rows] = _wide(x[rows]).sub_(shift).mul_(scale)
     return x
 
-# %% ../nbs/13_ridge.ipynb #c9d9e715
+# %% ../nbs/13_ridge.ipynb #2b478484
 def _gram(x, block, rows=None):
     "`x.T @ x` in float64, summed over blocks, each in the precision of `x`"
     res = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -66,9 +66,9 @@ def _cross(x, targets, block, rows=None):
 
 class _Ridge:
     "What `HeldOutRidge` and `FoldRidge` share: standardised features, of at most as many columns as rows, and targets"
-    def __init__(self, x, y, n_classes=None, block=8192, step=noop):
+    def __init__(self, x, y, n_classes=None, block=8192):
         if y.ndim == 1 and not y.is_floating_point() and n_classes is None: n_classes = int(y.max()) + 1
-        store_attr('y,n_classes,block,step')
+        store_attr('y,n_classes,block')
         self.n,self.d = x.shape
         if self.n < 2: raise ValueError(f"{self.n} row: a prediction for a row comes from the others, so two are needed at least.")
         if len(y) != self.n: raise ValueError(f"{len(y)} targets for {self.n} rows of features: expected one a row.")
@@ -98,10 +98,9 @@ class HeldOutRidge(_Ridge):
         x:Tensor, # `(n, d)` features: overwritten. float64 is exact, float32 serves, float16 saves memory
         y:Tensor, # `(n,)` or `(n, k)` numbers, or `(n,)` classes of an integer type, which become one-hot
         n_classes:int=None, # Number of classes; None: those in `y`
-        block:int=8192, # Rows at a time
-        step=noop # Called after each part of the algebra
+        block:int=8192 # Rows at a time
     ):
-        super().__init__(x, y, n_classes, block, step)
+        super().__init__(x, y, n_classes, block)
         self.squares = self.rotate()
         self.cross = _cross(self.x, self.targets, block)
         self.unit = (self.squares.sum()/min(self.x.shape)).item() or 1.
@@ -126,7 +125,7 @@ class HeldOutRidge(_Ridge):
             res.append((x @ weights - leverage*y)/(1 - leverage).clamp(min=1e-6) + mean)
         return torch.cat(res)
 
-# %% ../nbs/13_ridge.ipynb #d079d2a4
+# %% ../nbs/13_ridge.ipynb #2f47706a
 class FoldRidge(_Ridge):
     "Ridge regression with an intercept that predicts each fold by the others; the folds share one Gram matrix, each fold's part subtracted"
     def __init__(self,
@@ -135,10 +134,9 @@ class FoldRidge(_Ridge):
         folds:int=5, # Number of folds
         n_classes:int=None, # Number of classes; None: those in `y`
         seed:int=0, # Which row is in which fold
-        block:int=8192, # Rows at a time
-        step=noop # Called after each part of the algebra
+        block:int=8192 # Rows at a time
     ):
-        super().__init__(x, y, n_classes, block, step)
+        super().__init__(x, y, n_classes, block)
         if folds > self.n: raise ValueError(f"folds={folds}, but there are {self.n} rows: a fold needs at least one.")
         if self.n <= self.d: self.rotate()
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
@@ -180,7 +178,7 @@ class FoldRidge(_Ridge):
             for part in at.split(self.block): res[part] = _wide(self.x[idxs[part]]) @ weights + intercept
         return res
 
-# %% ../nbs/13_ridge.ipynb #e24f9fe9
+# %% ../nbs/13_ridge.ipynb #ee1944c3
 def class_logits(
     pred:Tensor, # `(n, C)` predictions of one-hot targets, or `(n, k)` of targets from 0 to 1 where `binary`
     shares:Tensor, # `(C,)` share of each class, or of 1 in each target
@@ -234,17 +232,18 @@ def _entropy(
     if binary: return F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction='none').mean(1)
     return F.cross_entropy(logits, y.long(), reduction='none')
 
-# %% ../nbs/13_ridge.ipynb #2466642f
+# %% ../nbs/13_ridge.ipynb #f0b15155
 def best_penalty(
     ridge, # `HeldOutRidge` or `FoldRidge`
     loss, # Function of held-out predictions `(m, k)` and the rows they are of; lower is better
-    alphas=(1e-3, 1e-2, 1e-1, 1., 10.), # Penalties to try, see `penalty`
+    alphas=(1e-3, 1e-2, 1e-1, 1., 10.), # Penalties to try, see `penalty`, ascending; then those halfway to the neighbours of the best
     most:int=8000 # Compare on so many rows at most, evenly spaced
-)->float: # One of `alphas`
+)->float: # One of `alphas`, or between two of them
     "The penalty with the lowest held-out loss"
     rows = torch.linspace(0, ridge.n-1, min(ridge.n, most), dtype=torch.float64).round().long().to(ridge.x.device)
-    losses = []
-    for alpha in alphas:
-        losses.append(loss(ridge.predict(alpha, rows), rows))
-        ridge.step()
-    return alphas[min(range(len(alphas)), key=losses.__getitem__)]
+    losses = {alpha: loss(ridge.predict(alpha, rows), rows) for alpha in alphas}
+    at = alphas.index(min(losses, key=losses.get))
+    for other in alphas[max(0, at-1):at] + alphas[at+1:at+2]:
+        alpha = (alphas[at]*other)**0.5
+        losses[alpha] = loss(ridge.predict(alpha, rows), rows)
+    return min(losses, key=losses.get)

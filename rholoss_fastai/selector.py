@@ -21,6 +21,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import noop, patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,7 +30,7 @@ from .checks import check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, goes_on_from_state
 from .fit_callback import FitCallback, weigh_loss
 from .il_source import il_source
-from .nested import plain, subset_batch, tensors
+from .nested import check_no_item_lists, plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
 from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, loader_batch_size, track_rows
@@ -177,7 +178,9 @@ class BatchSelector(FitCallback):
         rows = None if fit.loader is None else fit.loader.rows(learn.iter, fit.device)
         candidates = Candidates(plain(learn.xb), plain(learn.yb), rows, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
         check_rows(candidates)
-        if fit.first: check_first_batch(candidates, fit)
+        if fit.first:
+            check_first_batch(candidates, fit)
+            if fit.state and not fit.state_known and may_carry_state(fit.state.model): self._find_state(candidates)
         return candidates
 
     def _selects(self):
@@ -217,14 +220,19 @@ class BatchSelector(FitCallback):
     def _note_state(self, candidates):
         "Where a model that carries state stands after all candidates, of which it may be trained on some"
         fit,model = self._fit,self._fit.state.model
-        if not fit.state_known: # by the first batch that is selected from
-            fit.state_known,held = True,candidates.scored and any(tensors(o) for *_,o in copy_state(model))
-            if not (held or may_carry_state(model)) or not goes_on_from_state(model, candidates.xb, fit.device):
-                fit.state = None
-                return
-            check_state(self)
+        if not fit.state_known: # no sign of it before a forward: is there anything that it could be kept in?
+            if any(tensors(o) for *_,o in copy_state(model)): self._find_state(candidates)
+            else: fit.state,fit.state_known = None,True
+        if fit.state is None: return
         if not candidates.scored: fit.scorer(candidates)
         fit.state.note()
+
+    def _find_state(self, candidates):
+        "Does the model carry state from batch to batch? Told before its first step"
+        fit = self._fit
+        with explained(self, 'scored'): carries = goes_on_from_state(fit.state.model, candidates.xb, fit.device)
+        fit.state,fit.state_known = fit.state if carries else None,True
+        if carries: check_state(self)
 
     def _deliver(self, candidates, selection):
         "Put the selected in the batch's place, and count them"
@@ -321,6 +329,10 @@ def two_selectors(old, new):
 def check_rows(candidates):
     "Raise where a batch holds another number of items than rows were drawn for"
     if candidates.rows is not None and len(candidates.rows) != candidates.n:
+        check_no_item_lists(candidates.yb) # in a list of images the first dimension is none of items
+        if any(isinstance(o, (list, L)) and len(o) == len(candidates.rows) for o in candidates.xb):
+            raise ValueError(f"The inputs are a list of {len(candidates.rows)} items: some can be told from others in tensors only. Collate them into tensors with "
+                             "the batch dimension first, padded to one size.")
         raise ValueError(f"The batch has {candidates.n} items, but {len(candidates.rows)} rows were drawn for it: the DataLoader or a callback "
                          "before this one adds or drops items. Let it do so after selection (callback order above -5).")
 
@@ -368,7 +380,7 @@ def explained(selector, what):
     except torch.cuda.OutOfMemoryError: raise
     except (RuntimeError, TypeError, IndexError) as e:
         changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf) if not type(cb).__module__.startswith('fastai.')]
-        if not changers: raise
+        if not changers or not selector._fit.first: raise
         names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
         say = (f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in "
                "cb.order = -6") if what == 'scored' else (

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items):
     "Long tests first, so that no process is left with one at the end; skip what needs CUDA where there is none"
-    items.sort(key=lambda item: not ('slow' in item.keywords or item.path.stem == 'test_notebooks'))
+    items.sort(key=lambda item: 'slow' not in item.keywords)
     cuda = [item for item in items if 'cuda' in item.keywords]
     if not cuda: return
     import torch

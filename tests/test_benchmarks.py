@@ -3,11 +3,12 @@ import importlib
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+from rholoss_fastai.all import Comparison
 
 METHODS = ('rho_loss', 'batch_loss_filter', 'selective_backprop')
 
@@ -86,6 +87,31 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
     assert ((counts - expected)**2/expected).sum() < 73 # chi-squared with 39 degrees of freedom, 0.1 %
 
 
+# Comparisons on CIFAR-10
+
+def test_time_to_accuracy(small_cifar, tmp_path):
+    out = tmp_path/'out.json'
+    runs = 'random rho_loss:frac=0.5 selective_backprop:keep=0.5,warmup_epochs=0'
+    options = dict(path=small_cifar, folder=tmp_path/'runs', il_epochs=1, seeds='0', bs=8, epochs=2, evaluations=2, out=out)
+    script('time_to_accuracy').main(**options, runs=runs, budget='steps', fit='fit')
+    result = Comparison.load(out)
+    assert list(result.table.index) == ['plain', *runs.split()] and (result.table.steps == 20).all() and not result.table.cost_il.any()
+    with pytest.raises(SystemExit, match='other settings'): script('time_to_accuracy').main(**options, runs=runs, budget='cost')
+    with pytest.raises(SystemExit, match='--path is missing'): script('time_to_accuracy').main()
+    with pytest.raises(SystemExit, match='names no method'): script('time_to_accuracy').main(**options, runs='best:frac=1')
+
+
+def test_compare_cifar10(small_cifar, tmp_path, capsys):
+    out,options = tmp_path/'out.json',dict(path=small_cifar, folder=tmp_path/'runs', seeds='0,1', bs=16, epochs=3, methods='random infobatch batch_loss_filter')
+    script('compare_cifar10').main(**options, dry_run=True)
+    assert '8 runs, about' in capsys.readouterr().out and not out.exists()
+    script('compare_cifar10').main(**options, out=out)
+    table = Comparison.load(out).table
+    assert list(table.index) == ['plain', 'random', 'infobatch', 'batch_loss_filter'] and (table.seeds == 2).all() and (tmp_path/'runs'/'prices.json').exists()
+    assert table.cost.tolist() == pytest.approx([3]*4, abs=0.3) and table.wrong_labels.between(0, 0.5).all()
+    with pytest.raises(SystemExit, match='--arch must be one of'): script('compare_cifar10').main(arch='mlp')
+
+
 # rho_epochs
 
 def test_rho_epochs(small_cifar, tmp_path, capsys):
@@ -99,98 +125,6 @@ def test_rho_epochs(small_cifar, tmp_path, capsys):
     assert files == {f.name: f.read_text() for f in folder.glob('*.json')}
     with pytest.raises(SystemExit, match='names no method'): module.read_run('rho_loss')
     assert capsys.readouterr().out.count('rho_epochs') >= 2
-
-
-# time_to_accuracy
-
-def test_time_to_accuracy(small_cifar, tmp_path, capsys, monkeypatch):
-    tta,folder,out = script('time_to_accuracy'),tmp_path/'runs',tmp_path/'out.json'
-    monkeypatch.setattr(tta.step_costs, '__defaults__', (1, 4)) # one round of four steps
-    runs = 'uniform rho_loss:frac=0.5 rho_loss:frac=0.5,scale_factor=0.5 rho_loss:frac=0.5,proxy=true selective_backprop:keep=0.5,bs=16'
-    options = dict(path=small_cifar, folder=folder, runs=runs, il_file=tmp_path/'il.safetensors', il_epochs=1, seeds='0', bs=8, noise=0.2, out=out)
-    tta.main(**options, steps=8, eval_every=3)
-    tta.main(**{**options, 'runs': 'uniform rho_loss:frac=0.5'}, schedule='decayed', budgets='8')
-    files = {path: path.stat().st_mtime_ns for path in folder.glob('*/*.json')}
-    assert len(files) == 7
-    tta.main(**options, steps=8, eval_every=3)
-    assert {path: path.stat().st_mtime_ns for path in files} == files # what is there isn't run again
-    assert 'rate decayed to 0' in capsys.readouterr().out
-    uniform = json.loads((folder/'constant-noise0.2'/'uniform-0.json').read_text())
-    assert [row[0] for row in uniform['history']] == [3, 6, 8] and len(uniform['cpu_seconds']) == 3 and uniform['il_seconds'] == 0
-    summary = json.loads(out.read_text())
-    group = summary['noise']['0.2']
-    assert [o['run'] for o in group['constant']][0] == 'uniform' and {o['run'] for o in group['constant']} == set(runs.split())
-    rho = next(o for o in group['histories'] if o['run'] == 'rho_loss:frac=0.5')
-    assert rho['steps'] == [3, 6, 8] and rho['seconds'] == sorted(rho['seconds']) and len(rho['accuracy']) == 3
-    costs = json.loads((folder/'costs-noise0.2.json').read_text())
-    for o in group['decayed']: assert o['steps'] == round(8*costs['uniform']/costs[o['run']]) and o['budget'] == 8
-    assert next(o for o in group['decayed'] if o['run'] == 'uniform')['gain'] == 0
-
-
-def test_costs_of_later_runs_are_in_units_of_the_first_uniform_step(tmp_path, monkeypatch):
-    "A run that is added on a machine twice as slow as before costs as many uniform steps"
-    tta,path,slow = script('time_to_accuracy'),tmp_path/'costs.json',1.
-    monkeypatch.setattr(tta, 'new_learner', lambda run, *args: run)
-    monkeypatch.setattr(tta, 'machine', lambda: dict(device='CPU, 1 thread'))
-    seconds = dict(uniform=1., a=2., b=3.)
-    monkeypatch.setattr(tta, 'fit_steps', lambda run, test, n, every: SimpleNamespace(history=[], cpu_seconds=[slow*seconds[run]*n]))
-    data = SimpleNamespace(on_the_way=SimpleNamespace(batches=lambda device: [None]))
-    def costs(*runs): return tta.step_costs(runs, data, SimpleNamespace(device=None), None, path)
-    assert costs('uniform', 'a') == dict(uniform=1., a=2.)
-    slow = 2.
-    assert costs('uniform', 'a', 'b') == dict(uniform=1., a=2., b=3.) == json.loads(path.read_text())
-
-
-def test_time_to_accuracy_refuses(tmp_path, small_cifar):
-    tta = script('time_to_accuracy')
-    with pytest.raises(SystemExit, match='names no method'): tta.main(runs='best', folder=tmp_path)
-    with pytest.raises(SystemExit, match='needs --il_file'): tta.main(path=small_cifar, runs='rho_loss', folder=tmp_path)
-    with pytest.raises(SystemExit, match='no run in'): tta.main(folder=tmp_path)
-    with pytest.raises(SystemExit, match='constant or decayed'): tta.main(folder=tmp_path, schedule='one-cycle')
-
-
-def test_a_run_reads_its_settings():
-    read_run = script('time_to_accuracy').read_run
-    assert read_run('uniform') == ('uniform', {})
-    assert read_run('rho_loss:frac=0.5,precision=bfloat16,compile=true') == ('rho_loss', dict(frac=0.5, precision=torch.bfloat16, compile=True))
-
-
-def test_rate_decays_to_zero_and_stops_above(small_cifar):
-    tta = script('time_to_accuracy')
-    data = tta.read_data(small_cifar, 0., 0)
-    options = SimpleNamespace(bs=8, lr=0.1, arch='small_cnn', device=torch.device('cpu'))
-    rates = []
-    class Rates(tta.Callback):
-        def after_pred(self): rates.append(self.opt.hypers[-1]['lr'])
-    learn,batches = tta.new_learner('uniform', data, options, 0, None),data.on_the_way.batches('cpu')
-    tta.fit_steps(learn, batches, 16, 4, [tta.DecayedRate(16), Rates()])
-    np.testing.assert_allclose(rates, 0.05*(1 + np.cos(np.pi*np.arange(16)/16)), atol=1e-6)
-    evaluations = tta.fit_steps(learn, batches, 16, 4, [tta.StopAbove(0.)])
-    assert evaluations.step == 4
-
-
-def result(run, seed, accuracies, seconds, il=0., **kwargs):
-    history = [[100*(i+1), 0, a, 2*s, 0, 0] for i,(a,s) in enumerate(zip(accuracies, seconds))] # the clock runs twice as fast as the processor
-    return dict(run=run, seed=seed, history=history, cpu_seconds=seconds, il_seconds=il, steps=history[-1][0], machine=dict(device='CPU, 1 thread'), **kwargs)
-
-
-def test_tables_of_known_runs():
-    tta = script('time_to_accuracy')
-    runs = [result('uniform', 0, [0.3, 0.6, 0.5], [10., 20., 30.]), result('uniform', 1, [0.3, 0.4, 0.5], [10., 20., 30.]),
-            result('rho', 0, [0.5, 0.6], [6., 12.], il=40.), result('rho', 1, [0.5], [6.], il=40.), result('bad', 0, [0.1], [1.])]
-    uniform,rho,bad = tta.constant_table(runs, dict(uniform=0.1, rho=0.15))
-    assert (uniform['steps_share'], uniform['seconds_share'], uniform['reached']) == (1, 1, 2)
-    assert rho['steps'] == 150 and rho['steps_share'] == pytest.approx((200/200 + 100/300)/2, abs=1e-4)
-    assert rho['seconds_share'] == rho['clock_share'] == pytest.approx((12/20 + 6/30)/2)
-    assert rho['with_il'] == pytest.approx((52/20 + 46/30)/2, abs=1e-4) and rho['amortised'] == pytest.approx((32/20 + 26/30)/2, abs=1e-4)
-    assert rho['step_cost'] == 1.5 and rho['alternated_share'] == pytest.approx(1.5*rho['steps_share'], abs=1e-4)
-    assert rho['alternated_with_il'] == pytest.approx(((300 + 400)/200 + (150 + 400)/300)/2, abs=1e-4)
-    assert rho['alternated_amortised'] == pytest.approx(((300 + 200)/200 + (150 + 200)/300)/2, abs=1e-4)
-    assert bad['reached'] == 0 and 'steps' not in bad
-    runs = [result('uniform', s, [0.5], [10.], final=0.5, budget=100) for s in (0, 1)]
-    runs += [result('rho', s, [0.5], [11.], final=f, budget=100) for s,f in ((0, 0.6), (1, 0.5))]
-    rho = tta.decayed_table(runs)[0]
-    assert (rho['run'], rho['gain'], rho['gains'], rho['seconds_share']) == ('rho', 0.05, [0.1, 0.], 1.1)
 
 
 # scaling

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.slow # two processes
+
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     pytest.importorskip('accelerate', reason='distributed training needs accelerate')

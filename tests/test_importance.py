@@ -210,7 +210,11 @@ def test_mean_over_learners_and_names():
     with pytest.raises(ValueError, match='irreducible losses'): dataset_scores(learns, dl, 'reducible', **quiet)
     il = IrreducibleLosses.of(torch.rand(31), DataLoader(Rows(31)))
     with pytest.raises(ValueError, match='for 31 rows, but this data set has 30'): dataset_scores(learns, dl, 'reducible', il=il)
-    with pytest.raises(ValueError, match='exactly once'): el2n(learns[0], restrict_rows(dl, range(5)), **quiet)
+    part = restrict_rows(dl, [7, 2, 3, 11, 5])
+    some, whole = el2n(learns[0], part, **quiet), el2n(learns[0], dl, **quiet)
+    rows = [2, 3, 5, 7, 11]
+    assert torch.allclose(some[rows], whole[rows]) and some.unknown.sum() == 25 and some.info['n_known'] == 5
+    with pytest.raises(ValueError, match='nothing is known of 25'): some.check(dl)
 
 
 def test_tables_fit_their_data_set(tmp_path):
@@ -446,6 +450,62 @@ def test_bad_learners_and_loaders():
     stream = DataLoaders(DataLoader(iter(range(9)), bs=3), DataLoader(Rows(9)))
     with pytest.raises(ValueError, match="can't be known"): score_dataset(make_learner, stream, **quiet)
     with pytest.raises(ValueError, match="can't be known"): fit(Learner(stream, cnn(), loss_func=CrossEntropyLossFlat()), 1, cbs=ForgettingTracker())
+
+
+class Column(Rows):
+    "Classes as a table has them, `(1,)` int8"
+    def __getitem__(self, i): x, y = super().__getitem__(i)[:2]; return x, torch.as_tensor(y).view(1).to(torch.int8)
+
+
+def test_classes_in_a_column():
+    torch.manual_seed(0)
+    plain, column = (learner(data, cnn()) for data in (Rows(30), Column(30)))
+    column.model.load_state_dict(plain.model.state_dict())
+    for score in (el2n, grand): assert torch.allclose(normed(column, score), normed(plain, score), atol=1e-6)
+    tracker = ForgettingTracker()
+    fit(column, 2, cbs=tracker)
+    assert len(tracker.scores()) == 30
+
+
+def test_several_labels_and_numbers():
+    "EL2N of labels is `||sigmoid - y||`; of numbers there is none"
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 4), torch.randint(0, 2, (20, 3))
+    data = list(zip(x, y))
+    learn = learner(data, nn.Linear(4, 3), nn.BCEWithLogitsLoss())
+    learn.loss_func = lambda pred, targ: F.binary_cross_entropy_with_logits(pred, targ.float())
+    with torch.no_grad(): expected = (learn.model(x).sigmoid() - y).norm(dim=1)
+    assert torch.allclose(normed(learn, el2n), expected, atol=1e-6)
+    with pytest.raises(ValueError, match='has the model predict numbers'): normed(learner(list(zip(x, y.float())), nn.Linear(4, 3), nn.MSELoss()), el2n)
+
+
+def test_forgetting_with_several_targets():
+    class Two(Rows):
+        def __getitem__(self, i): x, y = super().__getitem__(i)[:2]; return x, y, y
+    def loss(pred, a, b): return F.cross_entropy(pred, a) + F.cross_entropy(pred, b)
+    learn = learner(Two(30), cnn(), loss)
+    learn.dls.train.n_inp = learn.dls.valid.n_inp = learn.dls.n_inp = 1
+    with pytest.raises(ValueError, match='one class an item.*correct=function of pred and the targets'): fit(learn, 1, cbs=ForgettingTracker())
+    for online in (True, False):
+        tracker = ForgettingTracker(online=online, correct=lambda pred, a, b: (pred.argmax(1) == a) & (a == b))
+        fit(learn, 1, cbs=tracker)
+        assert len(tracker.scores()) == 30
+
+
+@pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance'])
+def test_a_part_is_a_data_set(score):
+    dls, rows = dataloaders(), [0, 5, 7, 11, 20, 21, 22, 30]
+    part = DataLoaders(restrict_rows(dls.train.new(bs=4, drop_last=False), rows), dls.valid)
+    table = score_dataset(make_learner, part, score, epochs=2, n_runs=2, **quiet)
+    assert table.check(part.train) and table.unknown.sum() == len(table) - 8 and table[rows].isfinite().all()
+
+
+def test_losses_that_mean_nothing():
+    "A contrastive loss: a single item's is 0"
+    def info_nce(pred, targ): z = F.normalize(pred, dim=1); return F.cross_entropy(z@z.T/0.1, torch.arange(len(z)))
+    learn = learner(Rows(30), cnn(), info_nce)
+    for score in ('grand', 'loss'):
+        with pytest.raises(ValueError, match='info_nce of an item alone is 0 for each'): dataset_scores(learn, learn.dls.train, score, **quiet)
 
 
 def test_progress_bar_counts_every_batch(capsys):

@@ -73,6 +73,7 @@ def brute_force(model, dataset):
 
 # ---- cross-fitting
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n_folds', [2, 3, 5])
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_no_row_is_scored_by_a_model_that_trained_on_it(n_folds, num_workers):
@@ -107,6 +108,7 @@ def augmented_dls(num_workers=0):
     datasets = Datasets(list(range(96)), [[Features(), Jitter()], Label()], splits=[range(80), range(80, 96)])
     return datasets.dataloaders(bs=16, num_workers=num_workers, device='cpu', after_batch=[Jitter()])
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_the_seed_alone_decides(num_workers):
     def run(seed, global_seed):
@@ -268,6 +270,7 @@ def test_the_training_set_as_holdout():
     dls = make_dls()
     with pytest.raises(ValueError, match='crossfit_irreducible'): fit_irreducible(make_learner(dls), dls.train, 1)
 
+@pytest.mark.slow
 def test_progress(capsys):
     target = make_dls(seed=0)
     fit_irreducible(make_learner(make_dls(seed=1)), target.train, 30)
@@ -374,6 +377,7 @@ class Wrapped(Net):
         self.wrap = wrap
     def forward(self, x): return self.wrap(super().forward(x))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrap', [lambda o: (o, [o.detach()]), lambda o: dict(logits=o), lambda o: SimpleNamespace(loss=None, logits=o)])
 def test_outputs_that_hold_the_prediction(wrap):
     def make(dls): return Learner(dls, Wrapped(wrap), CrossEntropyLossFlat(), lr=1e-2)
@@ -385,12 +389,14 @@ def test_outputs_that_hold_the_prediction(wrap):
         return fit_irreducible(learn, make_dls(seed=0).train, 2, **quiet)
     assert torch.equal(fitted(make).values, fitted(make_learner).values)
 
+@pytest.mark.slow
 def test_a_loss_that_wants_the_whole_output_gets_it():
     dls = make_dls()
     def loss(pred, targ, reduction='mean'): return F.cross_entropy(pred[0], targ, reduction=reduction) + 0*pred[1].sum()
     def make(dls): return Learner(dls, Wrapped(lambda o: (o, o)), loss, lr=1e-2)
     assert torch.equal(crossfit_irreducible(make, dls, 1, **quiet).values, crossfit_irreducible(make_learner, dls, 1, **quiet).values)
 
+@pytest.mark.slow
 def test_recurrent_text_model_out_of_the_box():
     from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
     set_seed(0)
@@ -411,6 +417,7 @@ def test_recurrent_text_model_out_of_the_box():
     il = crossfit_irreducible(make, dls, 2, **quiet)
     assert len(il) == 48 and torch.equal(il.values, crossfit_irreducible(make, dls, 2, **quiet).values)
 
+@pytest.mark.slow
 def test_unet_out_of_the_box():
     from fastai.vision.all import resnet18, unet_learner
     set_seed(0)
@@ -528,6 +535,7 @@ il.save({out!r} + str(rank))
 torch.distributed.destroy_process_group()
 '''
 
+@pytest.mark.slow
 def test_processes_share_the_folds(tmp_path):
     (tmp_path/'run.py').write_text(script.format(path=__file__, out=str(tmp_path/'il')))
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')],

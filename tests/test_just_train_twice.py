@@ -129,6 +129,7 @@ def recipe(monkeypatch):
     return importlib.import_module('just_train_twice')
 
 
+@pytest.mark.slow
 def test_recipe(recipe, tmp_path, capsys):
     rng, rows = np.random.default_rng(0), []
     for split, n in (('train', 60), ('test', 12)):
@@ -172,6 +173,7 @@ def check_texts(out, methods):
     return summary
 
 
+@pytest.mark.slow
 def test_recipe_texts(recipe, texts):
     recipe.main(**texts, no_pretrained=True)
     summary = check_texts(texts['out'], ['erm', 'jtt', 'group_dro'])
@@ -268,6 +270,7 @@ def test_recipe_reads_civilcomments(recipe, tmp_path):
     assert table.group.tolist() == ['False, 0', 'False, 1', 'True, 1', 'False, 0', 'True, 0', 'True, 1']
 
 
+@pytest.mark.slow
 def test_recipe_reuses_a_search_with_its_own_settings_only(recipe, texts, monkeypatch):
     searches = []
     def search(make_learner, dls, groups, times, epochs, weights, **kwargs):

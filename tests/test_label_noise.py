@@ -46,14 +46,14 @@ def test_the_share_is_found(n_classes, redrawn):
     assert low - 0.005 <= wrong.float().mean() <= high + 0.005 and low <= share <= high
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    "95 % of 40 draws, or near"
+    "95 % of 30 draws, or near"
     hits = 0
-    for seed in range(40):
+    for seed in range(30):
         logits,truth = calibrated(2000, 5, 3, seed)
         labels,wrong = redraw_labels(truth, 0.2, n_classes=5, seed=seed)
         _,low,high = share_of_wrong_labels(logits, labels)
         hits += low <= wrong.float().mean() <= high
-    assert hits >= 34
+    assert hits >= 25
 
 def test_predictions_that_know_nothing_say_so_by_the_interval():
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +184,7 @@ def test_no_learner():
     with pytest.raises(TypeError, match='learn must be a Learner or DataLoaders'): label_noise(torch.rand(3), **quiet)
 
 def test_features_that_need_a_trained_model():
-    x,y = torch.rand(40, 3, 80, 80),torch.arange(40) % 2
+    x,y = torch.rand(40, 3, 80, 80),torch.arange(30) % 2
     with pytest.raises(ValueError, match='No features are at hand'): label_noise(make_dls(x, y, bs=8), **quiet)
 
 def test_too_few_suspects_asked_for():

@@ -23,10 +23,11 @@ sys.exit(not passed)
 def has_flag(path, flag):
     return any(flag in cell.directives for cell in read_nb(path).cells if cell.cell_type == 'code')
 
+@pytest.mark.slow # most of them train; all together take minutes
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
 def test_notebook(name, flags):
     command = [sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags]
     result = subprocess.run(command, env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True,
-                            text=True, timeout=900)
+                            text=True, timeout=1800)
     assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'

@@ -677,6 +677,7 @@ def test_what_no_rate_helps():
     assert broken <= 1 and len(tuner(learn).lines) <= 12 # the callback acts after the roll-back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(5))
 def test_a_lucky_validation_batch_is_no_measure(seed):
     "Losses of single items differ a hundredfold; nothing moves, so nothing diverges"

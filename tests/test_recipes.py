@@ -33,7 +33,7 @@ def run(name, **kwargs):
 
 def command(*args):
     "A recipe from the command line"
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=RECIPES)
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=600, cwd=RECIPES)
 
 
 @pytest.fixture(scope='module')
@@ -59,9 +59,9 @@ def compared(folder, *methods, seeds=1):
 
 def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
     for name,options in (('holdout', {}), ('cross_fit', dict(cross_fit=True, il_one_cycle=True))):
-        run('cifar10_rho_loss', path=folder, steps=12, eval_every=4, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
+        run('cifar10_rho_loss', path=folder, steps=20, eval_every=10, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
         table = compared(tmp_path/name, 'random', 'rho_loss')
-        assert (table.steps == 12).all() and (table.trained == 12*8).all() and table.scored.tolist() == [0, 0, 12*32] and (table.wrong_labels > 0).all()
+        assert (table.steps == 20).all() and (table.trained == 20*8).all() and table.scored.tolist() == [0, 0, 20*32] and (table.wrong_labels > 0).all()
         il = IrreducibleLosses.load(tmp_path/name/'il.safetensors')
         assert (len(il), il.info['n_folds']) == ((160, 2) if options else (80, 1))
     capsys.readouterr()
@@ -129,6 +129,7 @@ def test_real_sentences(shared_data):
         assert sorted(read.label.unique()) == [0, 1] and read.text.str.len().min() > 0 and not read.isna().any(axis=None)
 
 
+@pytest.mark.slow
 def test_command_line(folder, tmp_path):
     "Options with underscores, as in Python, and a clear end for bad ones"
     out = tmp_path/'out'
@@ -147,6 +148,7 @@ def test_batch_selection(folder, tmp_path):
     with pytest.raises(SystemExit, match='Did you mean'): run('batch_selection', path=folder, methods='batch_los_filter', folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_prune(folder, tmp_path):
     few = dict(path=folder, epochs=2, score_runs=2, score_epochs=1, forgetting_epochs=2, il_epochs=1, bs=16, evaluations=1, keep='0.6,0.4', per_class=True)
     methods = ('el2n', 'forgetting', 'stratified', 'random')
@@ -170,6 +172,7 @@ def test_quickstart(tmp_path, capsys):
     assert 'with one seed: no interval' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_on_real_cifar10(shared_data, tmp_path):
     with tarfile.open(shared_data/'cifar10_jpeg.tar.xz') as archive: archive.extractall(tmp_path, filter='data')
     run('cifar10_rho_loss', path=tmp_path/'cifar10', methods='random', steps=800, eval_every=800, folder=tmp_path/'out')
@@ -256,6 +259,7 @@ def test_image_one_pass(folder, tmp_path):
     assert summary['last']['lr'] != 1e-5 and (tmp_path/'one_pass'/'hypers.png').stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_ptb_one_pass(tmp_path, monkeypatch, capsys):
     "A made-up language in which the next word follows from the last"
     rng = np.random.default_rng(0)

@@ -9,8 +9,12 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import log_softmax, softmax
 from torch.nn import functional as F
 
-from rholoss_fastai.all import (SCORES, bald, by_name, conditional_entropy, entropy, find_score, gradient_norm_bound, least_confidence,
-                                loss_minus_conditional_entropy, loss_plus_conditional_entropy, margin, mc_entropy, score_inputs, training_loss)
+from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
+from torch import nn
+from rholoss_fastai.checks import by_name
+from rholoss_fastai.losses import ItemLosses
+from rholoss_fastai.scores import (SCORES, bald, conditional_entropy, entropy, find_score, for_loss, gradient_norm_bound, least_confidence,
+                                   loss_minus_conditional_entropy, loss_plus_conditional_entropy, margin, mc_entropy, score_inputs, training_loss)
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -186,3 +190,84 @@ def test_what_is_no_classifier_is_refused(score, shape, axis):
 
 def test_passes_must_come_first():
     with pytest.raises(ValueError, match=r'expected log_probs \(n_mc, bs, n_classes, ...\).*got \(4, 3\)'): bald(torch.zeros(4, 3))
+
+
+# The form of the task that the loss is for
+
+def binary(pred): return pred.double().sigmoid()
+OF_LABELS = {entropy: lambda p: (-(p*p.log()) - (1-p)*(1-p).log()).flatten(1).mean(1), margin: lambda p: -(2*p - 1).abs().flatten(1).mean(1),
+             least_confidence: lambda p: torch.minimum(p, 1-p).flatten(1).mean(1)}
+multilabel_losses = [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), nn.MultiLabelSoftMarginLoss(), F.binary_cross_entropy_with_logits,
+                     partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(4)), lambda p, t: F.binary_cross_entropy_with_logits(p, t.float())]
+
+@pytest.mark.parametrize('loss_func', multilabel_losses)
+@pytest.mark.parametrize('shape', [(6, 4), (6, 1), (6, 4, 3, 2)])
+def test_several_labels_have_a_sigmoid(loss_func, shape):
+    losses, pred, targ = ItemLosses(loss_func), 3*torch.randn(shape), torch.randint(0, 2, shape)
+    for score, by_hand in OF_LABELS.items():
+        torch.testing.assert_close(for_loss(score, losses)(pred).double(), by_hand(binary(pred)), rtol=1e-4, atol=1e-5)
+    leaf = pred.double().requires_grad_()
+    grad, = torch.autograd.grad(F.binary_cross_entropy_with_logits(leaf, targ.double(), reduction='sum'), leaf)
+    for labels in (targ, targ.float(), targ.bool()):
+        torch.testing.assert_close(for_loss(gradient_norm_bound, losses)(pred, labels).double(), grad.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-6)
+    if shape == (6, 1): for_loss(gradient_norm_bound, losses)(pred, targ[:,0])
+
+@pytest.mark.parametrize('loss_func', [nn.BCELoss(), BCELossFlat(), F.binary_cross_entropy])
+def test_labels_that_are_probabilities_already(loss_func):
+    losses, pred, targ = ItemLosses(loss_func), torch.rand(5, 3), torch.randint(0, 2, (5, 3))
+    for score, by_hand in OF_LABELS.items(): torch.testing.assert_close(for_loss(score, losses)(pred).double(), by_hand(pred.double()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(for_loss(gradient_norm_bound, losses)(pred, targ), (pred - targ).norm(dim=1))
+
+all_of_classes = [entropy, margin, least_confidence, gradient_norm_bound, *MC, loss_minus_conditional_entropy, loss_plus_conditional_entropy]
+@pytest.mark.parametrize('score', all_of_classes, ids=lambda o: o.__name__)
+@pytest.mark.parametrize('loss_func,what', [(MSELossFlat(), 'numbers'), (F.l1_loss, 'numbers'), (nn.TripletMarginLoss(), 'no classes'),
+    (lambda pred, a, b: F.cross_entropy(pred, a) + F.cross_entropy(pred, b), 'several targets'), (lambda pred, targ: (pred - targ).square().mean(), 'task=')])
+def test_where_there_are_no_classes(score, loss_func, what):
+    "Coordinates and embeddings are no probabilities, however much they look like it"
+    odd = inputs(score)
+    if 'targ' in odd: odd['targ'] = torch.randn(6, 4)
+    with pytest.raises(ValueError, match=f'{score.__name__} is for the probabilities of classes.*{what}'): for_loss(score, ItemLosses(loss_func))(**odd)
+
+@pytest.mark.parametrize('score', [*MC, loss_minus_conditional_entropy, loss_plus_conditional_entropy], ids=lambda o: o.__name__)
+def test_passes_of_several_labels_are_refused(score):
+    with pytest.raises(ValueError, match='several labels'): for_loss(score, ItemLosses(nn.BCEWithLogitsLoss()))(**inputs(score))
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), FocalLossFlat(), F.cross_entropy, nn.NLLLoss(),
+                                       lambda p, t: F.cross_entropy(p, t), lambda p, t: -p.log_softmax(1).gather(1, t[:,None]).mean()])
+@each_score
+def test_classes_as_before(score, loss_func):
+    assert torch.equal(for_loss(score, ItemLosses(loss_func))(**inputs(score)), score(**inputs(score)))
+
+@pytest.mark.parametrize('score', [entropy, margin, least_confidence], ids=lambda o: o.__name__)
+def test_the_axis_and_the_void_are_those_of_the_loss(score):
+    pred, targ = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6)) # sequences, whose classes come last
+    sequences = ItemLosses(CrossEntropyLossFlat(ignore_index=3))
+    torch.testing.assert_close(for_loss(score, sequences)(pred), score(pred.transpose(1, 2)))
+    torch.testing.assert_close(for_loss(gradient_norm_bound, sequences)(pred, targ), gradient_norm_bound(pred.transpose(1, 2), targ, ignore_index=3))
+    masks = ItemLosses(nn.CrossEntropyLoss(ignore_index=255))
+    pred, targ = torch.randn(4, 5, 3, 2), torch.randint(0, 5, (4, 3, 2))
+    targ[1], targ[0,0] = 255, 255 # one is void all over
+    leaf = pred.double().requires_grad_()
+    grad, = torch.autograd.grad(F.cross_entropy(leaf, targ, ignore_index=255, reduction='sum'), leaf)
+    got = for_loss(gradient_norm_bound, masks)(pred, targ)
+    torch.testing.assert_close(got.double(), grad.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-6)
+    assert got[1] == 0
+
+def test_what_was_given_stays():
+    pred = torch.randn(4, 5, 6)
+    assert torch.equal(for_loss(partial(entropy, axis=2), ItemLosses(nn.CrossEntropyLoss()))(pred), entropy(pred, axis=2))
+    numbers = lambda pred, targ: (pred - targ).square().mean()
+    assert torch.equal(for_loss(partial(entropy, task='classes'), ItemLosses(numbers))(pred), entropy(pred))
+    def own(pred, axis=7): return pred
+    for score in (own, training_loss, lambda il: -il): assert for_loss(score, ItemLosses(nn.MSELoss())) is score
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_classes_in_a_column(dtype):
+    pred, targ = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    for o in (targ.to(dtype), targ.to(dtype)[:,None]): assert torch.equal(gradient_norm_bound(pred, o), gradient_norm_bound(pred, targ))
+
+def test_several_targets_are_refused():
+    with pytest.raises(ValueError, match='needs one target, and the batch has 2'): gradient_norm_bound(torch.randn(4, 3), (torch.zeros(4).long(), torch.zeros(4)))
+
+def test_the_argument_is_called_what_it_is():
+    with pytest.raises(ValueError, match=r'wrong has the parameters \(a, b\)'): score_inputs(lambda a, b: a, 'wrong')

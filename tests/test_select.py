@@ -151,6 +151,7 @@ def test_a_batch_that_is_not_selected_from_is_spread_over_its_candidates():
 
 # Weights
 
+@pytest.mark.slow
 def test_expected_gradient_of_a_fit_is_the_full_one(n_epoch=300):
     "Importance sampling in the training loop: gradients of many batches of the same candidates, no step taken, average to that of all"
     class Gradients(Callback):

@@ -191,6 +191,7 @@ def test_keep_is_another_way_to_say_beta():
     assert [schedule(o) for o in (0., 1.)] == [0, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n,keep', [(4, 0.5), (20, 0.25)])
 def test_composers_rule(n, keep, repeats=10000):
     "How often each rank is drawn, against numpy's draws without replacement with p ~ ((rank - 1/2)/n) ** (1/keep - 1)"
@@ -493,6 +494,7 @@ class Forwards(Callback):
     def after_fit(self): self.hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_workers', [0, 2])
 @pytest.mark.parametrize('queue', [False, True])
 def test_remembered_losses_belong_to_their_rows(num_workers, queue):

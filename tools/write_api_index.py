@@ -42,7 +42,10 @@ def entries(module):
             yield name.replace('Learner', 'learn'), anchor, first_line(getattr(Learner, name.partition('.')[2]), name)
     for name in namespace.__all__: yield name, links.get(name), first_line(getattr(namespace, name), name)
 
-def title(notebook): return re.search(r'^# (.+)$', read_nb(notebook).cells[0].source, re.MULTILINE)[1]
+def title(notebook):
+    "A notebook's title: the first heading of its Markdown cells"
+    text = '\n'.join(cell.source for cell in read_nb(notebook).cells if cell.cell_type == 'markdown')
+    return re.search(r'^# (.+)$', text, re.MULTILINE)[1]
 
 def cells():
     "The page's cells: a heading and a table for each module"

@@ -1,0 +1,97 @@
+"REDUCR against NumPy"
+import math
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from rholoss_fastai.all import ClassWeights, class_irreducible
+from rholoss_fastai.picks import Uniform
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 20), st.integers(2, 5), st.floats(0., 3.), st.integers(0, 10**6), st.booleans())
+def test_equals_numpy(n, C, eta, seed, nans):
+    rng = np.random.default_rng(seed)
+    pick, L = ClassWeights(0.4, eta), np.zeros(C)
+    for step in range(5):
+        loss, il, held_out = rng.gamma(1., size=n), rng.gamma(1., size=(n, C)), rng.gamma(1., size=C)
+        if nans and step < 3: loss[0] = np.nan
+        w = np.exp(-eta*(L - L.min())); w /= w.sum()
+        m = np.maximum(0, loss[:, None] - il)
+        score = np.where(np.isnan(loss), -np.inf, m @ w)
+        k = max(1, math.floor(0.4*n + 1e-6))
+        chosen = np.sort(np.argsort(-score, kind='stable')[:k])
+        pick.note_held_out(torch.tensor(held_out))
+        loss, il = torch.tensor(loss), torch.tensor(il)
+        mine = pick(loss, loss=loss, class_il=il).idxs.numpy()
+        assert np.allclose(np.sort(score[mine]), np.sort(score[chosen])) # ties may go either way
+        for i in mine:
+            if not np.isnan(m[i]).any(): L += m[i] - held_out
+        assert np.allclose(pick._sums.numpy(), L)
+
+def by_hand(x, y, c, boost, train, held_out, penalty, n, C):
+    "Weighted least squares, by the normal equations of the weighted rows themselves"
+    w = np.where(y[train] == c, 1 + boost, 1.)[:, None]
+    X, Y = np.c_[x, np.ones(n)], np.eye(C)[y]
+    R = penalty*n*np.eye(X.shape[1]); R[-1, -1] = 0
+    return X[held_out] @ np.linalg.solve(X[train].T @ (w*X[train]) + R, X[train].T @ (w*Y[train]))
+
+def test_the_references_are_weighted_ridge():
+    set_seed(0)
+    n, C = 90, 3
+    x, y = torch.randn(n, 4), torch.arange(n) % C
+    x[:, 0] += y.float()
+    table = class_irreducible(x, y, boost=3., folds=3, penalty=0.02)
+    z = ((x - x.mean(0))/x.std(0, unbiased=False)).double().numpy()
+    fold = (torch.randperm(n, generator=torch.Generator().manual_seed(0)) % 3).numpy()
+    for c in range(C):
+        pred = np.empty((n, C))
+        for k in range(3): pred[fold == k] = by_hand(z, y.numpy(), c, 3., fold != k, fold == k, 0.02, n, C)
+        shares = (np.bincount(y.numpy()) + 1)/(n + C)
+        def losses(scale): return F.cross_entropy(torch.tensor(scale*(pred - shares) + np.log(shares)), y, reduction='none')
+        best = min(np.linspace(0.05, 20, 2000), key=lambda s: losses(s).mean().item())
+        assert torch.allclose(table[:, c].double(), losses(best), atol=0.03)
+
+def learner():
+    set_seed(0)
+    x = torch.randn(160, 5)
+    y = (x[:, :3] + torch.tensor([0., 0., -1.])).argmax(1)
+    items = list(zip(x, y))
+    return Learner(DataLoaders(DataLoader(items[:120], bs=12, shuffle=True), DataLoader(items[120:], bs=40)), nn.Linear(5, 3),
+                   loss_func=CrossEntropyLossFlat(), lr=0.1), class_irreducible(x[:120], y[:120])
+
+class HeldOut(Callback):
+    "What the pick is told before each epoch"
+    order = -6
+    def __init__(self): self.seen = []
+    def before_batch(self):
+        if self.training and self.iter == 0:
+            x, y = self.dls.valid.one_batch()
+            with torch.no_grad(): losses = F.cross_entropy(self.model(x), y, reduction='none')
+            self.seen.append((self.learn.selector.pick._held_out.clone(), torch.stack([losses[y == c].mean() for c in range(3)])))
+
+def test_trains_and_is_undone():
+    learn, table = learner()
+    n = len(learn.cbs)
+    learn.reducr(table, frac=0.25)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=(held_out := HeldOut()))
+    assert len(held_out.seen) == 3 and all(torch.allclose(a, b, atol=1e-5) for a, b in held_out.seen)
+    weights = learn.selector.pick.class_weights
+    assert weights.shape == (3,) and weights.sum().item() == pytest.approx(1)
+    assert len(learn.no_selection().cbs) == n
+
+def test_refused():
+    learn, table = learner()
+    with pytest.raises(ValueError, match='for 100 rows, but the training set has 120'): learn.reducr(table[:100])
+    with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])
+    with pytest.raises(ValueError, match='give one of them'): ClassWeights(0.2, pick=Uniform(0.5))
