@@ -80,7 +80,7 @@ class TableIL(ILSource):
         "The table, once it is known to be of `dl`'s data set"
         if self.table is None:
             raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the method that selects.")
-        track_rows(dl) # raises where rows can't be known
+        track_rows(dl, way_out='Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner as il=.') # raises where rows can't be known
         table = self.table if isinstance(self.table, ItemTable) else IrreducibleLosses.of(self.table, dl)
         table.check(dl)
         if not table.values[own_rows(dl)].isfinite().all(): raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
