@@ -33,7 +33,8 @@ def rows_of(x, data=None):
 
 
 def loaders(bs=BS, train=None, valid=None, shuffle=True, **kwargs):
-    "Training and validation loader of the toy task"
+    "Training and validation loader of the toy task, which shuffle alike each time"
+    set_seed(0)
     train, valid = Toy() if train is None else train, Toy(N_VALID, 1) if valid is None else valid
     return DataLoaders(DataLoader(train, bs=bs, shuffle=shuffle, n_inp=1, **kwargs), DataLoader(valid, bs=bs, n_inp=1))
 
@@ -63,12 +64,12 @@ def weights_of(learn): return torch.cat([o.detach().flatten().clone() for o in l
 
 
 class Interrupt(Callback):
-    "The user's ctrl-C (or another exception) in one event of the second epoch"
+    "The user's ctrl-C (or another exception) when an event comes first in the second epoch"
     def __init__(self, event, order=30, error=KeyboardInterrupt): self.at, self.order, self.error = event, order, error
     def __call__(self, event_name):
         due = getattr(self.learn, 'epoch', 0) == 1 and self.at in (event_name, None)
         if event_name in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'):
-            due = due and self.training and self.iter == 1
+            due = due and self.training
         if due: raise self.error
 
 
