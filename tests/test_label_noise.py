@@ -184,7 +184,7 @@ def test_no_learner():
     with pytest.raises(TypeError, match='learn must be a Learner or DataLoaders'): label_noise(torch.rand(3), **quiet)
 
 def test_features_that_need_a_trained_model():
-    x,y = torch.rand(40, 3, 80, 80),torch.arange(30) % 2
+    x,y = torch.rand(40, 3, 80, 80),torch.arange(40) % 2
     with pytest.raises(ValueError, match='No features are at hand'): label_noise(make_dls(x, y, bs=8), **quiet)
 
 def test_too_few_suspects_asked_for():
