@@ -167,7 +167,7 @@ def test_prune(folder, tmp_path):
 
 
 def test_quickstart(tmp_path, capsys):
-    run('quickstart', seeds=1, epochs=2, out=tmp_path)
+    run('quickstart', seeds=1, epochs=3, out=tmp_path)
     compared(tmp_path, 'random', 'rho_loss:frac=0.5', 'rho_epochs')
     assert 'with one seed: no interval' in capsys.readouterr().out
 
