@@ -62,11 +62,12 @@ def main(
     n_classes:int=1000, # Classes
     n_features:int=2048, # Inputs of the last layer
     image_size:int=224, # Height and width of the images of the step
+    fracs:str='0.1,0.3', # Shares that are taken, with commas
     repeats:int=5, # Timed rounds
     out:str=None, # JSON file for the results
 ):
-    "What DivBS adds to a step, at 10 and 30 % of the candidates"
-    rows = [cost(n_candidates, frac, n_classes, n_features, image_size, repeats, default_device()) for frac in (0.1, 0.3)]
+    "What DivBS adds to a step, for some shares of the candidates"
+    rows = [cost(n_candidates, frac, n_classes, n_features, image_size, repeats, default_device()) for frac in map(float, fracs.split(','))]
     print_table(list(rows[0]), [list(o.values()) for o in rows])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

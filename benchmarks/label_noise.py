@@ -89,7 +89,8 @@ def run(name, x, images, truth, share, confusion, seed, route):
     probs = predictions.probs.numpy()
     res = dict(features=name, n=len(truth), redrawn=share, noise='pairs' if confusion else 'symmetric', seed=seed, wrong=float(wrong.mean()),
                estimate=noise.share, low=noise.low, high=noise.high, accuracy=predictions.info['accuracy'],
-               accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()), auc=auc(-predictions.p_label.numpy(), wrong), first_1000=float(wrong[first].mean()), suspects=found(noise.table.row.to_numpy(), wrong),
+               accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()), auc=auc(-predictions.p_label.numpy(), wrong),
+               first_1000=float(wrong[first].mean()), suspects=found(noise.table.row.to_numpy(), wrong),
                process_seconds=timer.process_seconds, cleanlab=cleanlab_of(labels.numpy(), probs, wrong))
     if route: res['cleanlab_usual_route'] = usual_route(x.numpy(), labels.numpy(), wrong)
     shown = f"cleanlab {res['cleanlab']['share']:.3f}, its first 1000 {res['cleanlab']['first_1000']}"

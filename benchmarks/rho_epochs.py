@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -44,9 +44,9 @@ class TokenModel(nn.Module):
     def forward(self, x): return self.out(self.drop(self.rnn(self.drop(self.emb(x)))[0]))
 
 
-def read_words(path, split):
-    "The words of each sentence"
-    return [o.split() for o in pd.read_csv(Path(path)/f'sst2_{split}.tsv', sep='\t', names=['text', 'label'], quoting=csv.QUOTE_NONE).text]
+def read_words(path, split, most=30):
+    "The first words of each sentence"
+    return [o.split()[:most] for o in pd.read_csv(Path(path)/f'sst2_{split}.tsv', sep='\t', names=['text', 'label'], quoting=csv.QUOTE_NONE).text]
 
 def numbered(sentences, vocab): return [torch.tensor([vocab.get(o, UNKNOWN) for o in words]) for words in sentences]
 
@@ -94,7 +94,7 @@ def fit(learn, n_epoch, lr=3e-3):
     with learn.no_bar(): loss = learn.validate()[0]
     return dict(perplexity=round(math.exp(loss), 1), replaced=round(marks.wrong/marks.trained, 4), seconds=round(seconds, 1))
 
-def compare(path, seed, share, frac, epochs, il_epochs, width, bs, n_vocab):
+def compare(path, seed, methods, share, frac, epochs, il_epochs, width, bs, n_vocab):
     "Plain training, a random share of the tokens, and those whose loss exceeds the reference's the most"
     words = read_words(path, 'train')
     vocab = {word: i + 2 for i,(word,_) in enumerate(Counter(o for s in words for o in s).most_common(n_vocab))}
@@ -103,7 +103,9 @@ def compare(path, seed, share, frac, epochs, il_epochs, width, bs, n_vocab):
     noisy,wrong = with_errors(train, share, n_words, seed)
     reference = learner(clean, [torch.zeros(len(o)) for o in clean], valid, n_words, width, bs, seed)
     res = [dict(method='reference', **fit(reference, il_epochs))]
-    for method,kwargs in dict(plain=None, random=dict(pick='uniform'), tokens=dict(il=reference)).items():
+    kwargs_of = dict(plain=None, random=dict(pick='uniform'), tokens=dict(il=reference))
+    for method in methods.split(','):
+        kwargs = kwargs_of[method]
         learn = learner(noisy, wrong, valid, n_words, width, bs, seed)
         if kwargs is not None: learn.add_cb(TokenSelector(frac=frac, **kwargs))
         res.append(dict(method=method, **fit(learn, epochs)))
@@ -117,6 +119,7 @@ accept_underscores()
 def main(
     path:str=None, # Folder of the data
     seeds:str='0', # Seeds, with commas
+    methods:str='plain,random,tokens', # What is compared, with commas
     share:float=0.3, # Share of the training tokens that is replaced
     frac:float=0.6, # Share of the tokens that is trained on
     epochs:int=4, # Epochs of the models
@@ -128,7 +131,7 @@ def main(
 ):
     "Held-out perplexity, and the share of replaced tokens among those trained on, at equal steps"
     if path is None: raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this file say.')
-    settings = dict(share=share, frac=frac, epochs=epochs, il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
+    settings = dict(methods=methods, share=share, frac=frac, epochs=epochs, il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
     rows = [row for seed in seeds.split(',') for row in compare(path, int(seed), **settings)]
     print_table(list(rows[0]), [list(o.values()) for o in rows])
     if out:

@@ -205,7 +205,7 @@ def same_machine(
     what:str # That was measured `there`
 ):
     "Raise where seconds of two machines can't be compared"
-    differ = [f"{k}: {there[k]} there, {here[k]} here" for k in ('device', 'cpu', 'threads', 'torch') if there[k] != here[k]]
+    differ = [f"{k}: {there.get(k)} there, {here[k]} here" for k in ('device', 'cpu', 'threads', 'torch') if there.get(k) != here[k]]
     if differ:
         raise ValueError(f"{what} was measured on another machine ({'; '.join(differ)}), and seconds of two can't be compared: use a folder for each.")
 

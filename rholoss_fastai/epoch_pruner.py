@@ -90,7 +90,9 @@ class Rounds(GetAttr):
     def _stream(self):
         while True:
             self.loader = self.make_round()
-            for self._i,batch in enumerate(self.loader): yield batch
+            for i,batch in enumerate(self.loader):
+                self._i = i
+                yield batch
 
     def __len__(self): return self.n_batches
     def __iter__(self):
@@ -282,7 +284,8 @@ class EpochPruner(FitCallback):
         "Close the line of an epoch that was cut short, too"
         if self._fit is not None:
             self.record.end_epoch(interrupted=True)
-            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train # an export would take the epoch's loader along
+            # an export would take the epoch's loader along
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded

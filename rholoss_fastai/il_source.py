@@ -23,7 +23,7 @@ from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_lo
 from .item_table import ItemTable
 from .probe import choose_features, probe_cost, probe_irreducible
 from .record import STEP_COST
-from .rows import track_rows
+from .rows import own_rows, track_rows
 from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
 
 # %% ../nbs/16_il_source.ipynb #69b00319
@@ -80,10 +80,10 @@ class TableIL(ILSource):
         "The table, once it is known to be of `dl`'s data set"
         if self.table is None:
             raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the method that selects.")
-        track_rows(dl) # raises where rows can't be known
+        track_rows(dl, way_out='Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner as il=.') # raises where rows can't be known
         table = self.table if isinstance(self.table, ItemTable) else IrreducibleLosses.of(self.table, dl)
         table.check(dl)
-        if not table.values.isfinite().all(): raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
+        if not table.values[own_rows(dl)].isfinite().all(): raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
         return table
 
     def begin(self, learn, device):

@@ -131,7 +131,7 @@ def dataset_scores(
     "The mean score of every row by models that are already trained; in eval mode and un-augmented"
     start,learns,function = time.perf_counter(),L(learns),_find(score)
     if not learns or not all(isinstance(o, Learner) for o in learns): raise TypeError(f"learns must be a Learner or several; got {learns}.")
-    marks,il = fingerprint(dl),None if il is None else il_values(il, dl, learn)
+    marks,il = fingerprint(dl),None if il is None else il_values(il, dl, learns[0])
     with batch_progress(len(learns)*len(scoring_loader(dl)), progress and shows_progress(learns[0])) as step:
         values = torch.stack([_values(learn, dl, function, il, max_bytes, step) for learn in learns]).mean(0)
     return DatasetScores.of_rows(values, dl, marks, _info(learns[0], score, len(learns), start))
@@ -285,7 +285,7 @@ def score_dataset(
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is scored; got {type(dls).__name__}.")
     function,dl = _find(score, ('forgetting', 'loss_variance')),dls.train.dl if is_distributed(dls.train) else dls.train
     if score == 'loss_variance': check_count("epochs (with score='loss_variance')", epochs, 2)
-    rows,marks,il = own_rows(dl),fingerprint(dl),None if il is None else IrreducibleLosses.given(il, dl).values
+    rows,marks,il = own_rows(dl),fingerprint(dl),None if il is None else il_values(il, dl)
     settings = dict(score=short_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr), one_cycle=one_cycle,
                     mean_il=None if il is None else il.nanmean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None

@@ -151,9 +151,10 @@ class EpochSums:
     def __init__(self,
         device:torch.device, # Where the sums are kept
         rows:RowCounts=None, # Counts by row; None where the rows of a batch aren't known
-        track:dict={} # Name -> mask `(n,)` of rows, of which the share that is trained on is summed up
+        track:dict=None # Name -> mask `(n,)` of rows, of which the share that is trained on is summed up
     ):
         self.counts = dict(loaded=0, scored=0, trained=0, judged=0, known=0, elements_loaded=0, elements_trained=0)
+        track = track or {}
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.sums = {name: torch.zeros((), dtype=dtype, device=device) for name in (*_SUMS, *track)}
         self.rows,self.track,self.sample,self.pending,self.n_pending = rows,track,ValueSample(),[],0

@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/reducr.html.md"""
 # %% auto #0
 __all__ = ['class_irreducible', 'ClassIL', 'class_il', 'ClassWeights', 'ClassHoldout']
 
-# %% ../nbs/26_reducr.ipynb #89d97312
+# %% ../nbs/26_reducr.ipynb #e6b960ae
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.learner import Learner
@@ -27,7 +27,7 @@ from .rows import dataset_size, preserve_rng
 from .scoring import scoring_mode, unwrapped
 from .selector import BatchSelector, add_selector, selector_parts
 
-# %% ../nbs/26_reducr.ipynb #4309e1fe
+# %% ../nbs/26_reducr.ipynb #fc1682f3
 def class_irreducible(
     x:Tensor, # `(n, d)` features of the rows
     y:Tensor, # `(n,)` classes
@@ -57,7 +57,7 @@ def class_irreducible(
     losses = [F.cross_entropy(class_logits(p, shares, fit_scale(p, y, shares)[0]), y, reduction='none') for p in preds.float().unbind(1)]
     return torch.stack(losses, 1)
 
-# %% ../nbs/26_reducr.ipynb #c41bcfea
+# %% ../nbs/26_reducr.ipynb #dbdfa542
 class ClassIL(ILSource):
     "Irreducible losses by class, one line a row of the training set"
     def __init__(self,
@@ -86,7 +86,7 @@ def class_il(c):
     if not hasattr(c.il, 'by_class'): raise ValueError("Class weights need irreducible losses by class, (n, C): use learn.reducr(il=table), see class_irreducible.")
     return c.il.by_class(c)
 
-# %% ../nbs/26_reducr.ipynb #38c32bfc
+# %% ../nbs/26_reducr.ipynb #15722f4b
 class ClassWeights(Pick):
     "Items whose loss is reducible for the classes that go worst (Bankes et al. 2024); the scores aren't looked at"
     needs = ('loss', 'class_il')
@@ -125,7 +125,7 @@ class ClassWeights(Pick):
 
     def __getstate__(self): return dict(super().__getstate__(), _sums=0., _held_out=0.)
 
-# %% ../nbs/26_reducr.ipynb #403aced1
+# %% ../nbs/26_reducr.ipynb #17480ce6
 class ClassHoldout(FitCallback):
     "Before each epoch the mean loss of each class on held-out rows"
     order = TrainEvalCallback.order + 4 # before the selector
@@ -140,7 +140,8 @@ class ClassHoldout(FitCallback):
         with preserve_rng(), scoring_mode(model, device):
             for batch in learn.dls.valid:
                 batch = plain(to_device(batch, device))
-                xb,yb = batch[:learn.dls.n_inp],batch[learn.dls.n_inp:]
+                n_inp = getattr(learn.dls, 'n_inp', None) or max(len(batch) - 1, 1)
+                xb,yb = batch[:n_inp],batch[n_inp:]
                 losses.append(item_losses(model(*xb), *yb)); targs.append(class_targets(yb[0]))
                 n += len(targs[-1])
                 if n >= self.n_rows: break
@@ -150,7 +151,7 @@ class ClassHoldout(FitCallback):
         sums,counts = torch.zeros(C, device=device).index_add_(0, targs, losses),targs.bincount(minlength=C)
         self.pick.note_held_out(torch.where(counts > 0, sums/counts.clamp(min=1), losses.mean())) # a class without held-out rows: the mean
 
-# %% ../nbs/26_reducr.ipynb #6550e767
+# %% ../nbs/26_reducr.ipynb #284c422a
 @patch
 @delegates(selector_parts)
 def reducr(self:Learner,

@@ -186,6 +186,8 @@ class RhoEpochs(Reducible):
             self.set_scale(learn)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
 
+    def __getstate__(self): return dict(self.__dict__, _source=None, table=None) # an export leaves the irreducible losses out
+
     def _clean(self): return self.gate and self.wrong is not None and self.wrong < self.threshold
 
     def _estimate(self, learn, dl, n_rows):

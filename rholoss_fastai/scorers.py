@@ -26,7 +26,6 @@ from .nested import batch_size, prediction, subset_batch
 from .record import STEP_COST
 from .scores import FIGURES
 from .scoring import ScoringForward, learner_precision, modules_in_mode, scoring_mode, unwrapped
-from .side_models import Companion
 
 # %% ../nbs/18_scorers.ipynb #564ac970
 class Scorer:

@@ -55,7 +55,8 @@ def _from_torch(module): return type(module).__module__.startswith('torch.nn.')
 
 def _names_watched(module):
     "The plain attributes of `module` that a forward may change: of PyTorch's own modules those with tensors, which only hooks and wrappers put there"
-    return [k for k,v in module.__dict__.items() if k not in _every_module_has and not callable(v) and (not _from_torch(module) or tensors(v))]
+    return [k for k,v in module.__dict__.items() if k not in _every_module_has and not callable(v)
+            and (not _from_torch(module) or tensors(v) or k == '_flat_weight_refs')] # which a recurrent layer keeps beside its weights
 
 def _plan(modules):
     "Positions in `modules` of those that have attributes to look at, and these; found again when one has more attributes than it had"
@@ -140,14 +141,13 @@ def copy_state(
     model:nn.Module # A model in `scoring_mode`, after a forward of all candidates
 )->list: # For `merge_state`
     "The state that `model` carries now, of every row of the batch"
-    fresh = [(m, name) for m in model.modules() if not _from_torch(m) for name in _names_watched(m)]
-    state = [(m, name, vars(m)[name]) for m,name in fresh if not any(t.requires_grad or isinstance(t, nn.Parameter) for t in tensors(vars(m)[name]))]
-    # numbers, too: a model may note for how many rows its state is
-    return [(m, name, map_tensors(Tensor.clone, o)) for m,name,o in state if tensors(o) or isinstance(o, (int, float))]
+    values = [(m, name, vars(m)[name]) for m in model.modules() if not _from_torch(m) for name in _names_watched(m)]
+    return [(m, name, map_tensors(Tensor.clone, o)) for m,name,o in values if not any(t.requires_grad or isinstance(t, nn.Parameter) for t in tensors(o))]
 
 def _row_dim(t, n, name, recurrent):
     "The dimension of a state that counts the rows of the batch; None without"
     dims = [i for i,size in enumerate(t.shape) if size == n]
+    if recurrent and t.ndim == 3 and t.shape[1] == 1 != n: return None # as it begins, of one row, which the model itself makes as many as it needs
     if len(dims) < 2 and not (recurrent and t.ndim == 3 and dims != [1]): return dims[0] if dims else None
     if recurrent and t.ndim == 3 and 1 in dims: return 1 # (layers, rows, features), as PyTorch's recurrent layers have it
     raise ValueError(f"The model carries state from batch to batch in `{name}`, of shape {tuple(t.shape)}, and it can't be told which of it belongs to which of "
@@ -177,6 +177,7 @@ def merge_state(
     recurrent = _recurrent(model)
     for m,name,all_rows in state:
         if name not in _written.get(m, ()): continue
+        if not tensors(all_rows): vars(m)[name] = all_rows; continue # how many rows there are, for example
         seen = iter(tensors(vars(m)[name]))
         def merged(t):
             part = next(seen)

@@ -380,7 +380,7 @@ def explained(selector, what):
     except torch.cuda.OutOfMemoryError: raise
     except (RuntimeError, TypeError, IndexError) as e:
         changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf) if not type(cb).__module__.startswith('fastai.')]
-        if not changers: raise
+        if not changers or not selector._fit.first: raise
         names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
         say = (f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in "
                "cb.order = -6") if what == 'scored' else (

@@ -111,7 +111,7 @@ def test_text(tmp_path, capsys, model):
     for data,metric,method in (('cola', 'matthews_corrcoef', 'rho_loss:frac=0.5'), ('sst2', 'accuracy', 'batch_loss_filter')):
         run('text_rho_loss', path=tmp_path, data=data, model=model, methods=f'random {method}', metric=metric, noise=0.1, epochs=3, bs=8, folder=tmp_path/data)
         table = compared(tmp_path/data, 'random', method)
-        assert metric in table and table.cost.tolist() == pytest.approx([3]*3, abs=0.3) and (table.wrong_labels > 0).all()
+        assert metric in table and table.cost.tolist() == pytest.approx([3]*3, abs=0.3) and table.wrong_labels.between(0, 0.5).all()
         assert (table.cost_il > 0).tolist() == [False, False, data == 'cola']
 
 
@@ -167,7 +167,7 @@ def test_prune(folder, tmp_path):
 
 
 def test_quickstart(tmp_path, capsys):
-    run('quickstart', seeds=1, epochs=3, out=tmp_path)
+    run('quickstart', seeds=1, epochs=5, out=tmp_path)
     compared(tmp_path, 'random', 'rho_loss:frac=0.5', 'rho_epochs')
     assert 'with one seed: no interval' in capsys.readouterr().out
 

@@ -60,7 +60,7 @@ def test_a_line_is_that_of_a_loop(sizes, seed):
         record.batch(n, n, len(idxs), rows, rows[idxs], idxs, scores, losses, elements_loaded=n*5, elements_trained=elements)
         rows_seen += rows.bincount(minlength=500)
         rows_selected += rows[idxs].bincount(minlength=500)
-        for name, value in dict(loss=losses.sum(), selected=losses[idxs].sum(), top20=losses.sort().values[-(-(-n//5)):].sum(), elements=elements,
+        for name, value in dict(loss=losses.sum(), selected=losses[idxs].sum(), top20=losses.sort().values[-((n + 4)//5):].sum(), elements=elements,
                                 score=scores.clamp(min=0).sum(), score_selected=scores[idxs].clamp(min=0).sum()).items(): totals[name] += value.item()
     assert torch.equal(record.seen.float(), rows_seen) and torch.equal(record.selected.float(), rows_selected) # also of a line under way
     under_way = record.ledger.drop(columns='seconds')

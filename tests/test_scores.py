@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import log_softmax, softmax
 from torch.nn import functional as F
 
-from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, MSELossFlat
+from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
 from torch import nn
 from rholoss_fastai.checks import by_name
 from rholoss_fastai.losses import ItemLosses

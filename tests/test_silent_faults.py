@@ -14,7 +14,7 @@ from helpers import N, Toy, fit, learner, linear, loaders, rows_of, weights_of
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import GroupDRO, Pick, RowWeights, Selection, TopFraction, Uniform
+from rholoss_fastai.all import GroupDRO, Pick, RowWeights, Selection, TopFraction
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import Boltzmann, ImportanceSample, TokenSelector, top_elements
+from rholoss_fastai.all import Boltzmann, ImportanceSample, top_elements
 
 values = st.lists(st.floats(width=32, allow_infinity=False) | st.sampled_from([math.nan, 0., 1., math.inf]), min_size=1, max_size=40)
 
