@@ -55,7 +55,7 @@ class Candidates:
     ):
         self.xb,self.yb,self.rows,self.asked,self.scorer,self.item_losses = xb,yb,rows,asked,scorer,item_losses
         self.il,self.memory,self.check = il,memory,check
-        self.n,self.scored,self.scores,self._known,self._watching = batch_size(xb),0,None,{},()
+        self.n,self.scored,self.scores,self._known,self._watching = batch_size((xb, yb)),0,None,{},()
 
     def __getitem__(self, name):
         "The figure of that name"

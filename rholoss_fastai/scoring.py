@@ -176,8 +176,8 @@ def merge_state(
     "The state of all rows again: of those that the model saw what it left, of the others `state`"
     recurrent = _recurrent(model)
     for m,name,all_rows in state:
-        if name not in _written.get(m, ()): continue
-        if not tensors(all_rows): vars(m)[name] = all_rows; continue # how many rows there are, for example
+        if isinstance(all_rows, int) and vars(m)[name] == len(idxs): vars(m)[name] = all_rows # the number of rows, which AWD-LSTM notes
+        if name not in _written.get(m, ()) or not tensors(all_rows): continue
         seen = iter(tensors(vars(m)[name]))
         def merged(t):
             part = next(seen)

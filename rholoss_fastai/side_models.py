@@ -205,7 +205,7 @@ class Companion:
         weights:Tensor=None # `(bs,)` weights of the items' losses, whose weighted mean is the loss then
     ):
         "One training step"
-        if lr is not None: self.opt.set_hyper('lr', lr)
+        if lr is not None: self.opt.set_hyper('lr', float(lr))
         self.model.train()
         with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [], device_type='cuda'), torch.enable_grad():
             pred = prediction(self.model(*xb))

@@ -64,12 +64,12 @@ def weights_of(learn): return torch.cat([o.detach().flatten().clone() for o in l
 
 
 class Interrupt(Callback):
-    "The user's ctrl-C (or another exception) in one event of the second epoch"
+    "The user's ctrl-C (or another exception) when an event comes first in the second epoch"
     def __init__(self, event, order=30, error=KeyboardInterrupt): self.at, self.order, self.error = event, order, error
     def __call__(self, event_name):
         due = getattr(self.learn, 'epoch', 0) == 1 and self.at in (event_name, None)
         if event_name in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'):
-            due = due and self.training and self.iter == 1
+            due = due and self.training
         if due: raise self.error
 
 

@@ -80,7 +80,8 @@ def test_scores_all_alike(name, value):
 def test_draws_have_their_own_seed(name):
     if 'seed' not in SIZED[name].__init__.__code__.co_varnames: return
     scores, state = torch.rand(50), torch.get_rng_state()
-    first, again, other = (SIZED[name](0.4, seed=seed) for seed in (1, 1, 2))
+    kwargs = dict(sample=True) if name == 'divbs' else {} # by default it draws nothing
+    first, again, other = (SIZED[name](0.4, seed=seed, **kwargs) for seed in (1, 1, 2))
     draws = [[picked(o, scores, 1.).idxs.tolist() for _ in range(5)] for o in (first, again, other)]
     assert draws[0] == draws[1] != draws[2] and draws[0][0] != draws[0][1]
     assert torch.equal(torch.get_rng_state(), state)
