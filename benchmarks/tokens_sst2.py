@@ -68,7 +68,7 @@ def batched(items):
 class Marks(Callback):
     "Takes the marks of replaced words off the targets, and counts how many were among the trained"
     order = -20
-    def before_fit(self): self.wrong = self.trained = self.all_wrong = self.all_trained = 0
+    def before_fit(self): self.wrong = self.trained = 0
     def before_batch(self):
         y = self.yb[0]
         self.marks = (y != PAD) & (y >> 20 > 0)
@@ -90,9 +90,9 @@ def fit(learn, n_epoch, lr=3e-3):
     began = time.process_time()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, lr)
     seconds = time.process_time() - began
-    marks = learn.marks
+    replaced = learn.marks.wrong/learn.marks.trained # before `validate`, which counts anew
     with learn.no_bar(): loss = learn.validate()[0]
-    return dict(perplexity=round(math.exp(loss), 1), replaced=round(marks.wrong/marks.trained, 4), seconds=round(seconds, 1))
+    return dict(perplexity=round(math.exp(loss), 1), replaced=round(replaced, 4), seconds=round(seconds, 1))
 
 def compare(path, seed, methods, share, frac, epochs, il_epochs, width, bs, n_vocab):
     "Plain training, a random share of the tokens, and those whose loss exceeds the reference's the most"

@@ -58,8 +58,8 @@ class FallBack(FitCallback):
 
     def begin_fit(self):
         if self.learn.selector.scorer.forward == 'reuse':
-            raise ValueError("fallback='uniform' compares what scoring costs with what it brings, and forward='reuse' has no scoring of its own: use "
-                             "forward='twice' with it, or no fallback.")
+            warnings.warn("fallback='uniform' compares what scoring costs with what it brings, and forward='reuse' has no scoring of its own, so it will "
+                          "never act: use forward='twice' with it.")
 
     def after_train(self):
         "Does it still pay?"

@@ -65,7 +65,7 @@ class CarriedState:
         n:int # n_B
     ):
         "The state of these rows alone"
-        if idxs is None: return
+        if idxs is None or self.after is None: return # nothing is carried
         select_state(self.model, idxs, n)
         self.idxs = idxs
 

@@ -209,8 +209,6 @@ class RhoEpochs(Reducible):
     def __call__(self, remembered, epoch, generator):
         if not self.plain: return super().__call__(remembered, epoch, generator)
 
-    def __getstate__(self): return dict(vars(self), _source=None) # exported without its loader: the next fit looks at its own
-
     def says(self, epoch):
         looks = f"about {self.wrong:.0%} of the labels look wrong" if self.wrong is not None else 'the labels were not looked at'
         if self.plain: return (f"{looks}, fewer than {self.threshold:.0%}: trains plainly, as without it (gate=False selects all the same)")

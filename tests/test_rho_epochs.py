@@ -153,14 +153,14 @@ def test_no_class_starves():
 def test_numbers_and_several_labels():
     "Regression and multi-label targets have a form of their own"
     few = NOISE & (torch.arange(N) % 3 == 0)
-    for loss_func,targets,n_out,noise,settings in ((MSELossFlat(), lambda rows: rows.clean.float() + torch.where(few, 8., 0.), 1, few, {}),
+    for loss_func,targets,n_out,noise,options in ((MSELossFlat(), lambda rows: rows.clean.float() + torch.where(few, 8., 0.), 1, few, {}),
                                                 (BCEWithLogitsLossFlat(), lambda rows: F.one_hot(rows.targets, 3).float(), 3, NOISE, dict(gate=False, drop=0.2))):
         rows = noisy_rows()
         rows.targets = targets(rows)
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, n_out))
         dls = dataloaders(rows)
         dls.loaders = [dls.train, dls.train] # the other has classes
-        learn = fit(learner(dls, model, loss_func=loss_func).rho_epochs(features=features, **settings), 3)
+        learn = fit(learner(dls, model, loss_func=loss_func).rho_epochs(features=features, **options), 3)
         rule,times = learn.epoch_pruner.rule,learn.selection.selected.float()
         assert not rule.plain and times[noise].mean() < 0.7*times[~noise].mean() and learn.epoch_pruner.remembered.nan_to_num(0.).max() <= 1
 
