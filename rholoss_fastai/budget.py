@@ -172,14 +172,16 @@ class FitMeter(FitCallback):
         prices:Prices=Prices(), # What a step costs
         bill:float=0., # Of that unit, spent before training: taken off the longest fit
         every:float=None, # Of that unit between evaluations; None: none on the way
-        dl=None, # Loader to evaluate on; default the validation set
+        dl=None, # Loader to evaluate on, where there is `every`
         metric:Metric=None, # What is evaluated
-        step=noop # Called at each evaluation
+        step=noop, # Called at each evaluation
+        plain_dl=None # Loader of plain training; default the Learner's
     ):
-        train = learn.dls.train
+        train = learn.dls.train if plain_dl is None else plain_dl
         self.unit,self.plain_epochs,self.prices,self.bill,self.owed,self.every,self.step = unit,n_epoch,prices,bill,bill,every,step
         self.per_epoch = {'cost': 1., 'steps': len(train)}.get(unit) if per_epoch is None else per_epoch
-        self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl or learn.dls.valid,metric
+        self.plain_steps = len(train)
+        self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl,metric
         self.clocks = _Clocks(getattr(learn.dls, 'device', None) or 'cpu')
         self.steps,self.epochs,self.loaded,self.scored,self.trained,self.cost,self.history,self.share_at_end,self.lr_at_end = 0,0,0,0,0,0.,[],0.,0.
         self.seen,self.seen_il,self.cost_il,self.seconds_il,self.marked = [0, 0, 0],0.,0.,0.,0.
@@ -197,7 +199,7 @@ class FitMeter(FitCallback):
 
     def begin(self, learn):
         "Of this fit, whose number of epochs is what plain training would take"
-        self.asked,self.ended,self.last = learn.n_epoch,False,self.per_epoch/len(learn.dls.train)
+        self.asked,self.ended,self.last = learn.n_epoch,False,self.per_epoch/self.plain_steps
         self.limit,self.began,self.of_epoch = self.asked*self.per_epoch,self.spent,self.per_epoch
         if self.owed and self.asked >= self.plain_epochs/2: self.limit,self.owed = self.limit - self.owed,0.
         if self.limit < self.last:
@@ -324,6 +326,13 @@ def fit_function(
     def call(learn, n_epoch, lr): getattr(learn, fit)(n_epoch, *([] if lr is None else [lr]))
     return call
 
+@contextmanager
+def _quietly(learn):
+    "Without bars, tables and announcements"
+    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs((ProgressCallback, ShowGraphCallback))):
+        learn.logger = noop # by which selectors know, too
+        yield
+
 class _Accumulate(Callback):
     "The metric of a `validate`"
     order = 70
@@ -345,16 +354,19 @@ def fit_within(
     evaluations:int=10, # On the way, evenly spaced by what is spent; the last is at the end
     dl=None, # Loader to evaluate on; default the validation set
     metric=None, # What is evaluated, see `find_metric`
-    step=noop # Called at each evaluation
+    step=noop, # Called at each evaluation
+    plain_dl=None # Loader of plain training, where `learn` trains on other data; default its own
 )->FitMeter: # `history`, a line an evaluation, and counts
     "Fit `learn` until it has spent what plain training would have, with schedules that end where the budget does"
     check_choice('unit', unit, UNITS)
     if unit == 'seconds' and per_epoch is None: raise ValueError("unit='seconds' needs per_epoch, the seconds of a plain epoch.")
     check_number('n_epoch', n_epoch, high=math.inf, open_low=True, schedule=False); check_count('evaluations', evaluations, 1)
     fit,metric = fit_function(fit),find_metric(learn, metric)
-    total = n_epoch*({'cost': 1., 'steps': len(learn.dls.train)}.get(unit) if per_epoch is None else per_epoch)
-    meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl, metric, step)
-    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs((ProgressCallback, ShowGraphCallback))):
+    dl = learn.dls.valid if dl is None else dl
+    if not len(dl): raise ValueError("There is nothing to evaluate on: the validation set is empty. Split one off, or pass a loader.")
+    total = n_epoch*({'cost': 1., 'steps': len(learn.dls.train if plain_dl is None else plain_dl)}.get(unit) if per_epoch is None else per_epoch)
+    meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl, metric, step, plain_dl)
+    with _quietly(learn):
         with learn.added_cbs([_SpentShare(meter), meter]): fit(learn, n_epoch, lr)
         if not meter.steps: raise ValueError("fit has trained nothing: it must call one of the Learner's own methods that fit.")
         with preserve_rng(): learn.validate(dl=meter.test_dl, cbs=_Accumulate(metric))
@@ -374,8 +386,7 @@ def timed_steps(
     "Train for a handful of steps"
     for n in (2, n_steps): # each a fit of its own, so that what is made once is made
         meter = FitMeter(learn, 1, 'steps', n, prices)
-        with learn.no_logging(), learn.removed_cbs(learn._grab_cbs((ProgressCallback, ShowGraphCallback))):
-            with learn.added_cbs([_SpentShare(meter), meter]): learn.fit(1)
+        with _quietly(learn), learn.added_cbs([_SpentShare(meter), meter]): learn.fit(1)
     return meter
 
 def _seconds_per_load(dls, n_steps):

@@ -117,7 +117,7 @@ def _of_data(dl):
 def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy, prices):
     "What all runs of a comparison have in common, and what another comparison may have otherwise"
     return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr), evaluations=evaluations, metric=metric,
-                bs=loader_batch_size(learn.dls.train), data=_of_data(learn.dls.train), test=_of_data(test_dl or learn.dls.valid),
+                bs=loader_batch_size(learn.dls.train), data=_of_data(learn.dls.train), test=_of_data(test_dl),
                 model=_digest(repr(learn.model)), loss=_digest(repr(learn.loss_func)), learner_lr=str(learn.lr),
                 noisy=None if noisy is None else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
 
@@ -158,7 +158,7 @@ def train_run(
         learn = _set_up(run['label'], METHODS.get(run['method'], run['method']), learn, run['il'])
         set_seed(run['seed'])
         meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'], run['prices'], run['evaluations'],
-                           run['test_dl'], metric, run['step'])
+                           run['test_dl'], metric, run['step'], run['dls'].train)
     res = _outcome(run, learn, meter)
     if run['file']: write_json(run['file'], res)
     return res
@@ -433,7 +433,7 @@ def plot(self:Comparison,
 def _mask(noisy, n):
     "Which rows have a wrong label, by position"
     if noisy is None: return
-    noisy = torch.from_numpy(np.array(noisy)) # by position, whatever a Series' index
+    noisy = torch.tensor(np.asarray(noisy)) # by position, whatever a Series' index
     if noisy.dtype != torch.bool or noisy.shape != (n,):
         raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape {tuple(noisy.shape)} of {noisy.dtype}.")
     return noisy
@@ -525,7 +525,7 @@ def _forecast(make_learner, dls, methods, n_epoch, unit, n_seeds, prices, evalua
 
 def _seconds_to_validate(learn, dl):
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.validate(dl=dl or learn.dls.valid)
+    with learn.no_bar(), learn.no_logging(): learn.validate(dl=dl)
     return time.perf_counter() - start
 
 # %% ../nbs/52_compare.ipynb #0c070399
@@ -571,6 +571,8 @@ def compare(
     check_number('n_epoch', n_epoch, 1, math.inf, schedule=False); check_count('evaluations', evaluations, 1)
     check_number('il_budget', il_budget, schedule=False)
     fit_function(fit)
+    test_dl = dls.valid if test_dl is None else test_dl
+    if not len(test_dl): raise ValueError("There is nothing to evaluate on: the validation set of dls is empty. Split one off, or pass test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')

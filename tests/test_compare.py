@@ -348,6 +348,7 @@ def test_wrong_labels_trained_on_are_counted():
     dls,wrong = data()
     def without(learn): learn.dls = prune(learn.dls, wrong.float(), 0.7, 'easiest')
     result = quick([('without', without), 'batch_loss_filter'], dls=dls, noisy=wrong)
+    assert result.table.steps.without == result.table.steps.plain and result.table.cost.without == result.table.cost.plain # fewer rows, as many steps
     assert result.table.wrong_labels.plain == pytest.approx(wrong.float().mean().item()) and 0 < result.table.wrong_labels.batch_loss_filter < 1
 
 
@@ -410,6 +411,7 @@ def test_bad_input():
     for bad in (dict(n_epoch=0), dict(budget='time'), dict(bill='half'), dict(seeds=0), dict(seeds=[1, 1]), dict(evaluations=0), dict(fit='fits'),
                 dict(prices='dear'), dict(il_budget=2.)):
         with pytest.raises(ValueError): quick(**bad)
+    with pytest.raises(ValueError, match='nothing to evaluate on'): quick(dls=DataLoaders(dls.train, dls.valid.new(dataset=[])))
     with pytest.raises(TypeError, match='dls must be DataLoaders'): compare(make_learner, dls.train)
     def nan(pred, targ): return torch.tensor(math.nan)
     assert "can't be compared: nan is NaN" in quick(metric=nan).verdict
