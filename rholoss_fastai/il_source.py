@@ -16,7 +16,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import noop
+from fastai.learner import noop
 from torch import Tensor, nn
 from .checks import by_name, check_count, check_number
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies

@@ -20,7 +20,8 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
-from fastcore.basics import noop, patch
+from fastai.learner import noop
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
