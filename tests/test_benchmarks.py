@@ -21,6 +21,7 @@ def scripts(monkeypatch, root):
 def script(name): return importlib.import_module(name)
 
 
+@pytest.mark.slow
 # step_cost
 
 def test_step_cost(tmp_path, capsys):
