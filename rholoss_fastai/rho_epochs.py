@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 from fastai.learner import Learner
-from fastcore.basics import noop, patch
+from fastai.learner import noop
+from fastcore.basics import patch
 from torch import Tensor
 
 from .checks import check_number

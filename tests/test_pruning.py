@@ -9,45 +9,16 @@ from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.data import TabularDataLoaders
-from fastai.torch_core import set_seed
 from fasttransform import Transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from torch import nn
+from test_epoch_rules import BS, N, dataloaders, fit, learner
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
 from rholoss_fastai.all import (DatasetScores, IrreducibleLosses, ItemTable, fingerprint, prune, row_classes, track_rows)
-
-N, BS = 200, 16
-
-
-class Reads(Rows):
-    "Notes the rows that are read"
-    def __init__(self, n=N): super().__init__(n); self.read = []
-    def __getitem__(self, i):
-        self.read.append(i)
-        return super().__getitem__(i)
-
-
-def dataloaders(dataset=None, bs=BS, drop_last=False, **kwargs):
-    return DataLoaders(DataLoader(dataset or Reads(), bs=bs, shuffle=True, drop_last=drop_last, **kwargs), DataLoader(Rows(32), bs=32), device='cpu')
-
-
-def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-def net(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-def learner(dls=None, model=None, **kwargs):
-    set_seed(0)
-    return Learner(dls or dataloaders(), model or net(), **{**dict(loss_func=CrossEntropyLossFlat(), lr=1e-2), **kwargs})
-
-
-def fit(learn, n_epoch=1, one_cycle=False, **kwargs):
-    with learn.no_bar(), learn.no_logging(): (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, **kwargs)
-    return learn
 
 
 def kept(dls, scores, *args, **kwargs): return prune(dls, scores, *args, **kwargs).train.dataset.row_numbers.tolist()
