@@ -23,7 +23,6 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import check_choice, check_count, short_name
 from .features import BodyInputs, RandomPatches, is_trained, table_features, text_features
@@ -35,7 +34,7 @@ from .nested import batch_size, subset_batch
 from .noise import class_names, row_targets
 from .ridge import FoldRidge, HeldOutRidge, best_penalty, check_features, class_logits, fit_scale, smoothed_shares
 from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
-from .scoring import modules_in_mode, scoring_mode
+from .scoring import forward_operations, modules_in_mode, scoring_mode
 from .side_models import batch_progress, map_rows, shows_progress
 
 # %% ../nbs/14_probe.ipynb #4c9eaa6a
@@ -298,9 +297,7 @@ def _trial(learn, read, xb, rows):
     few = subset_batch(xb, torch.arange(n, device=next(model.parameters()).device))
     with preserve_rng(), scoring_mode(model, next(model.parameters()).device):
         x = read(model, few, rows[:n])
-        try:
-            with FlopCounterMode(display=False) as counter: model(*few)
-            flops = counter.get_total_flops()/n
+        try: flops = forward_operations(model, few)/n
         except Exception: flops = 0 # a model that can't be asked so: what it costs can't be said in its steps
     if isinstance(x, Tensor): check_features(x)
     return x,flops

@@ -19,13 +19,12 @@ from fastai.learner import Learner
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.flop_counter import FlopCounterMode
 from .candidates import Candidates, own_forward
 from .checks import check_choice, check_count, check_number
 from .nested import batch_size, prediction, subset_batch
 from .record import STEP_COST
 from .scores import FIGURES
-from .scoring import ScoringForward, learner_precision, modules_in_mode, scoring_mode, unwrapped
+from .scoring import ScoringForward, forward_operations, learner_precision, modules_in_mode, scoring_mode, unwrapped
 
 # %% ../nbs/18_scorers.ipynb #564ac970
 class Scorer:
@@ -166,8 +165,7 @@ def rank_correlation(
 
 def _flops(model, device, xb):
     "Of a forward pass, in convolutions and matrix products"
-    with scoring_mode(model, device), FlopCounterMode(display=False) as counter: model(*xb)
-    return max(counter.get_total_flops(), 1)
+    with scoring_mode(model, device): return max(forward_operations(model, xb), 1)
 
 # %% ../nbs/18_scorers.ipynb #686170b2
 class ProxyForward(SeparateForward):

@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/scoring.html.md"""
 
 # %% auto #0
 __all__ = ['modules_in_mode', 'scoring_mode', 'carried_state', 'carries_state', 'copy_state', 'select_state', 'merge_state',
-           'unwrapped', 'learner_precision', 'autocast', 'native_bfloat16', 'ScoringForward']
+           'unwrapped', 'learner_precision', 'autocast', 'native_bfloat16', 'ScoringForward', 'forward_operations']
 
 # %% ../nbs/08_scoring.ipynb #454ca547
 from contextlib import contextmanager, nullcontext
@@ -262,3 +262,28 @@ class ScoringForward:
 
 def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point() else x
+
+# %% ../nbs/08_scoring.ipynb #83b198f7
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# %% ../nbs/08_scoring.ipynb #2ac13152
+class _Operations(TorchDispatchMode):
+    "Adds up the operations of what is called inside, by PyTorch's formulas"
+    total = 0
+    @classmethod
+    def _should_skip_dynamo(cls): return False # nothing here is compiled, and asking for it loads the compiler
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out,formula = func(*args, **kwargs),flop_registry.get(func._overloadpacket)
+        if formula is not None: self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+def forward_operations(
+    model:nn.Module, # In the mode it is to be asked in, such as `scoring_mode`
+    xb:tuple # Its inputs
+)->int:
+    "Operations of a forward pass, in convolutions and matrix products"
+    with _Operations() as counter: model(*xb)
+    return counter.total
