@@ -3,6 +3,7 @@
 python benchmarks/compare_cifar10.py --path <folder> --noise 0.2 --arch small_cnn
 python benchmarks/compare_cifar10.py --path <folder> --noise 0 --arch small_cnn
 python benchmarks/compare_cifar10.py --path <folder> --noise 0.3 --arch efficientnet
+python benchmarks/compare_cifar10.py --path <folder> --noise 0.2 --confusion --size 16
 
 One command makes one table: all training rows (or `--rows` of them), the learning rate fully decayed within the budget, irreducible losses billed, prices
 measured on this machine beforehand. Each run is kept in a file of `--folder`; all of them end up in `benchmarks/results/compare_<arch>_noise<share>.json`.
@@ -15,7 +16,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import default_device
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from cifar10_data import ImageRows, image_loaders, read_images  # noqa: E402
@@ -26,7 +27,8 @@ from rholoss_fastai.all import redraw_labels  # noqa: E402
 
 # height and width of the images, training rows, epochs, highest learning rate
 SETTINGS = dict(small_cnn=(32, 25_000, 5., 3e-3), resnet18=(32, 50_000, 10., 3e-3), efficientnet=(64, 6_000, 4., 1e-3))
-METHODS = 'random rs2 infobatch batch_loss_filter selective_backprop rho_loss rho_loss_published rho_epochs'
+METHODS = ('random rs2 infobatch seta ies batch_loss_filter selective_backprop select:pick=divbs,frac=0.1 select:pick=divbs,frac=0.2 select:pick=divbs,frac=0.3 '
+           'rho_loss rho_loss_published rho_epochs')
 RESULTS = Path(__file__).parent/'results'
 
 
@@ -47,6 +49,10 @@ def learner_of(arch, lr):
     return make
 
 
+# classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and horse
+CONFUSED = {a: b for pair in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)) for a,b in (pair, pair[::-1])}
+
+
 def some(images, n): return images.of(torch.arange(0, len(images), max(1, len(images)//n))[:n]) if n else images
 
 
@@ -57,7 +63,9 @@ accept_underscores()
 def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/
     arch:str='small_cnn', # small_cnn or resnet18, from scratch; efficientnet, a pretrained body at 64 pixels
-    noise:float=0.2, # Share of the training labels redrawn uniformly over all classes; the test set stays clean
+    noise:float=0.2, # Share of the training labels redrawn; the test set stays clean
+    confusion:store_true=False, # Redraw them as the class that each is taken for, in place of uniformly over all classes?
+    size:int=None, # Height and width of the images; default by arch
     methods:str=METHODS, # Beside plain training, separated by spaces; settings after a colon, as in rho_loss:frac=0.5
     seeds:str='0,1,2', # Seeds of weights and batches
     rows:int=None, # Training rows, evenly spaced; 0: all; default by arch
@@ -65,6 +73,7 @@ def main(
     epochs:float=None, # Budget, in epochs of plain training; default by arch
     bs:int=32, # Batch size
     lr:float=None, # Highest learning rate; default by arch
+    evaluations:int=4, # Of each run
     budget:str='cost', # What is equal: cost, by counts and measured prices; seconds; or steps
     bill:str='whole', # Of what shared irreducible losses cost, each run is billed the whole, its share, or none
     executor:int=None, # Processes; None: one run after the other here
@@ -76,15 +85,16 @@ def main(
     "Methods at equal cost on CIFAR-10: a table, a figure, a verdict"
     if arch not in SETTINGS: raise SystemExit(f"--arch must be one of {', '.join(SETTINGS)}; got {arch!r}.")
     if path is None: raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
-    size,n_rows,n_epoch,highest = SETTINGS[arch]
-    name = f'compare_{arch}_noise{noise:g}'
+    default_size,n_rows,n_epoch,highest = SETTINGS[arch]
+    size = size or default_size
+    name = f"compare_{arch}_noise{noise:g}{'_confused' if confusion else ''}{f'_size{size}' if size != default_size else ''}"
     torch.set_num_threads(threads)
     images,targets,files = read_images(Path(path)/'train', size)
     train = some(ImageRows(images, targets, files), n_rows if rows is None else rows)
-    train.targets,noisy = redraw_labels(train.targets, noise)
+    train.targets,noisy = redraw_labels(train.targets, noise, CONFUSED if confusion else None)
     test = some(ImageRows(*read_images(Path(path)/'test', size)), (2_000 if arch == 'efficientnet' else 0) if test_rows is None else test_rows)
     result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest), image_loaders(train, test, bs, device=default_device()),
                       [read_method(o) for o in methods.split()], n_epoch=epochs or n_epoch, budget=budget, seeds=[int(o) for o in seeds.split(',')],
                       noisy=noisy if noise else None, bill=bill, prices='measure' if budget == 'cost' else None, executor=executor, threads=threads,
-                      dry_run=dry_run)
+                      dry_run=dry_run, evaluations=evaluations)
     if not dry_run: result.save(Path(out or RESULTS/f'{name}.json'))
