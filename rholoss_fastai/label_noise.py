@@ -38,7 +38,7 @@ class _Agreement:
         self.margin = np.array([margin[o].mean() for o in bins])/max(margin.std(), 1e-12)
         self.n,self.agree = np.array([float(len(o)) for o in bins]),np.array([agrees[o].sum() for o in bins])
         self.accident = 1/(n_classes - 1)
-        self.binary = n_classes == 2 # then a margin of 0 is a coin: b = 0
+        self.binary = n_classes == 2 # where the margin is 0 two classes are equally likely, so a prediction is right half the time at most, of two just so
 
     def curve(self, params, margin):
         slope,shift,share = params
@@ -57,7 +57,7 @@ class _Agreement:
     def fit(self, start, share=None):
         "The likeliest slope, shift and share near `start`, or those with `share` given, and the negative log-likelihood"
         low,high = (0, 0.999/(1 + self.accident)) if share is None else (share, share)
-        bounds = [(1e-3, 50), (0, 0) if self.binary else (-20, 20), (low, high)]
+        bounds = [(1e-3, 50), (0, 0) if self.binary else (-20, 0), (low, high)]
         found = minimize(self._loss, np.clip(start, *np.array(bounds).T), jac=True, method='L-BFGS-B', bounds=bounds)
         return found.x,found.fun
 
@@ -65,7 +65,7 @@ class _Agreement:
 
     def excludes(self, share, params, loss, worse=1.92):
         "Is the likelihood with this share lower than chance explains (95 %)?"
-        return all(self.fit(start, share)[1] > loss + worse for start in (params, (1, 0, share), (0.01, -1, share)))
+        return all(self.fit(start, share)[1] > loss + worse for start in (params, (1, 0, share), (0.01, -1, share), (10, 0, share)))
 
     def bound(self, params, loss, beyond, n_steps=12):
         "How far the share may move towards `beyond` before the likelihood excludes it"
