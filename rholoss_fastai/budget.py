@@ -21,8 +21,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import AvgLoss, Learner, Metric, mk_metric
-from fastcore.basics import noop
+from fastai.learner import AvgLoss, Learner, Metric, mk_metric, noop
 
 from .checks import check_choice, check_count, check_number
 from .fit_callback import FitCallback
