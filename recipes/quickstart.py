@@ -36,7 +36,7 @@ accept_underscores()
 
 @call_parse
 def main(
-    noise:float=0.3, # Share of the training labels that are flipped
+    noise:float=0.4, # Share of the training labels that are flipped
     bs:int=16, # Items trained on in each step
     epochs:float=6., # Budget, in epochs of plain training
     seeds:int=3, # Runs of each method

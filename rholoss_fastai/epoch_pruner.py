@@ -10,7 +10,7 @@ __all__ = ['EpochMemory', 'Rounds', 'EpochPruner']
 # %% ../nbs/32_epoch_pruner.ipynb #7a7d31b1
 import random
 import time
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from itertools import islice
 from numbers import Real
@@ -162,6 +162,7 @@ class EpochPruner(FitCallback):
         if self.source is not reader(dl): # `distrib_ctx` wraps it anew for each fit
             self.source,self.rows,self.since_all = reader(dl),own_rows(dl),0
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
+            self.classes = cache(partial(row_classes, self.source)) # reading them may decode every item
             self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
         self.memory.forget()
         self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
@@ -181,7 +182,7 @@ class EpochPruner(FitCallback):
         "What the rule may know now"
         learn = self.learn
         world = dl.world_size if is_distributed(dl) else 1
-        return EpochInfo(self.rows, learn.epoch, learn.n_epoch, learn.pct_train, loader_batch_size(self.source), world, partial(row_classes, self.source))
+        return EpochInfo(self.rows, learn.epoch, learn.n_epoch, learn.pct_train, loader_batch_size(self.source), world, self.classes)
 
     def before_train(self):
         "Choose this epoch's rows, or go on with the rounds; `learn.dls` stays as it is"
@@ -291,7 +292,7 @@ class EpochPruner(FitCallback):
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
 
     def __getstate__(self):
-        left = dict(memory=None, source=None, il_values=None, rows=None)
+        left = dict(memory=None, source=None, il_values=None, rows=None, classes=None)
         return dict(super().__getstate__(), **{k: v for k,v in left.items() if k in self.__dict__})
 
 # %% ../nbs/32_epoch_pruner.ipynb #8187a22c
