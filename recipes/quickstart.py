@@ -31,6 +31,9 @@ def small_cnn():
                          nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32*16, 10))
 
 
+def make_learner(dls): return Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=4e-3)
+
+
 accept_underscores()
 
 
@@ -38,8 +41,9 @@ accept_underscores()
 def main(
     noise:float=0.4, # Share of the training labels that are flipped
     bs:int=16, # Items trained on in each step
-    epochs:float=6., # Budget, in epochs of plain training
-    seeds:int=3, # Runs of each method
+    epochs:float=8., # Budget, in epochs of plain training
+    seeds:int=4, # Runs of each method
+    processes:int=2, # Runs at a time
     out:str='runs/quickstart' # Folder for runs, table and plot
 ):
     "Plain training, RHO-LOSS, and RHO-LOSS by epochs in equal processor seconds, everything billed"
@@ -48,7 +52,7 @@ def main(
     train,test = slice(400, None),slice(0, 400)
     dls = DataLoaders(DataLoader(TensorDataset(images[train], labels[train]), bs=bs, shuffle=True, drop_last=True),
                       DataLoader(TensorDataset(images[test], true[test]), bs=400))
-    def make_learner(dls): return Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=4e-3)
     print(f"Digits, {wrong[train].float().mean():.0%} of {len(labels[train])} training labels flipped; {epochs:g} epochs, {seeds} seeds.\n")
-    compared(out, make_learner, dls, ['rho_epochs', 'rho_loss'], n_epoch=epochs, budget='seconds', seeds=seeds, noisy=wrong[train], evaluations=6)
+    compared(out, make_learner, dls, ['rho_epochs', 'rho_loss'], n_epoch=epochs, budget='seconds', seeds=seeds, noisy=wrong[train],
+             evaluations=6, executor=processes)
     print(f"\nFigure: {Path(out)/'comparison.png'}")
