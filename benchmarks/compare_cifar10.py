@@ -19,7 +19,7 @@ from fastai.torch_core import default_device
 from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import ImageRows, image_loaders, read_images  # noqa: E402
+from cifar10_data import CONFUSED, ImageRows, image_loaders, read_images  # noqa: E402
 from cifar10_rho_loss import make_learner  # noqa: E402
 from common import accept_underscores, compared, read_method  # noqa: E402
 
@@ -47,10 +47,6 @@ def learner_of(arch, lr, size):
         learn.metrics = [accuracy]
         return learn
     return make
-
-
-# classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and horse
-CONFUSED = {a: b for pair in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)) for a,b in (pair, pair[::-1])}
 
 
 def some(images, n): return images.of(torch.arange(0, len(images), max(1, len(images)//n))[:n]) if n else images

@@ -2,6 +2,7 @@
 
 python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --setting scratch --budgets 2000,4000 --seeds 0,1,2
 python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --setting finetune --noise 0.3
+python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --size 16 --budgets 2000 --noise 0.2 --tail 20
 python benchmarks/rho_epochs.py --folder runs/rho_epochs --out benchmarks/results/rho_epochs.json
 
 A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was stopped goes on with the next one.
@@ -27,13 +28,13 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import ImageRows, image_loaders, read_images  # noqa: E402
+from cifar10_data import CONFUSED, ImageRows, image_loaders, read_images  # noqa: E402
 from common import accept_underscores, machine, print_table  # noqa: E402
 
-from rholoss_fastai.all import redraw_labels, small_cnn  # noqa: E402
+from rholoss_fastai.all import long_tail_rows, redraw_labels, small_cnn  # noqa: E402
 
 SETTINGS = dict(scratch=dict(rows=25_000, size=32, lr=1e-3, bs=32, noise=0.2, budgets='2000,4000', runs='plain rho_epochs'),
                 finetune=dict(rows=6_000, size=64, lr=1e-3, bs=32, noise=0.3, budgets='4', runs='plain rho_epochs:epoch="rows"'))
@@ -106,21 +107,21 @@ def evaluate(learn, test):
 def one_run(dls, test, setting, noisy, budget, seed, method, options):
     "Train once, and say what came of it"
     set_seed(seed)
-    model = (small_cnn() if setting == 'scratch' else pretrained_body()).to(memory_format=torch.channels_last)
+    model = (small_cnn(size=dls.train.dataset.images.shape[-1]) if setting.startswith('scratch') else pretrained_body()).to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     if method == 'rho_epochs': learn.rho_epochs(seed=seed, **options)
-    steps = Budget(budget) if setting == 'scratch' else NoValidation()
-    n_epoch = math.ceil(budget/len(dls.train)) if setting == 'scratch' else budget
-    counter = steps if setting == 'scratch' else Budget(0)
+    steps = Budget(budget) if setting.startswith('scratch') else NoValidation()
+    n_epoch = math.ceil(budget/len(dls.train)) if setting.startswith('scratch') else budget
+    counter = steps if setting.startswith('scratch') else Budget(0)
     restore,began,cpu = billed(counter),time.perf_counter(),time.process_time()
     try:
-        with learn.no_bar(): learn.fit_one_cycle(n_epoch, SETTINGS[setting]['lr'], cbs=steps)
+        with learn.no_bar(): learn.fit_one_cycle(n_epoch, SETTINGS[setting.split('_')[0]]['lr'], cbs=steps)
     finally: restore()
     res = dict(seconds=round(time.perf_counter() - began, 2), cpu_seconds=round(time.process_time() - cpu, 2), billed=round(counter.billed, 2))
     res['accuracy'],res['recall'] = evaluate(learn, test)
-    if method == 'plain': res['steps'] = steps.step if setting == 'scratch' else budget*len(dls.train)
+    if method == 'plain': res['steps'] = steps.step if setting.startswith('scratch') else budget*len(dls.train)
     else:
-        res['steps'] = steps.step if setting == 'scratch' else -(-learn.selection.total('trained')//dls.train.bs)
+        res['steps'] = steps.step if setting.startswith('scratch') else -(-learn.selection.total('trained')//dls.train.bs)
         times,rule = learn.selection.selected.float(),learn.epoch_pruner.rule
         res.update(wrong_estimate=rule.wrong, drop=rule.drop, plain=rule.plain)
         if noisy.any(): res['wrong_trained'] = (times[noisy].sum()/times.sum()).item()
@@ -135,7 +136,8 @@ def table_of(runs):
     for k,run in dict.fromkeys((key(o), o['run']) for o in runs):
         own = sorted((o for o in runs if (key(o), o['run']) == (k, run)), key=lambda o: o['seed'])
         row = dict(setting=k[0], noise=k[1], budget=k[2], run=run, accuracy=[round(o['accuracy'], 4) for o in own], cpu_seconds=[o['cpu_seconds'] for o in own],
-                   billed=[o['billed'] for o in own], steps=[o['steps'] for o in own], mean=round(np.mean([o['accuracy'] for o in own]).item(), 4))
+                   billed=[o['billed'] for o in own], lowest_recall=[min(o['recall']) for o in own],
+                   steps=[o['steps'] for o in own], mean=round(np.mean([o['accuracy'] for o in own]).item(), 4))
         against = [plain.get((*k, o['seed'])) for o in own]
         if run != 'plain' and all(against):
             row['points'] = [round(100*(o['accuracy'] - p['accuracy']), 2) for o,p in zip(own, against)]
@@ -152,7 +154,10 @@ def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/
     folder:str='runs/rho_epochs', # A file for each run
     setting:str='scratch', # scratch or finetune
-    noise:float=None, # Share of the training labels redrawn uniformly over all classes; default 0.2 and 0.3
+    noise:float=None, # Share of the training labels redrawn; default 0.2 and 0.3
+    confusion:store_true=False, # Redraw them as the class that each is taken for, in place of uniformly over all classes?
+    tail:float=1., # The rarest class has so many times fewer rows than the first
+    size:int=None, # Height and width of the images; default the setting's own
     budgets:str=None, # scratch: plain steps, several with commas; finetune: epochs
     seeds:str='0,1,2', # Of weights and batches
     runs:str=None, # Methods and their settings, with spaces between
@@ -166,13 +171,14 @@ def main(
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     if path:
-        path,size,rows = Path(path),defaults['size'],rows or defaults['rows']
+        path,size,rows = Path(path),size or defaults['size'],rows or defaults['rows']
+        setting += f"{'_confused' if confusion else ''}{f'_tail{tail:g}' if tail > 1 else ''}{f'_size{size}' if size != defaults['size'] else ''}"
         images,targets,files = read_images(path/'train', size)
-        some = torch.arange(0, len(targets), max(1, len(targets)//rows))[:rows]
+        some = torch.arange(0, len(targets), max(1, len(targets)//rows))[:rows] if tail == 1 else long_tail_rows(targets, tail)
         images,targets,files = images[some],targets[some],[files[i] for i in some.tolist()]
-        labels,noisy = redraw_labels(targets, noise)
+        labels,noisy = redraw_labels(targets, noise, CONFUSED if confusion else None)
         train,test = ImageRows(images, labels, files),ImageRows(*read_images(path/'test', size))
-        if setting == 'finetune': test = test.of(torch.arange(0, len(test), 5))
+        if setting.startswith('finetune'): test = test.of(torch.arange(0, len(test), 5))
         batches,dls = test.batches('cpu'),image_loaders(train, test, defaults['bs'])
         for budget in map(int, (budgets or defaults['budgets']).split(',')):
             for seed in map(int, seeds.split(',')):
@@ -186,6 +192,6 @@ def main(
                     file.write_text(json.dumps(result))
                     print(name, {k: result[k] for k in ('accuracy', 'cpu_seconds', 'billed', 'steps')}, flush=True)
     table = table_of([json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))])
-    columns = ('setting', 'noise', 'budget', 'run', 'mean', 'accuracy', 'points', 'cost', 'cpu_seconds', 'billed', 'steps')
+    columns = ('setting', 'noise', 'budget', 'run', 'mean', 'accuracy', 'points', 'cost', 'lowest_recall', 'cpu_seconds', 'billed', 'steps')
     print_table(columns, [[row.get(k, '') for k in columns] for row in table])
     if out: Path(out).write_text(json.dumps(dict(machine=machine(), table=table), indent=1) + '\n')

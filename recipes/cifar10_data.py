@@ -11,6 +11,8 @@ from PIL import Image
 
 from rholoss_fastai.all import RowSubset, redraw_labels
 
+# classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and horse
+CONFUSED = {a: b for pair in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)) for a,b in (pair, pair[::-1])}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
