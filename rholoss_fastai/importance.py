@@ -10,7 +10,6 @@ __all__ = ['DatasetScores', 'dataset_scores', 'el2n', 'grand', 'ForgettingTracke
 # %% ../nbs/30_importance.ipynb #a9989b68
 import gc, time
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +38,9 @@ from .checks import check_count, short_name
 from .checks import by_name
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
-from .side_models import batch_progress, fit_quietly, map_rows, new_learner, on_its_own, score_rows, shows_progress
+from .executors import run_in_order
+from .side_models import (batch_progress, check_new_learners, fit_quietly, map_rows, new_learner, on_its_own, score_rows,
+                                        shows_progress, with_train)
 
 # %% ../nbs/30_importance.ipynb #bb2106d5
 class DatasetScores(ItemTable):
@@ -266,6 +267,15 @@ def _run(learn, dl, score, il, n_epoch, lr, one_cycle, max_bytes, step):
     return _values(learn, dl, score, il, max_bytes, step)
 
 # %% ../nbs/30_importance.ipynb #b9e109f7
+def _scores_of_run(make_learner, dls, dl, seed, score, function, il, epochs, lr, one_cycle, max_bytes, earlier, step):
+    "A run of its own: the scores of all rows, and what is known of it"
+    start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)
+    values = _run(learn, dl, function, il, epochs, lr, one_cycle, max_bytes, step)
+    info = _info(learn, score, 1, start)
+    del learn
+    gc.collect() # a Learner and its callbacks hold each other: else every run's model would stay on the device
+    return values,info
+
 def score_dataset(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
     dls:DataLoaders, # Those whose `train` is scored, and trained on
@@ -278,6 +288,7 @@ def score_dataset(
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
+    executor=None, # Where the runs go, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
     progress:bool=True # Show a progress bar?
 )->DatasetScores: # Mean over the runs, in data set order
     "Train `n_runs` models for a few epochs, and average how each scores the training set"
@@ -290,23 +301,25 @@ def score_dataset(
                     mean_il=None if il is None else il.nanmean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None
     done = _runs_done(table, dl, settings, n_runs, path) if table else 0
-    generator,earlier = torch.Generator().manual_seed(seed),[]
+    generator = torch.Generator().manual_seed(seed)
     seeds = [int(torch.randint(2**31, (), generator=generator)) for _ in range(n_runs)]
     total = (n_runs - done)*(epochs*len(dl) + len(scoring_loader(dl))*{'forgetting': 0, 'loss_variance': epochs}.get(score, 1))
+    if executor is not None and done < n_runs: check_new_learners(make_learner, dls)
+    def take(result):
+        "The mean with one run more, kept in the file"
+        nonlocal table
+        values,info = result
+        k,info = table.info['n_runs'] if table else 0,{**settings, **info}
+        if table:
+            if info['model'] != table.info['model']: raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
+            values,info['seconds'] = (k*table.values[rows.sort().values] + values)/(k+1),table.info['seconds'] + info['seconds']
+        table = DatasetScores.of_rows(values, dl, marks, dict(info, n_runs=k+1))
+        if path: table.save(path)
+    shared = dict(make_learner=make_learner, dl=dl, score=score, function=function, il=il, epochs=epochs, lr=lr, one_cycle=one_cycle, max_bytes=max_bytes,
+                  earlier=[])
+    tasks = [dict(shared, seed=o, dls=with_train(dls, restrict_rows(dl, rows, seed=o))) for o in seeds[done:]] # its order is of a run alone
     with preserve_rng(), on_its_own(), batch_progress(total, progress and done < n_runs) as step:
-        for k in range(done, n_runs):
-            start,run_dls = time.perf_counter(),copy(dls)
-            run_dls.loaders = [restrict_rows(dl, rows, seed=seeds[k]), *dls.loaders[1:]] # its order is of this run alone
-            learn = new_learner(make_learner, run_dls, seeds[k], earlier)
-            values = _run(learn, dl, function, il, epochs, lr, one_cycle, max_bytes, step)
-            info = {**settings, **_info(learn, score, k+1, start)}
-            if table:
-                if info['model'] != table.info['model']: raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
-                values,info['seconds'] = (k*table.values[rows.sort().values] + values)/(k+1),table.info['seconds'] + info['seconds']
-            table = DatasetScores.of_rows(values, dl, marks, info)
-            if path: table.save(path)
-            del learn
-            gc.collect() # a Learner and its callbacks hold each other: else every run's model would stay on the device
+        run_in_order(_scores_of_run, tasks, take, executor, step=step, n_steps=total)
     return table
 
 # %% ../nbs/30_importance.ipynb #18d77b61

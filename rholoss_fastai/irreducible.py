@@ -9,7 +9,7 @@ __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossf
 
 # %% ../nbs/13_irreducible.ipynb #56793029
 import gc, time
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,9 @@ from .rows import is_distributed, own_rows, preserve_rng
 from .losses import ItemLosses
 from .checks import check_count, check_number, short_name
 from .nested import class_targets
-from .side_models import batch_progress, fit_quietly, new_learner, on_its_own, score_rows, shows_progress
+from .executors import run_in_order
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress,
+                                        with_train)
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -186,6 +188,16 @@ def fit_irreducible(
     return IrreducibleLosses.of_rows(judged[:,0], train_dl, marks, _info(learn_il, judged, start, n_epoch, [kept.best_epoch]))
 
 # %% ../nbs/13_irreducible.ipynb #8264466a
+def _score_fold(make_learner, dls, dl, rows, seed, n_epoch, lr, one_cycle, earlier, step):
+    "Fit a Learner on `dls`, which lacks the rows of a fold, and judge these: `(k, 3)`, the best epoch, and what is known of the model"
+    start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)
+    kept = _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=rows, step=step)
+    judged,best = kept.best_losses.cpu(),kept.best_epoch
+    info = _info(learn, judged, start)
+    del learn, kept
+    gc.collect() # a Learner and its callbacks hold each other: else every fold's model would stay on the device
+    return judged,best,info
+
 def crossfit_irreducible(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
     dls:DataLoaders, # The target's, whose `train` is split into folds
@@ -194,6 +206,7 @@ def crossfit_irreducible(
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     seed:int=0, # Of folds, initialisation and training: the same seed gives the same losses
+    executor=None, # Where the folds' models are trained, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
     progress:bool=True # Show a progress bar?
 )->IrreducibleLosses: # Every row's loss by a model that didn't train on it, at the epoch with the lowest mean over its fold
     "Irreducible losses without holdout data: each fold of the training set is scored by a model that never saw it"
@@ -204,23 +217,21 @@ def crossfit_irreducible(
     n = len(own)
     if n_folds > n: raise ValueError(f"n_folds={n_folds}, but the data set has {n} rows: a fold needs at least one.")
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if parallel and executor is not None: raise ValueError("The processes of this run share the folds among them already: leave executor out.")
     rank,world = (dist.get_rank(),dist.get_world_size()) if parallel else (0,1)
-    generator,values,best,earlier = torch.Generator().manual_seed(seed),torch.zeros(marks['n'], 3),{},[]
+    generator,values,found = torch.Generator().manual_seed(seed),torch.zeros(marks['n'], 3),[]
     fold_of = torch.randperm(n, generator=generator) % n_folds
     seeds = torch.randint(2**31, (n_folds,), generator=generator).tolist()
     folds = {k: (own[fold_of==k], restrict_rows(dl, own[fold_of!=k], seed=seeds[k]))
              for k in range(rank, n_folds, world)}
     total = sum(_n_batches(fold_dl, dl, n_epoch, rows) for rows,fold_dl in folds.values())
+    if executor is not None: check_new_learners(make_learner, dls)
+    shared = dict(make_learner=make_learner, dl=dl, n_epoch=n_epoch, lr=lr, one_cycle=one_cycle, earlier=[])
+    tasks = [dict(shared, rows=rows, dls=with_train(dls, fold_dl), seed=seeds[k]) for k,(rows,fold_dl) in folds.items()]
     with preserve_rng(), on_its_own(), batch_progress(total, progress and rank==0) as step:
-        for k,(rows,fold_dl) in folds.items():
-            fold_dls = copy(dls)
-            fold_dls.loaders = [fold_dl, *dls.loaders[1:]]
-            learn = new_learner(make_learner, fold_dls, seeds[k], earlier)
-            kept = _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=rows, step=step)
-            values[rows],best[k] = kept.best_losses.cpu(),kept.best_epoch
-            info = _info(learn, values[rows], start)
-            del learn, kept
-            gc.collect() # a Learner and its callbacks hold each other: else every fold's model would stay on the device
+        run_in_order(_score_fold, tasks, found.append, executor, step=step, n_steps=total)
+    for (rows,_),(judged,*_) in zip(folds.values(), found): values[rows] = judged
+    best,info = {k: epoch for k,(_,epoch,_) in zip(folds, found)},found[-1][2] if found else None
     if parallel:
         results = [None]*world
         dist.all_gather_object(results, (best, info if folds else None))

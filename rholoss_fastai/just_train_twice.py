@@ -10,7 +10,6 @@ __all__ = ['misclassified', 'error_set', 'just_train_twice', 'tune_just_train_tw
 # %% ../nbs/37_just_train_twice.ipynb #ae31fd17
 import math
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 
 import pandas as pd
@@ -24,12 +23,14 @@ from fastcore.xtras import ContextManagers
 from torch import Tensor
 
 from .checks import check_count, check_number
+from .executors import run_in_order
 from .groups import WorstGroup, row_groups
 from .il_source import il_values
 from .loaders import restrict_rows, scoring_loader
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
-from .side_models import batch_progress, fit_quietly, new_learner, on_its_own, score_rows, shows_progress
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress,
+                                        with_train)
 
 # %% ../nbs/37_just_train_twice.ipynb #08fe3385
 def misclassified(
@@ -71,9 +72,7 @@ def _check(dls, n_epoch, upweights, by, noise, seed):
 
 def _seeded(dls, seed):
     "A copy of `dls` whose training loader has a random generator of its own"
-    res = copy(dls)
-    res.loaders = [restrict_rows(dls.train, own_rows(dls.train), seed=seed), *dls.loaders[1:]]
-    return res
+    return with_train(dls, restrict_rows(dls.train, own_rows(dls.train), seed=seed))
 
 # %% ../nbs/37_just_train_twice.ipynb #29a8b5b2
 class _AtEpochs(Callback):
@@ -146,6 +145,16 @@ def just_train_twice(
     return learn
 
 # %% ../nbs/37_just_train_twice.ipynb #bfc62245
+def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, groups, metric, worst, n_epoch, lr, one_cycle, earlier, step):
+    "The line of a pair in the table"
+    measured,learn = WorstGroup(metric, groups, worst),_upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
+    learn.metrics = [measured]
+    fit_quietly(learn, n_epoch, lr, one_cycle, validate=True, step=step)
+    values = measured.table.agg(worst, axis=1)
+    best = values.max() if worst is min else values.min()
+    step(f'T={n_epoch_id}, upweight={upweight}: worst group {best:.4g}')
+    return dict(n_epoch_id=n_epoch_id, upweight=upweight, errors=len(errors), worst_group=best, epoch=values.tolist().index(best))
+
 def tune_just_train_twice(
     make_learner:Callable, # Function of `DataLoaders` that returns a new Learner on them
     dls:DataLoaders, # Those to train and validate on
@@ -162,6 +171,7 @@ def tune_just_train_twice(
     lr=None, # Learning rate of both, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` for the second model?
     seed:int=0, # Of weights and batches: the same seed gives the same Learner
+    executor=None, # Where the second models are trained, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
     progress:bool=True # Show a progress bar?
 )->pd.DataFrame: # `n_epoch_id`, `upweight`, rows in the error set, the worst group's value and its epoch, the best first
     "Train twice with each pair of T and lambda_up, and sort them by the worst group of the validation set"
@@ -170,18 +180,15 @@ def tune_just_train_twice(
     for o in n_epochs_id: check_count('n_epoch_id', o, 1)
     _check(dls, n_epoch, upweights, by, noise, seed)
     row_groups(dls.valid, groups)
-    table,earlier,best = [],[],max if worst is min else min
+    table,earlier = [],[]
+    if executor is not None: check_new_learners(make_learner, dls)
     with preserve_rng():
         sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong)
         problems = {t: _problem(errors, dls.train, t, il) for t,errors in sets.items()}
         if all(problems.values()): raise ValueError(problems[n_epochs_id[0]])
         pairs = [(t, o) for t in n_epochs_id if not problems[t] for o in upweights] # an error set that is empty or total has nothing to try
-        with on_its_own(), batch_progress(len(pairs)*n_epoch*len(dls.train), progress) as step:
-            for t,upweight in pairs:
-                measured,learn = WorstGroup(metric, groups, worst),_upweighted(make_learner, dls, sets[t], upweight, by, seed, earlier)
-                learn.metrics = [measured]
-                fit_quietly(learn, n_epoch, lr, one_cycle, validate=True, step=step)
-                values = measured.table.agg(worst, axis=1)
-                table.append(dict(n_epoch_id=t, upweight=upweight, errors=len(sets[t]), worst_group=best(values), epoch=values.tolist().index(best(values))))
-                step(f'T={t}, upweight={upweight}: worst group {best(values):.4g}')
-    return pd.DataFrame(table).sort_values('worst_group', ascending=best is min, ignore_index=True)
+        shared = dict(make_learner=make_learner, dls=dls, by=by, seed=seed, groups=groups, metric=metric, worst=worst, n_epoch=n_epoch, lr=lr,
+                      one_cycle=one_cycle, earlier=earlier if executor is None else [])
+        tasks,total = [dict(shared, errors=sets[t], n_epoch_id=t, upweight=o) for t,o in pairs],len(pairs)*n_epoch*len(dls.train)
+        with on_its_own(), batch_progress(total, progress) as step: run_in_order(_worst_group, tasks, table.append, executor, step=step, n_steps=total)
+    return pd.DataFrame(table).sort_values('worst_group', ascending=worst is not min, ignore_index=True)
