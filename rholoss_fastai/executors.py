@@ -9,7 +9,6 @@ __all__ = ['worker_threads', 'run_tasks', 'run_in_order']
 
 # %% ../nbs/10_executors.ipynb #b4fe679d
 import multiprocessing
-import pickle
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
@@ -35,12 +34,13 @@ def _attempt(func, threads, named):
 # %% ../nbs/10_executors.ipynb #40cfdb6c
 def _in_child(send, func, threads, named):
     "Do a task in a process of its own and send what came of it"
-    send.send_bytes(pickle.dumps(_attempt(func, threads, named))) # `send` would share a tensor's memory, which is gone with this process
+    send.send(_attempt(func, threads, named))
+    send.recv() # a tensor's memory is shared, and gone with this process: it waits until the other has it
     send.close()
 
 def _start(context, func, threads, named):
     "A process at work on a task, and the end of the pipe that its result comes through"
-    receive,send = context.Pipe(duplex=False)
+    receive,send = context.Pipe()
     process = context.Process(target=_in_child, args=(send, func, threads, named))
     process.start()
     send.close() # the child holds the only other one: when it dies, this end knows
@@ -48,7 +48,10 @@ def _start(context, func, threads, named):
 
 def _received(receive, process, name):
     "What a process sent, or how it ended"
-    try: return pickle.loads(receive.recv_bytes())
+    try:
+        result = receive.recv()
+        receive.send(None)
+        return result
     except EOFError:
         process.join()
         return name,None,f'its process died (exit code {process.exitcode})'
