@@ -1,4 +1,5 @@
-"""What DivBS adds to a training step of a ResNet-18: products of last-layer gradients and the recursion, beside the step. Medians, taken in alternation.
+"""What DivBS adds to a training step of a ResNet-18: products of last-layer gradients and the recursion, beside the step. Medians of process
+seconds on the CPU (of seconds on a GPU), taken in alternation.
 
 python benchmarks/divbs_cost.py --out benchmarks/results/divbs_cost.json
 """
@@ -22,13 +23,14 @@ from rholoss_fastai.all import ItemLosses, diverse_items, logit_gradients  # noq
 
 def medians(jobs, repeats, device):
     "Milliseconds of each job, in turn"
+    clock = time.perf_counter if device.type == 'cuda' else time.process_time # which other processes don't lengthen
     seconds = {name: [] for name in jobs}
     for repeat in range(repeats + 1): # the first is a warm-up
         for name,job in jobs.items():
-            began = time.perf_counter()
+            began = clock()
             job()
             if device.type == 'cuda': torch.cuda.synchronize(device)
-            if repeat: seconds[name].append(time.perf_counter() - began)
+            if repeat: seconds[name].append(clock() - began)
     return {name: 1e3*statistics.median(o) for name,o in seconds.items()}
 
 def cost(n_candidates, frac, n_classes, n_features, image_size, repeats, device):

@@ -28,7 +28,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
 from common import accept_underscores, machine, print_table  # noqa: E402
 
-from rholoss_fastai.all import TokenSelector  # noqa: E402
+import rholoss_fastai.all  # noqa: E402, F401 (patches `select`)
 
 PAD,BEGIN,UNKNOWN = -100,0,1
 
@@ -103,11 +103,11 @@ def compare(path, seed, methods, share, frac, epochs, il_epochs, width, bs, n_vo
     noisy,wrong = with_errors(train, share, n_words, seed)
     reference = learner(clean, [torch.zeros(len(o)) for o in clean], valid, n_words, width, bs, seed)
     res = [dict(method='reference', **fit(reference, il_epochs))]
-    kwargs_of = dict(plain=None, random=dict(pick='uniform'), tokens=dict(il=reference))
+    kwargs_of = dict(plain=None, random=dict(pick='uniform'), tokens=dict(score='reducible', il=reference))
     for method in methods.split(','):
         kwargs = kwargs_of[method]
         learn = learner(noisy, wrong, valid, n_words, width, bs, seed)
-        if kwargs is not None: learn.add_cb(TokenSelector(frac=frac, **kwargs))
+        if kwargs is not None: learn.select(unit='token', frac=frac, **kwargs)
         res.append(dict(method=method, **fit(learn, epochs)))
     return [dict(seed=seed, **o) for o in res]
 

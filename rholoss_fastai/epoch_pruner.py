@@ -34,7 +34,7 @@ from .pruning import row_classes
 from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
 from .scores import find_score, for_loss, score_inputs
-from .selector import BatchSelector
+from .selector import AnySelector
 
 # %% ../nbs/32_epoch_pruner.ipynb #5a7abd23
 class EpochMemory:
@@ -116,7 +116,7 @@ def _check_rows(dl):
 def check_alone(learn, rule=None):
     "Raise where something else decides what is trained on"
     for cb in learn.cbs:
-        if isinstance(cb, BatchSelector):
+        if isinstance(cb, AnySelector):
             raise ValueError(f"This Learner selects from batches with {type(cb).__name__}, and pruning epochs would select a second time: use one of "
                              "them; learn.no_selection() and learn.no_pruning() remove them.")
         if isinstance(cb, MixHandler) and (rule is None or rule.last or rule.weighs):
@@ -214,7 +214,7 @@ class EpochPruner(FitCallback):
         start = self.record.watch.mark()
         n_scored = rule.prepare(self.learn, self.source, epoch, self.memory)
         if not n_scored: return
-        self.memory.turn() # each process has looked at all of them
+        self.memory.turn(is_distributed(dl)) # each process has looked at all of them, perhaps augmented otherwise
         if rule.bills == 'il': self.record.seconds_il += time.perf_counter() - began
         else:
             self.record.batch(0, n_scored, 0)

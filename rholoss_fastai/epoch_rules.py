@@ -149,9 +149,9 @@ class IES(EpochRule):
     def begin(self, learn, dl): self._out = None
 
     def prepare(self, learn, dl, epoch, memory):
-        "The rows that were left out are looked at nonetheless, so that they can come back: a forward pass, and no backward pass"
+        "The rows that were left out are looked at nonetheless, as training would see them, so that they can come back: a forward pass, and no backward pass"
         if self._out is None or not len(self._out): return 0
-        memory.note(self._out.to(memory.device), score_rows(learn, dl, rows=self._out))
+        memory.note(self._out.to(memory.device), score_rows(learn, dl, rows=self._out, augment=True))
         return len(self._out)
 
     def __call__(self, remembered, epoch, generator):
@@ -184,7 +184,8 @@ def loss_groups(
         moved = torch.where(sums[1] > 0, sums[0]/sums[1].clamp(min=1), centres)
         if torch.equal(moved, centres): break
         centres = moved
-    return torch.bucketize(losses.double(), (centres[1:] + centres[:-1])/2)
+    groups = torch.bucketize(losses.double(), (centres[1:] + centres[:-1])/2)
+    return groups.unique(return_inverse=True)[1] # without those that became empty
 
 class SeTa(EpochRule):
     "A window of groups of rows of like loss slides from easy to hard, over and over (Zhou et al. 2025)"
@@ -192,7 +193,7 @@ class SeTa(EpochRule):
         prune:float=0.1, # Share of the rows that is left out at random first
         n_groups:int=5, # Groups of rows of like loss, by k-means
         window:float=0.5, # Share of the groups that an epoch is on
-        delta:float=0.875 # Share of a fit's epochs after which the others are on a random 1 - `prune`
+        delta:float=0.9 # Share of a fit's epochs after which the others are on a random 1 - `prune`
     ):
         for name,o in dict(prune=prune, window=window, delta=delta).items(): check_number(name, o, open_low=name == 'window', schedule=False)
         if prune == 1: raise ValueError("prune must lie in [0, 1); got 1, which leaves no row.")
@@ -207,8 +208,9 @@ class SeTa(EpochRule):
         if epoch.in_last(self.delta) or not losses.isfinite().any(): return epoch.rows[kept] if n < len(epoch.rows) else None
         known = losses.isfinite()
         groups = loss_groups(losses[known], self.n_groups)
-        size = max(1, round(self.window*self.n_groups))
-        first,self._place = self._place,(self._place + 1) % (self.n_groups - size + 1)
+        n_groups = int(groups.max()) + 1 # fewer where many losses are equal
+        size = max(1, round(self.window*n_groups))
+        first,self._place = self._place % (n_groups - size + 1),self._place + 1
         inside = torch.ones(len(kept), dtype=torch.bool) # rows of which nothing is known stay
         inside[known] = (groups >= first) & (groups < first + size)
         return epoch.rows[kept[inside]]

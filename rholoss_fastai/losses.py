@@ -183,11 +183,18 @@ class ItemLosses:
         if elements is None:
             raise ValueError(f"{_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
                              "a loss that takes reduction='none', such as CrossEntropyLossFlat().")
-        if elements.shape[0] != bs: # flattened
-            shape = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1))
-            elements = elements.reshape(shape)
+        elements = self._laid_out(elements, targs, bs)
         counted = self._counted(elements, targs)
         return elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None else counted.reshape(elements.shape)
+
+    def _laid_out(self, elements, targs, bs):
+        "Elements in the shape of the targets, where the loss function flattened them"
+        if elements.shape[0] == bs: return elements
+        shape,func = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1)),self.loss_func
+        while isinstance(func, partial): func = func.func
+        if not isinstance(func, BaseLoss) or len(shape) < 3: return elements.reshape(shape)
+        order = torch.empty(shape, device='meta').transpose(func.axis, -1) # fastai's losses put this axis last before they flatten, in the targets too
+        return elements.reshape(order.shape).transpose(func.axis, -1)
 
     def _prepared(self, pred, targs):
         "What the loss function gets, in float32 at least, and the number of items"
@@ -322,7 +329,7 @@ def _sums(self:ItemLosses, weights, pred, targs, bs):
         if weights.numel() != bs: raise ValueError(f"weights of shape {tuple(weights.shape)} for a loss without elements: expected ({bs},), one an item.")
         items = self._one_by_one(pred, targs, bs)
         return items.sum(), (weights*items).sum(), dict(mean=bs, sum=1)
-    elements = elements.reshape(bs, -1)
+    elements = self._laid_out(elements, targs, bs).reshape(bs, -1)
     if weights.numel() not in (bs, elements.numel()):
         raise ValueError(f"weights of shape {tuple(weights.shape)}: expected ({bs},), one an item, or the {elements.numel()} of the loss's elements.")
     return elements.sum(), (weights.reshape(bs, -1)*elements).sum(), self._possible_divisors(elements, targs, bs)

@@ -17,7 +17,7 @@ from .il_source import AutoIL, CrossFitIL, ModelIL, ProbeIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .beside import TrainBeside
 from .scores import learnable_error, reducible_loss
-from .selector import BatchSelector, add_selector, selector_parts
+from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
 def _il_source(il, budget, update_il, crossfit):
@@ -71,9 +71,12 @@ class RhoLossCallback(BatchSelector):
 def rho_loss(self:Learner,
     il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
     frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
+    unit:str='item', # What is chosen: 'item', or 'token' for elements of the loss, such as tokens, pixels or labels (see `tokens`)
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
     if before and isinstance(il, str) and il == 'auto': il = before[0].il_source # another `frac`, the same irreducible losses
-    return add_selector(self, RhoLossCallback(il, frac, **kwargs))
+    return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
+
+UNITS['rho_loss','item'] = RhoLossCallback

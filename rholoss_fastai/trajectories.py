@@ -209,6 +209,8 @@ class ByHistory(EpochRule):
         rule:EpochRule=None # That chooses by it; default `InfoBatch(weighted=False)`, which drops half of the rows below the mean
     ):
         self.history,self.reading,self.rule = history,reading,InfoBatch(weighted=False) if rule is None else rule
+        if self.rule.last != 1:
+            raise ValueError(f"A reading is one number a row, and {self.rule!r} goes by {self.rule.last}: use a rule that goes by the last loss alone, such as InfoBatch or SeTa.")
         self.weighs = self.rule.weighs
 
     def check(self, learn):

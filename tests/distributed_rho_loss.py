@@ -42,6 +42,24 @@ class Watch(Callback):
         if self.training: self.rows.append((self.x[:, 0]*N).round().long())
 
 
+class Taken(Callback):
+    "The rows that DivBS's rule takes of this process's candidates, with gradients made one by one"
+    order = -5.5
+    def before_fit(self): self.rows = []
+    def before_batch(self):
+        if not self.training: return
+        model = getattr(self.model, 'module', self.model)
+        grads = [torch.autograd.grad(nn.functional.cross_entropy(model(x[None]), y[None]), model[2].weight)[0].flatten().double() for x, y in zip(self.x, self.y)]
+        S, basis, taken = sum(grads), [], []
+        for _ in range(len(grads)//2):
+            share = [-1. if i in taken else abs(float(g @ S)) for i, g in enumerate(grads)]
+            taken.append(max(range(len(grads)), key=share.__getitem__))
+            e = grads[taken[-1]] - sum((grads[taken[-1]] @ b)*b for b in basis)
+            basis.append(e/e.norm())
+            S = S - (basis[-1] @ S)*basis[-1]
+        self.rows.append((self.x[sorted(taken), 0]*N).round().long())
+
+
 def main(out):
     DistributedDL._broadcast = broadcast
     il = torch.rand(N, generator=torch.Generator().manual_seed(2))
@@ -65,7 +83,29 @@ def main(out):
     if hasattr(crossfitted, 'progress'): crossfitted.remove_cb(crossfitted.progress)
     with crossfitted.distrib_ctx(sync_bn=False), crossfitted.no_logging(): crossfitted.fit(1)
 
-    torch.save(dict(candidates=before.rows, selected=after.rows, il_met=met, il=il, weights=[p.detach() for p in learn.model.parameters()],
+    def new(model=None):
+        res = Learner(dls, model or nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)), loss_func=CrossEntropyLossFlat(), lr=0.01)
+        if hasattr(res, 'progress'): res.remove_cb(res.progress)
+        return res
+
+    set_seed(0)
+    divbs, taken = new().select(pick='divbs', frac=0.5, precision=None), Taken()
+    seen = Watch(-6), Watch(-4)
+    with divbs.distrib_ctx(sync_bn=False), divbs.no_logging(): divbs.fit(2, cbs=[*seen, taken])
+
+    set_seed(0)
+    tokens = new().rho_loss(il[:, None], frac=0.5, unit='token')
+    with tokens.distrib_ctx(sync_bn=False), tokens.no_logging(): tokens.fit(2)
+
+    refused = {}
+    for name, learn_two in dict(staleness=new().select(staleness=2), queue=new().selective_backprop(queue=True, warmup_epochs=0)).items():
+        try:
+            with learn_two.distrib_ctx(sync_bn=False), learn_two.no_logging(): learn_two.fit(1)
+        except ValueError as e: refused[name] = str(e)
+
+    def weights(o): return torch.cat([p.detach().flatten() for p in o.model.parameters()])
+    torch.save(dict(divbs=dict(candidates=seen[0].rows, selected=seen[1].rows, by_rule=taken.rows, weights=weights(divbs), ledger=divbs.selection.ledger.to_dict('list')),
+                    tokens=dict(weights=weights(tokens), ledger=tokens.selection.ledger.to_dict('list')), refused=refused, candidates=before.rows, selected=after.rows, il_met=met, il=il, weights=[p.detach() for p in learn.model.parameters()],
                     ledger=learn.selection.ledger.to_dict('list'), seen=learn.selection.seen, counts=learn.selection.selected,
                     crossfit=crossfitted.selector.il.values), Path(out)/f'rank{rank}.pt')
 

@@ -62,6 +62,7 @@ METHODS = dict(
     rho_within=Method(lambda l: l.rho_loss(IL, frac=0.5, enlarge=False), lambda l: l.rho_loss(IL, frac=1., enlarge=False)),
     rho_model=Method(lambda l: l.rho_loss(linear(), frac=0.5), lambda l: l.rho_loss(linear(), frac=1.)),
     rho_beside=Method(lambda l: l.rho_loss(learner(), frac=0.5, update_il=True, track=dict(first=torch.arange(N) < 9), fallback='uniform')),
+    tokens=Method(lambda l: l.select(unit='token', frac=0.5), lambda l: l.select(unit='token', frac=1.), mixup=False, rows=False),
     proxy=Method(lambda l: l.select('loss', 'top', frac=0.5, proxy=learner(seed=3))),
     infobatch=pruned('infobatch', dict(ratio=0.), delta=1.),
     random=pruned('random', dict(keep=1.)),

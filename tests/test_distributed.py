@@ -53,3 +53,23 @@ def test_the_ledger_counts_both(ranks):
 def test_folds_are_shared_out_and_every_rank_holds_the_whole_table(ranks):
     assert torch.equal(ranks[0]['crossfit'], ranks[1]['crossfit'])
     assert torch.isfinite(ranks[0]['crossfit']).all()
+
+
+def test_divbs_takes_what_its_rule_takes_of_each_ranks_candidates(ranks):
+    for rank in (o['divbs'] for o in ranks):
+        assert len(rank['selected']) == len(rank['by_rule']) > 0
+        for candidates, selected, expected in zip(rank['candidates'], rank['selected'], rank['by_rule']):
+            assert set(selected.tolist()) <= set(candidates.tolist()) and torch.equal(selected, expected)
+    assert torch.equal(*(o['divbs']['weights'] for o in ranks)) and ranks[0]['divbs']['ledger']['trained'] == ranks[1]['divbs']['ledger']['trained']
+
+
+def test_tokens_of_both_processes_are_counted(ranks):
+    assert torch.equal(*(o['tokens']['weights'] for o in ranks))
+    for rank in ranks: assert rank['tokens']['ledger']['elements_loaded'] == [200, 200] and rank['tokens']['ledger']['elements_trained'] == [100, 100]
+    assert all(o['tokens']['ledger']['selected'] == [0.5, 0.5] for o in ranks)
+
+
+def test_what_cannot_be_shared_out_says_why(ranks):
+    for rank in ranks:
+        assert 'a row goes to another one each epoch: use staleness=1' in rank['refused']['staleness']
+        assert "each process's queue would be full at another time" in rank['refused']['queue']

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import IterableDataset
 
 from rholoss_fastai.all import Candidates, DivBS, ThenUniform, diverse_items, find_pick, logit_gradients
 from rholoss_fastai.losses import ItemLosses
@@ -157,8 +160,8 @@ def learner(**kwargs):
     dl = DataLoader(list(zip(x, x[:, :4].argmax(1))), bs=24, shuffle=True)
     return Learner(DataLoaders(dl, dl), Net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.1, **kwargs)
 
-def fit(learn, n_epoch=2):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch)
+def fit(learn, n_epoch=2, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
     return learn
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(enlarge=True), dict(score_bs=5), dict(score='gradient_norm'), dict(forward='twice')], ids=str)
@@ -171,6 +174,99 @@ def test_trains(kwargs):
 def test_the_cheaper_forward_stays_one_of_its_own():
     learn = fit(learner().select(pick='divbs', frac=0.95), 3)
     assert (learn.selection.ledger.forward == 'twice').all()
+
+class Stream(IterableDataset):
+    "Items without numbers"
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+    def __len__(self): return len(self.items) # fastai asks for it, of a loader of PyTorch
+
+class Seen(Callback):
+    "Candidates, and what is trained on"
+    def __init__(self, order): self.order, self.batches = order, []
+    def before_batch(self):
+        if self.training: self.batches.append(self.xb[0])
+
+def by_the_rule(R, f, size):
+    rule = ByTheRule(outer_products(R, f))
+    for _ in range(size): rule.take(rule.shares().argmax().item())
+    return sorted(rule.taken)
+
+@pytest.mark.parametrize('torch_loader', [False, True])
+def test_a_stream_without_row_numbers(torch_loader):
+    "What is trained on is what the rule takes, batch by batch, by the head's gradients"
+    set_seed(0)
+    x = torch.randn(48, 5)
+    stream, kind = Stream(list(zip(x, x[:, :4].argmax(1)))), TorchDataLoader if torch_loader else DataLoader
+    dls = DataLoaders(kind(stream, 12), kind(stream, 12))
+    learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.1)
+    before, after = Seen(-6), Seen(-4)
+    class Rule(Callback):
+        order = -5.5
+        def before_fit(self): self.taken = []
+        def before_batch(self):
+            if not self.training: return
+            with torch.no_grad(): f = self.model.body(self.x); R = self.model.head(f).softmax(1) - F.one_hot(self.y, 4)
+            self.taken.append(by_the_rule(R, f, 4))
+    fit(learn.select(pick='divbs', frac=1/3, precision=None), 2, cbs=[before, after, rule := Rule()])
+    assert learn.selection.selected is None and learn.selection.ledger.trained.tolist() == [16, 16]
+    assert len(rule.taken) == 8
+    for x, chosen, taken in zip(before.batches, after.batches, rule.taken): assert torch.equal(x[taken], chosen)
+
+class Pixels(nn.Module):
+    def __init__(self): super().__init__(); self.conv = nn.Conv2d(2, 3, 1)
+    def forward(self, x): return self.conv(x)
+
+class Words(nn.Module):
+    "Its last layer is linear, but predicts for many positions"
+    def __init__(self): super().__init__(); self.out = nn.Linear(2, 3)
+    def forward(self, x): return self.out(x)
+
+TASKS = dict(
+    segmentation=(torch.randn(24, 2, 4, 5), lambda x: (x[:, 0] > 0).long(), Pixels, CrossEntropyLossFlat(axis=1), lambda p, y: p.softmax(1) - F.one_hot(y, 3).movedim(-1, 1), 20),
+    tagging=(torch.randn(24, 7, 2), lambda x: (x[..., 0] > 0).long(), Words, CrossEntropyLossFlat(), lambda p, y: p.softmax(-1) - F.one_hot(y, 3), 7))
+
+@pytest.mark.parametrize('task', TASKS)
+def test_many_predictions_of_an_item(task):
+    "The derivatives of an item's loss by all its logits"
+    x, targets, model, loss, grad, n = TASKS[task]
+    set_seed(0)
+    y, model = targets(x), model()
+    dl = DataLoader(list(zip(x, y)), bs=12)
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=loss, opt_func=SGD, lr=0.)
+    with torch.no_grad(): R = (grad(model(x), y)/n).flatten(1).double()
+    after = Seen(-4)
+    fit(learn.select(pick='divbs', frac=0.25, precision=None), 1, cbs=after)
+    for first, chosen in zip((0, 12), after.batches):
+        taken = by_the_rule(R[first:first+12], torch.ones(12, 1), 3)
+        assert torch.equal(chosen, x[first:first+12][taken])
+
+@pytest.mark.parametrize('loss,targets', [(BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (nn.L1Loss(), multi), (nn.HuberLoss(reduction='sum'), multi)], ids=str)
+def test_other_losses_train(loss, targets):
+    set_seed(0)
+    x = torch.randn(48, 5)
+    dl = DataLoader(list(zip(x, targets(x[:, :4].argmax(1)))), bs=12)
+    learn = fit(Learner(DataLoaders(dl, dl), Net(), loss_func=loss, opt_func=SGD, lr=0.01).select(pick='divbs', frac=0.25))
+    assert learn.selection.ledger.trained.tolist() == [12, 12] and all(o.isfinite().all() for o in learn.model.parameters())
+
+def test_staleness_only_where_something_is_left_to_save():
+    "The products of gradients are of now: remembered losses would save no forward"
+    with pytest.raises(ValueError, match=r"needs the prediction of each candidate anew \(gram\)"): learner().select(pick='divbs', staleness=2)
+    with pytest.raises(ValueError, match=r"anew \(pred\)"): learner().select('entropy', staleness=2)
+    with pytest.raises(ValueError, match=r"anew \(log_probs\)"): learner().select('bald', staleness=2)
+    for kwargs in (dict(pick='per_class'), dict(pick=ThenUniform(0.5))):
+        learn = fit(learner().select(staleness=2, **kwargs), 4)
+        assert learn.selection.ledger.scored.tolist()[:2] == [96, 0]
+
+def test_one_kind_of_item_and_a_diverged_model():
+    learn = learner()
+    dl = DataLoader([(torch.ones(5), torch.tensor(1))]*24, bs=12)
+    learn.dls = DataLoaders(dl, dl)
+    assert fit(learn.select(pick='divbs', frac=0.25)).selection.ledger.trained.tolist() == [6, 6]
+    diverged = learner()
+    with torch.no_grad(): diverged.model.head.weight.fill_(math.nan)
+    with pytest.warns(UserWarning, match='every score was NaN'): fit(diverged.select(pick='divbs', frac=0.25), 1)
+    assert diverged.selection.ledger.trained.tolist() == [24]
 
 def test_refused_before_training():
     with pytest.raises(ValueError, match="gram: .*forward='twice'"): learner().select(pick='divbs', forward='reuse')

@@ -13,6 +13,7 @@ from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.data.transforms import Transform
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
@@ -517,6 +518,32 @@ def test_seta_slides_over_groups():
             assert chosen == expected
 
 
+def test_seta_where_losses_are_alike():
+    "Fewer kinds of losses than groups: the window slides over what there is, and never over nothing"
+    losses = torch.tensor([0.]*30 + [1.]*20 + [5.]*10)
+    rule, rows, turns = SeTa(0., 10, 0.34, 1.), torch.arange(60), []
+    rule.begin(None, None)
+    for epoch in range(6): turns.append(rule(losses[:, None], EpochInfo(rows, epoch, 10), generator(epoch)).tolist())
+    easy, middle, hard = rows[:30].tolist(), rows[30:50].tolist(), rows[50:].tolist()
+    assert turns == [easy, middle, hard]*2
+    chosen = rule(torch.zeros(60, 1), EpochInfo(rows, 1, 10), generator())
+    assert len(chosen) == 60 # all mastered alike
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(numbers, min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 1), st.integers(0, 20))
+def test_seta_always_chooses_something(losses, n_groups, window, turn):
+    rule, rows = SeTa(0., n_groups, window, 1.), torch.arange(len(losses))
+    for epoch in range(turn + 1): chosen = rule(torch.tensor(losses)[:, None], EpochInfo(rows, epoch, 99), generator())
+    chosen = set(range(len(losses))) if chosen is None else set(chosen.tolist())
+    unknown = {i for i,o in enumerate(losses) if not np.isfinite(o)}
+    assert unknown <= chosen and (chosen - unknown or len(unknown) == len(losses))
+    values = [losses[i] for i in chosen - unknown]
+    outside = [o for i,o in enumerate(losses) if np.isfinite(o) and i not in chosen]
+    assert not any(min(values) < o < max(values) for o in outside) # consecutive groups, and never a part of one
+    assert not set(values) & set(outside)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(st.one_of(st.floats(0, 3, width=32), st.sampled_from([0., 1., float('nan'), float('inf')])), min_size=5, max_size=5), min_size=1, max_size=40),
        st.floats(0, 2), st.floats(0, 1))
@@ -547,6 +574,62 @@ def test_ies_leaves_and_comes_back():
     trained = [len(torch.cat(o)) for o in watch.rows]
     assert trained[0] == BS and trained[1] > 100
     assert N - BS <= learn.selection.ledger.scored.iloc[-1] <= N
+
+
+def test_ies_where_one_class_or_all_are_mastered():
+    "A class that is mastered keeps a share of its rows; so does everything"
+    rows, classes = torch.arange(60), torch.arange(60) % 3
+    still, moving = torch.zeros(60, 5), torch.rand(60, 5, generator=generator())*3
+    one = IES(0.01, 0.2)(torch.where((classes == 1)[:, None], still, moving), EpochInfo(rows, 6, 9, classes=classes), generator())
+    assert (classes[one] == 1).sum() == 4 and (classes[one] != 1).sum() == 40
+    every = IES(0.01, 0.2)(still, EpochInfo(rows, 6, 9, classes=classes), generator())
+    assert classes[every].bincount().tolist() == [4, 4, 4]
+    assert len(IES(0.01, 0.)(still, EpochInfo(rows, 6, 9, classes=classes), generator())) == 0 # a batch is drawn by the pruner
+    assert len(IES(0.01, 0.2)(still, EpochInfo(rows, 6, 9), generator())) == 12 # no classes, as in regression
+    assert IES(0.01)(torch.full((60, 5), torch.nan), EpochInfo(rows, 6, 9, classes=classes), generator()) is None
+
+
+def test_ies_looks_at_rows_as_training_sees_them():
+    "With the transforms of training, so that a row that leaves is compared with itself"
+    class Brighter(Transform):
+        split_idx = 0
+        def encodes(self, x: torch.Tensor): return x + 1. if x.is_floating_point() else x
+    learn = learner(dataloaders(after_batch=Brighter()), linear()).prune_epochs('ies', threshold=0.02, floor=0.)
+    fit(learn, 8, lr=0.) # with the same losses in every epoch, whatever is looked at: but for the transform, rows would come back
+    trained = learn.selection.ledger.trained.tolist()
+    assert trained == [N]*5 + [BS]*3 and learn.selection.ledger.scored.tolist()[6:] == [N]*2
+
+
+@pytest.mark.parametrize('rule,kwargs', [('infobatch', dict(delta=1.)), ('random', dict(keep=0.02)), ('seta', dict(prune=0.97)), ('ies', dict(threshold=99., floor=0.))])
+@pytest.mark.parametrize('n', [18, 35])
+def test_shares_below_a_batch(rule, kwargs, n):
+    "A full batch is trained on at least, and none of a single item, which batch norm can't take"
+    if rule == 'infobatch': kwargs = dict(ratio=0.99, **kwargs)
+    learn = fit(learner(dataloaders(Reads(n))).prune_epochs(rule, **kwargs), 8)
+    assert all(o >= BS and o % BS != 1 for o in learn.selection.ledger.trained.iloc[1:])
+    assert all(o.isfinite().all() for o in learn.model.parameters())
+
+
+@pytest.mark.parametrize('rule,kwargs', [('infobatch', {}), ('random', dict(keep=0.4)), ('seta', {}), ('ies', dict(threshold=0.3))])
+def test_resumed(rule, kwargs, tmp_path):
+    "Stopped after four of eight epochs, saved, loaded and gone on with: the number of steps and the rate of each are those of an epoch's true length"
+    class Steps(Callback):
+        order = 90
+        def before_fit(self): self.lrs, self.n_iter, self.pct = [], [], []
+        def before_batch(self):
+            if self.training:
+                self.lrs.append(self.opt.hypers[0]['lr']); self.n_iter.append(self.learn.n_iter); self.pct.append(self.pct_train)
+    learn = learner(path=tmp_path).prune_epochs(rule, **kwargs)
+    fit(learn, 4, one_cycle=True)
+    learn.save('half')
+    again = learner(path=tmp_path).prune_epochs(rule, **kwargs)
+    again.load('half')
+    fit(again, 8, one_cycle=True, start_epoch=4, cbs=(steps := Steps()))
+    ledger = again.selection.ledger
+    n_iter = [-(-o//BS) for o in ledger.trained]
+    assert len(ledger) == 4 and steps.n_iter == [n for n in n_iter for _ in range(n)]
+    assert np.allclose(steps.pct, [(4 + e + i/n)/8 for e,n in enumerate(n_iter) for i in range(n)])
+    assert steps.lrs[0] > steps.lrs[-1] and steps.lrs[-1] < 1e-2/10
 
 
 @pytest.mark.parametrize('keep', [0.1, 0.3, 0.5, 0.7, 1.])

@@ -7,15 +7,17 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import ClassWeights, class_irreducible
+from rholoss_fastai.all import ClassWeights, WorstGroup, class_irreducible, probe_features, restrict_rows
+from rholoss_fastai.noise import row_targets
 from rholoss_fastai.picks import Uniform
 
 @settings(max_examples=60, deadline=None)
@@ -62,12 +64,15 @@ def test_the_references_are_weighted_ridge():
         best = min(np.linspace(0.05, 20, 2000), key=lambda s: losses(s).mean().item())
         assert torch.allclose(table[:, c].double(), losses(best), atol=0.03)
 
+class Items(list):
+    def new_empty(self): return Items() # for `export`
+
 def learner():
     set_seed(0)
     x = torch.randn(160, 5)
     y = (x[:, :3] + torch.tensor([0., 0., -1.])).argmax(1)
     items = list(zip(x, y))
-    return Learner(DataLoaders(DataLoader(items[:120], bs=12, shuffle=True), DataLoader(items[120:], bs=40)), nn.Linear(5, 3),
+    return Learner(DataLoaders(DataLoader(Items(items[:120]), bs=12, shuffle=True), DataLoader(Items(items[120:]), bs=40)), nn.Linear(5, 3),
                    loss_func=CrossEntropyLossFlat(), lr=0.1), class_irreducible(x[:120], y[:120])
 
 class HeldOut(Callback):
@@ -90,8 +95,62 @@ def test_trains_and_is_undone():
     assert weights.shape == (3,) and weights.sum().item() == pytest.approx(1)
     assert len(learn.no_selection().cbs) == n
 
+def test_references_by_the_probe():
+    "Without a table: that of `class_irreducible` on the probe's features, here the inputs' columns, and it is billed"
+    learn, _ = learner()
+    learn.reducr(frac=0.25)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    x, y = (torch.stack(o) for o in zip(*learn.dls.train.dataset))
+    rows, features, targets = probe_features(learn)
+    assert torch.equal(rows, torch.arange(120)) and torch.equal(targets, y)
+    assert torch.allclose(learn.selector.il_source.values_by_class, class_irreducible(features, targets), atol=1e-5)
+    ledger = learn.selection.ledger
+    assert ledger.seconds_il[0] > 0 == ledger.seconds_il[1] and ledger.selected.max() < 0.5
+
+def test_rows_that_the_loader_leaves_out():
+    learn, table = learner()
+    kept = torch.arange(0, 120, 2)
+    learn.dls = DataLoaders(restrict_rows(learn.dls.train, kept), learn.dls.valid)
+    learn.reducr(frac=0.25)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    values = learn.selector.il_source.values_by_class
+    assert values.shape == (120, 3) and values.isfinite().all() and values[1::2].std(0).max() < 1e-6 < values[::2].std(0).min()
+
+def test_export_without_references(tmp_path):
+    for il in ('probe', None):
+        learn, table = learner()
+        learn.path = tmp_path
+        learn.reducr(table if il is None else il, frac=0.25)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        learn.export()
+        loaded = load_learner(tmp_path/'export.pkl')
+        loaded.dls = learn.dls
+        assert len(loaded.validate()) == 1
+        with pytest.raises(ValueError, match='give them again to learn.reducr'), loaded.no_bar(), loaded.no_logging(): loaded.fit(1)
+
+def test_the_worst_class_gains():
+    "A rare class, which plain selection passes over, is trained on more, and its accuracy shows beside the mean"
+    set_seed(0)
+    n = 600
+    y = torch.tensor([0]*270 + [1]*270 + [2]*60)
+    x = torch.randn(n, 6) + 1.5*F.one_hot(y, 6)
+    order = torch.randperm(n)
+    items = [(x[i], y[i]) for i in order]
+    ends = {}
+    for method in ('reducr', 'uniform'):
+        set_seed(1)
+        dls = DataLoaders(DataLoader(items[:450], bs=10, shuffle=True), DataLoader(items[450:], bs=150))
+        learn = Learner(dls, nn.Linear(6, 3), loss_func=CrossEntropyLossFlat(), lr=0.05, metrics=WorstGroup(accuracy, row_targets(dls.valid), name='worst_class'))
+        if method == 'reducr': learn.reducr(frac=0.25)
+        else: learn.select(pick='uniform', frac=0.25, enlarge=True)
+        with learn.no_bar(), learn.no_logging(): learn.fit(3)
+        rare = torch.tensor([int(t) == 2 for _, t in items[:450]])
+        ends[method] = learn.selection.selected[rare].sum()/learn.selection.selected.sum(), learn.recorder.values[-1][-1]
+    assert 'worst_class' in learn.recorder.metric_names and ends['reducr'][0] > ends['uniform'][0]
+
 def test_refused():
     learn, table = learner()
     with pytest.raises(ValueError, match='for 100 rows, but the training set has 120'): learn.reducr(table[:100])
     with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])
+    with pytest.raises(ValueError, match='expected one of probe'): learn.reducr('crossfit')
     with pytest.raises(ValueError, match='give one of them'): ClassWeights(0.2, pick=Uniform(0.5))

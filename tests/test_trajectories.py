@@ -16,7 +16,7 @@ from test_rho_epochs import NOISE, noisy_learner
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import (ByHistory, DatasetScores, InfoBatch, LossHistory, alignment, first_learnt, forgetting_events, label_margins, loss_variance,
+from rholoss_fastai.all import (IES, ByHistory, DatasetScores, InfoBatch, RandomSubset, LossHistory, alignment, first_learnt, forgetting_events, label_margins, loss_variance,
                                 mean_margin, prune)
 
 value = st.one_of(st.floats(-5, 5, width=16), st.just(float('nan')))
@@ -90,6 +90,8 @@ def test_a_reading_is_a_rules_score():
     fit(learn, 8)
     times = learn.selection.selected.float()
     assert learn.selection.ledger.trained.iloc[:2].tolist() == [N]*2 and times[NOISE].mean() < 0.8*times[~NOISE].mean()
+    for rule,last in ((IES(), 5), (RandomSubset(), 0)):
+        with pytest.raises(ValueError, match=f'goes by {last}: use a rule that goes by the last loss alone'): ByHistory(history, 'aum', rule)
     with pytest.raises(ValueError, match='must be a callback of this Learner'): fit(noisy_learner().prune_epochs(ByHistory(history)), 1)
 
 
