@@ -71,12 +71,12 @@ class Marks(Callback):
     def before_fit(self): self.wrong = self.trained = 0
     def before_batch(self):
         y = self.yb[0]
-        self.marks = (y != PAD) & (y >> 20 > 0)
-        self.learn.yb = (torch.where(self.marks, y & (1 << 20) - 1, y),)
+        self.replaced = (y != PAD) & (y >> 20 > 0)
+        self.learn.yb = (torch.where(self.replaced, y & (1 << 20) - 1, y),)
     def after_batch(self):
         if not self.training: return
         chosen = self.learn.token_selector.mask if hasattr(self.learn, 'token_selector') else self.yb[0] != PAD
-        self.wrong += (self.marks & chosen).sum().item()
+        self.wrong += (self.replaced & chosen).sum().item()
         self.trained += chosen.sum().item()
 
 def learner(sentences, wrong, valid, n_words, width, bs, seed):

@@ -105,7 +105,8 @@ def main(out):
 
     def weights(o): return torch.cat([p.detach().flatten() for p in o.model.parameters()])
     torch.save(dict(divbs=dict(candidates=seen[0].rows, selected=seen[1].rows, by_rule=taken.rows, weights=weights(divbs), ledger=divbs.selection.ledger.to_dict('list')),
-                    tokens=dict(weights=weights(tokens), ledger=tokens.selection.ledger.to_dict('list')), refused=refused, candidates=before.rows, selected=after.rows, il_met=met, il=il, weights=[p.detach() for p in learn.model.parameters()],
+                    tokens=dict(weights=weights(tokens), ledger=tokens.selection.ledger.to_dict('list')), refused=refused,
+                    candidates=before.rows, selected=after.rows, il_met=met, il=il, weights=[p.detach() for p in learn.model.parameters()],
                     ledger=learn.selection.ledger.to_dict('list'), seen=learn.selection.seen, counts=learn.selection.selected,
                     crossfit=crossfitted.selector.il.values), Path(out)/f'rank{rank}.pt')
 
