@@ -32,6 +32,7 @@ class ILSource:
     needs_rows = True # must the data set's row of each item be known?
     table = None # the `IrreducibleLosses`, once there are some
     module = None # the model that computes them on the fly
+    by_probe = False # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
 
     def check(self,
         learn:Learner # The target
@@ -73,6 +74,7 @@ class TableIL(ILSource):
         if isinstance(il, (str, Path)): il = IrreducibleLosses.load(il)
         self.given = self.table = il
         self.on_device,self.of = None,None
+        self.by_probe = self.by_probe or getattr(il, 'info', {}).get('model') == 'ridge'
 
     def check(self, learn): self.table = self._belonging(learn.dls.train)
 
@@ -219,6 +221,7 @@ class CrossFitIL(MadeIL):
 # %% ../nbs/16_il_source.ipynb #014a0ee3
 class ProbeIL(MadeIL):
     "Ridge regression on features that are at hand, each row scored as if it had been left out"
+    by_probe = True
     def __init__(self,
         features='auto' # Of `probe_irreducible`: 'body', 'patches', 'tfidf', 'columns', a function, or 'auto'
     ):
@@ -233,6 +236,7 @@ class ProbeIL(MadeIL):
 # %% ../nbs/16_il_source.ipynb #8e48c484
 class AutoIL(MadeIL):
     "By a probe where features are at hand, else cross-fitted, for no more than a share of what the fit to come costs"
+    by_probe = True # as far as is known before a Learner is at hand
     def __init__(self,
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):

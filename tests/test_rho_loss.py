@@ -566,3 +566,17 @@ def test_nothing_is_copied_to_the_host(settings):
     inside = [e for e in trace.events() if e.device_type == DeviceType.CPU and any(o.start <= e.time_range.start <= o.end for o in spans)]
     launched = [kernel.name for e in inside for kernel in e.kernels]
     assert len(spans) > 1 and launched and not [name for name in launched if 'DtoH' in name]
+
+
+def test_the_score_follows_the_kind_of_irreducible_losses(tmp_path):
+    "A probe's differences say little, its probabilities much; a model's losses are subtracted, as published. However they are given"
+    from rholoss_fastai.all import IrreducibleLosses, learnable_error, probe_irreducible, reducible_loss
+    learn = learner()
+    features = torch.randn(len(learn.dls.train.dataset), 4, generator=torch.Generator().manual_seed(0))
+    probe = probe_irreducible(learn, features=features, progress=False, verbose=False)
+    probe.save(tmp_path/'il.safetensors')
+    for il in (probe, tmp_path/'il.safetensors', str(tmp_path/'il.safetensors'), 'probe', 'auto'):
+        assert learn.rho_loss(il).selector.score is learnable_error, il
+    other = IrreducibleLosses.of(probe.values, learn.dls.train)
+    for il in (other, probe.values, learner().model): assert learn.rho_loss(il).selector.score is reducible_loss
+    assert learn.rho_loss(probe, score='reducible').selector.score is reducible_loss
