@@ -62,7 +62,6 @@ def test_cells_with_an_import_hold_only_imports(notebook):
         else: mixed = not only and any(isinstance(node, imports) for t in trees for node in ast.walk(t))
         assert not mixed, f'cell {cell.id}: put its imports in a cell of their own\n{cell.source}'
 
-@pytest.mark.xfail(strict=False, reason='some notebooks are still to be run and captioned')
 @notebooks
 def test_headings_are_clean(notebook):
     "`## Name -` is dropped where it is a cell of its own, and printed with its dash where it is not"
@@ -89,7 +88,6 @@ def shows(trees, quiet):
     name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, 'id', '')
     return name not in quiet and not SILENT.fullmatch(name)
 
-@pytest.mark.xfail(strict=False, reason='some notebooks are still to be run and captioned')
 @notebooks
 def test_shown_cells_have_outputs(notebook):
     cells = parsed_cells(notebook)
@@ -100,9 +98,8 @@ def test_shown_cells_have_outputs(notebook):
         empty = f'cell {cell.id} shows something but holds no output: run the notebook\n{cell.source}'
         assert hushed or not shows(statements(cell), quiet), empty
 
-@pytest.mark.xfail(strict=False, reason='some notebooks are still to be run and captioned')
 @notebooks
-def test_figures_have_alt_text(notebook):
+def test_figures_have_alt_text_and_a_caption(notebook):
     for cell in parsed_cells(notebook):
         if cell.cell_type == 'markdown':
             for alt,target,tag in IMAGE.findall(FENCE.sub('', cell.source)):
@@ -110,8 +107,35 @@ def test_figures_have_alt_text(notebook):
                 assert said, f'cell {cell.id}: say what the image {target or tag} shows'
         elif is_shown(cell):
             kinds = [kind for output in cell.get('outputs', []) for kind in output.get('data', {})]
-            said = cell.directives_.get('fig-alt') or not any(kind.startswith('image/') for kind in kinds)
-            assert said, f'cell {cell.id}: say what its figure shows, with `#| fig-alt: "..."`\n{cell.source}'
+            if not any(kind.startswith('image/') for kind in kinds): continue
+            for flag,what in {'fig-alt': 'what its figure shows', 'fig-cap': 'in a caption what is to be seen in it'}.items():
+                assert cell.directives_.get(flag), f'cell {cell.id}: say {what}, with `#| {flag}: "..."`\n{cell.source}'
+
+INSTALL = '! [ -e /content ] && pip install -Uqq git+https://github.com/rholoss-fastai/rholoss_fastai'
+
+@notebooks
+def test_notebooks_install_the_package_in_colab(notebook):
+    "Where the badge on the page leads, nothing is installed yet"
+    cells = [cell for cell in parsed_cells(notebook) if cell.cell_type == 'code' and 'default_exp' not in cell.directives_]
+    if not cells: return
+    first = cells[0]
+    assert INSTALL in first.source and {'hide', 'eval'} <= first.directives_.keys(), f'the first cell of code should be\n#| hide\n#| eval: false\n{INSTALL}'
+
+def test_measured_outside_a_clone(tmp_path, monkeypatch, capsys):
+    "A page that is run in Colab says where the figures are"
+    from rholoss_fastai._pages import measured
+    monkeypatch.chdir(tmp_path)
+    assert measured('rho_epochs.json') == [] and '/benchmarks/results' in capsys.readouterr().out
+    (tmp_path/'benchmarks'/'results').mkdir(parents=True)
+    (tmp_path/'benchmarks'/'results'/'rho_epochs.json').write_text('{"a": 1}')
+    (tmp_path/'nbs').mkdir()
+    monkeypatch.chdir(tmp_path/'nbs')
+    assert measured('rho_*.json') == [{'a': 1}] and not capsys.readouterr().out
+
+def test_tables_of_pages():
+    from rholoss_fastai._pages import markdown_table
+    assert markdown_table([{'run': '`a`', 'points': '+1.0', 'n': 3}, {'run': 'b', 'points': '–', 'n': 4}]) == (
+        '| run | points | n |\n| --- | ---: | ---: |\n| `a` | +1.0 | 3 |\n| b | – | 4 |')
 
 def test_settings_name_files_that_exist():
     site = yaml.safe_load((NBS/'_quarto.yml').read_text())

@@ -1,4 +1,4 @@
-"Draw the site's icon and the picture that links to it are shown with: nbs/images/favicon.png and social.png"
+"Draw the site's icon, the picture that links to it are shown with, and the README's: favicon.png, social.png and suspects.png in nbs/images"
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +19,24 @@ def candidates(ax, rows, columns, size, seed=3):
     ax.set(xlim=(-0.6, columns-0.4), ylim=(rows-0.4, -0.6), aspect='equal')
     ax.axis('off')
 
+def suspects(n=9):
+    "Digits whose labels look wrong, found by `label_noise` without any training"
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImageBW
+    from sklearn.datasets import load_digits
+
+    from rholoss_fastai.all import label_noise, noisy_labels
+    digits = load_digits()
+    images = (digits.images*255/16).astype(np.uint8)
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: digits.target[i],
+                      splitter=IndexSplitter(range(1500, 1797)))
+    dls = noisy_labels(block.dataloaders(range(1797), bs=64, num_workers=0), 0.2)
+    axs = label_noise(dls, progress=False, verbose=False).show(n, ncols=n, size=1.1)
+    return axs.flat[0].figure
+
 @call_parse
 def main():
-    "Draw both"
+    "Draw them"
+    suspects().savefig(IMAGES/'suspects.png', dpi=110)
     fig = plt.figure(figsize=(12, 6.3))
     fig.text(0.06, 0.66, 'rholoss_fastai', size=58, weight='bold', color='#1b2733')
     fig.text(0.06, 0.50, 'Data selection for fastai', size=32, color='#1b2733')
