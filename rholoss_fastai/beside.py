@@ -37,7 +37,7 @@ class TrackSubsets(FitCallback):
             if not isinstance(name, str) or name in LEDGER_COLUMNS:
                 raise ValueError(f"track names a subset {name!r}: give it a name that the ledger does not use.")
             if mask.dtype != torch.bool or mask.ndim != 1:
-                raise TypeError(f"track[{name!r}] must be a mask, one True or False a row; got shape {tuple(mask.shape)} of {mask.dtype}.")
+                raise TypeError(f"track[{name!r}] must be a mask, one True or False per row; got shape {tuple(mask.shape)} of {mask.dtype}.")
 
     def before_train(self):
         "The masks, on the device"

@@ -360,7 +360,7 @@ def _check_bills(bills, n_epoch, bill):
     for label,(cost,_,_) in bills.items():
         if cost > n_epoch - 1:
             shares = " (bill='share')" if bill == 'whole' else ''
-            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs a run, and the budget is {n_epoch}: less than an epoch "
+            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs per run, and the budget is {n_epoch}: less than an epoch "
                              f"would be left to train. Train for longer, let more seeds share them{shares}, or make cheaper ones.")
 
 def _comparison(results, errors, greater, methods):

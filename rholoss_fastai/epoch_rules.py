@@ -84,7 +84,7 @@ class InfoBatch(EpochRule):
         ratio:float=0.5, # Share of the rows below the mean that is dropped, in [0, 1)
         delta:float=0.875, # Share of a fit's epochs after which the others are on everything
         score='loss', # A name in `SCORES`, 'reducible' for instance, or a function of any of `loss`, `il`, `pred`, `targ`: high ones always stay
-        il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number a row
+        il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number per row
         weighted:bool=None # Weight the rows that stay? None: unless the score is 'reducible', since RHO-LOSS has no weights
     ):
         check_number('ratio', ratio, schedule=False); check_number('delta', delta, schedule=False)
@@ -217,7 +217,7 @@ class SeTa(EpochRule):
 
     def says(self, epoch):
         if epoch.n_epoch*self.delta < 2: return f"does next to nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by; fit for more epochs"
-        return f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss an epoch, from easy to hard and again"
+        return f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss per epoch, from easy to hard and again"
 
 # %% ../nbs/31_epoch_rules.ipynb #df4e6ebe
 class _FunctionRule(EpochRule):

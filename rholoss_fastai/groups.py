@@ -36,7 +36,7 @@ def _few(names): return ', '.join(map(str, names[:5])) + (', ...' if len(names) 
 def _of_columns(items, groups):
     "The values of the columns `groups` of the table `items`, crossed where they are several"
     if not isinstance(items, pd.DataFrame):
-        raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a table: pass one value a row, or "
+        raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a table: pass one value per row, or "
                         "a function of an item.")
     columns = [groups] if isinstance(groups, str) else list(groups)
     missing = [o for o in columns if o not in items.columns]
@@ -57,7 +57,7 @@ def _group_values(dl, groups):
 # %% ../nbs/35_groups.ipynb #0da38a4c
 def row_groups(
     dl, # Any loader that `track_rows` takes
-    groups:str|tuple|Callable|list # A column of the data set's table, a tuple of columns, which are crossed, a function of an item, or one value a row
+    groups:str|tuple|Callable|list # A column of the data set's table, a tuple of columns, which are crossed, a function of an item, or one value per row
 )->Groups:
     "The group of each row of `dl`'s data set; a row without a group, or a group without rows, is an error"
     values,n = _group_values(dl, groups),dataset_size(dl)

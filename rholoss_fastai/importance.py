@@ -158,7 +158,7 @@ def grand(
 def _is_right(pred, *targs):
     targ = class_targets(targs[0], pred)
     if len(targs) > 1 or pred.ndim != 2 or targ.shape != pred.shape[:1] or targ.is_floating_point():
-        raise ValueError(f"Forgetting needs predictions `(bs, n_classes)` and one class an item; got pred {describe(pred)} and targ "
+        raise ValueError(f"Forgetting needs predictions `(bs, n_classes)` and one class per item; got pred {describe(pred)} and targ "
                          f"{', '.join(map(describe, targs))}. For other tasks say what is right: ForgettingTracker(correct=function of pred and the targets).")
     return pred.argmax(1) == targ
 
@@ -168,7 +168,7 @@ class ForgettingTracker(Callback):
     order,run_valid = TrainEvalCallback.order + 6,False # after what narrows the epoch (-5), before MixUp (0)
 
     def __init__(self,
-        online:bool=True, # Judge by the predictions of training, as published? False: in eval mode, un-augmented, after each epoch (a forward pass a row)
+        online:bool=True, # Judge by the predictions of training, as published? False: in eval mode, un-augmented, after each epoch (a forward pass per row)
         correct:Callable=_is_right # Function of the prediction and the targets that tells which items are right, `(bs,)` bool
     ):
         store_attr()

@@ -262,7 +262,7 @@ def plot_il(self:SelectionRecord,
     learn:Learner=None, # Default: the Learner that was recorded
     ax=None # A matplotlib axis to draw on
 ):
-    "Irreducible loss against the loss by the model as it is, a dot a row, coloured by how often it was selected; returns the axis"
+    "Irreducible loss against the loss by the model as it is, a dot per row, coloured by how often it was selected; returns the axis"
     learn = _of(self, learn)
     check_count('n', n, 1)
     il,seen = _il_values(learn, il),self.seen.cpu()

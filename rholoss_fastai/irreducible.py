@@ -60,7 +60,7 @@ class IrreducibleLosses(ItemTable):
 
     @classmethod
     def given(cls,
-        il, # `IrreducibleLosses`, a file of them, or one number a row
+        il, # `IrreducibleLosses`, a file of them, or one number per row
         dl # Loader of the data set that they are to be used for
     ):
         "What was given as irreducible losses, once it is known to be of `dl`'s data set"
@@ -112,7 +112,7 @@ def irreducible_losses(
     n_augment:int=0, # Mean over so many passes with the transforms of training; 0: one pass, un-augmented
     old:IrreducibleLosses=None, # Losses of the first rows, from before the data set grew: kept, and only the new rows are scored
     seed:int=0 # Of the augmentation
-)->IrreducibleLosses: # One loss a row
+)->IrreducibleLosses: # One loss per row
     "The irreducible losses of `dl`'s data set, by a model that is already trained"
     check_count('n_augment', n_augment, 0)
     start,marks,rows = time.perf_counter(),fingerprint(dl),None

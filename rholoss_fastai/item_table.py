@@ -204,9 +204,9 @@ class ItemTable:
         info:dict=None # How the values were made: anything JSON can hold
     ):
         values = as_tensor(values).to('cpu', torch.float32).contiguous()
-        if values.ndim != 1: raise ValueError(f'values of shape {tuple(values.shape)}: expected one value a row, `(n,)`.')
+        if values.ndim != 1: raise ValueError(f'values of shape {tuple(values.shape)}: expected one value per row, `(n,)`.')
         if len(values) != fingerprint['n']:
-            raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value a row.")
+            raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value per row.")
         try: info = json.loads(json.dumps(info or {}))
         except (TypeError, ValueError) as e:
             raise TypeError(f"info={info!r} can't be kept in a file ({e}): use numbers, strings, lists and dicts.") from e

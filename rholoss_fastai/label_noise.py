@@ -103,7 +103,7 @@ def _text(o):
 def row_names(
     dl, # Any loader that `track_rows` takes
     rows # Row numbers of the whole data set
-)->dict: # Name of the column -> one entry a row; empty where rows have no other name than their number
+)->dict: # Name of the column -> one entry per row; empty where rows have no other name than their number
     "What the user knows rows by: the file, the index of the data frame, the text"
     dataset,rows,res = whole_dataset(dl),[int(i) for i in rows],{}
     for name in ('items', 'samples', 'imgs'):

@@ -267,7 +267,7 @@ class ItemLosses:
         return getattr(self.loss_func.func if isinstance(self.loss_func, BaseLoss) else self.loss_func, name, None)
 
     def _one_by_one(self, pred, targs, bs):
-        "Item losses from one call an item, all at once by `vmap` or, where that is impossible, in a loop"
+        "Item losses from one call per item, all at once by `vmap` or, where that is impossible, in a loop"
         loss_func,items = _shallow(self.loss_func),(pred, targs) # what a loss notes on itself is not to outlive `vmap`
         def scalar(pred, targs):
             res = plain(loss_func(pred, *targs))

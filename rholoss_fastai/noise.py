@@ -37,7 +37,7 @@ def _label_key(item):
 
 def _label_list(dataset):
     "The `TfmdLists` of a `Datasets` that makes the label"
-    if len(dataset.tls) - dataset.n_inp != 1: raise ValueError(f"The data set has {len(dataset.tls) - dataset.n_inp} targets: expected one label a row.")
+    if len(dataset.tls) - dataset.n_inp != 1: raise ValueError(f"The data set has {len(dataset.tls) - dataset.n_inp} targets: expected one label per row.")
     return dataset.tls[-1]
 
 def _label(item):
@@ -217,7 +217,7 @@ class _Noise:
     "Gaussian noise in the inputs of some rows of a data set"
     def __init__(self, std, rows, seed):
         self.std,self.rows = std,rows
-        # a seed a row, so that a row is the same whenever and wherever it is read; nearby numbers make poor seeds
+        # a seed per row, so that a row is the same whenever and wherever it is read; nearby numbers make poor seeds
         self.seeds = torch.randint(2**62, (len(rows),), generator=torch.Generator().manual_seed(seed))
     def __call__(self, i, item):
         if not self.rows[i]: return item

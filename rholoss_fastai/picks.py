@@ -20,7 +20,7 @@ from .checks import by_name, check_count, check_number, scheduled
 class Selection(NamedTuple):
     "Which items of a candidate batch are trained on"
     idxs: Tensor # `(n_b,)` long, positions in the candidate batch, ascending; with replacement one may stand there more than once
-    weights: Tensor = None # `(n_b,)`, one weight an item; None: all alike
+    weights: Tensor = None # `(n_b,)`, one weight per item; None: all alike
 
 # %% ../nbs/04_picks.ipynb #dfff0549
 def rank_key(
@@ -305,7 +305,7 @@ class PerClass(Pick):
         n = len(scores)
         if not isinstance(targ, Tensor) or targ.numel() != n:
             got = f"a tensor of shape {tuple(targ.shape)}" if isinstance(targ, Tensor) else type(targ).__name__
-            raise ValueError(f"PerClass needs one class an item as the target, shape ({n},); got {got}. For other targets use another pick.")
+            raise ValueError(f"PerClass needs one class per item as the target, shape ({n},); got {got}. For other targets use another pick.")
         targ,keys = (targ.float() if targ.is_floating_point() else targ.long()).flatten(),rank_key(self.pick.keys(scores, pct_train))
         order = keys.argsort(descending=True)
         by_class = order[targ[order].argsort(stable=True)] # one class after the other, the most wanted of each first

@@ -244,7 +244,7 @@ class ProbePredictions:
 
     def irreducible(self,
         loss_func=None # The Learner's; None for cross entropy, or squared error
-    )->IrreducibleLosses: # One loss a row; of rows that the loader leaves out, the mean of the others
+    )->IrreducibleLosses: # One loss per row; of rows that the loader leaves out, the mean of the others
         "The losses as a table for the whole data set"
         losses = self.losses(loss_func).cpu()
         values = torch.full((self.fingerprint['n'],), losses.mean().item()).index_copy_(0, self.rows, losses)
@@ -360,7 +360,7 @@ def _as_learner(learn, dl):
     if not isinstance(learn, Learner): raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
     if learn.dls.device is not None: get_model(learn.model).to(learn.dls.device) # as a fit would
     dl = learn.dls.train if dl is None else dl
-    if isinstance(dl, LMDataLoader): raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target a row.")
+    if isinstance(dl, LMDataLoader): raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target per row.")
     return learn,dl
 
 def _decided(learn, dl, names, why, rows, xb, folds, seed, n=1000):
@@ -462,7 +462,7 @@ def probe_irreducible(
     seed:int=0, # Of folds and random features
     progress:bool=True, # Show a progress bar?
     verbose:bool=True # Say which features were chosen and what they will cost?
-)->IrreducibleLosses: # One loss a row
+)->IrreducibleLosses: # One loss per row
     "Irreducible losses by ridge regression on `features`, each row's by a fit to the other rows"
     if average_with is not None: average_with.check(learn.dls.train if dl is None else dl)
     start,cpu = time.perf_counter(),time.process_time()

@@ -32,7 +32,7 @@ def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tenso
 # %% ../nbs/31_pruning.ipynb #06f76162
 def row_classes(
     dl # Any loader that `track_rows` takes
-)->Tensor: # `(n,)` long, of the rows that `dl` goes through; None where the targets aren't one class a row
+)->Tensor: # `(n,)` long, of the rows that `dl` goes through; None where the targets aren't one class per row
     "The class of each row, without decoding inputs where the data set can tell it"
     rows,dataset = own_rows(dl),whole_dataset(dl)
     if not isinstance(dataset, Tabular): # one row tells whether reading all is worth while
@@ -77,7 +77,7 @@ def _kept(scores, noise, keep, strategy, offset, n_strata, generator):
 # %% ../nbs/31_pruning.ipynb #548bbff9
 def prune(
     dls:DataLoaders, # Those whose `train` is restricted
-    scores, # `DatasetScores` or any other `ItemTable` of its data set, a file of scores, or one number a row
+    scores, # `DatasetScores` or any other `ItemTable` of its data set, a file of scores, or one number per row
     keep:float=0.5, # Share of the rows to keep, in (0, 1]
     strategy:str='hardest', # 'hardest' (highest scores), 'easiest', 'moderate' (nearest to the median), 'random' or 'stratified'
     offset:float=0., # Share to leave out first: the hardest by score (for 'easiest' the easiest), or, with `il`, those of the highest irreducible loss
@@ -101,7 +101,7 @@ def prune(
     if isinstance(scores, ItemTable): scores = DatasetScores(scores.values, scores.fingerprint, scores.info) # no NaN, which would rank first
     values = (scores if isinstance(scores, ItemTable) else DatasetScores.of(scores, dl)).check(dl).values
     rows,classes = own_rows(dl),row_classes(dl)
-    if per_class and classes is None: raise ValueError("per_class=True needs one class a row, and the targets of this data set aren't: use per_class=False.")
+    if per_class and classes is None: raise ValueError("per_class=True needs one class per row, and the targets of this data set aren't: use per_class=False.")
     noise,values = None if il is None else il_values(il, dl)[rows],values[rows]
     groups = [(classes == c).nonzero().flatten() for c in classes.unique()] if per_class else [torch.arange(len(rows))]
     kept = torch.cat([g[_kept(values[g], None if noise is None else noise[g], keep, strategy, offset, n_strata, generator)] for g in groups]).sort().values

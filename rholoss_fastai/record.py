@@ -240,7 +240,7 @@ def _ledger_line(o, forward, scoring_cost):
 
 # %% ../nbs/10_record.ipynb #0588223d
 class SelectionRecord:
-    "What selection did and cost: a ledger with one line an epoch, and counts for each row of the data set"
+    "What selection did and cost: a ledger with one line per epoch, and counts for each row of the data set"
     def __init__(self):
         self.lines,self.seconds_il,self.figures,self.track,self._percentiles = [],0.,None,{},[]
         self._rows,self._epoch,self._learner = RowCounts(),None,None
@@ -320,12 +320,12 @@ class SelectionRecord:
                           "The model has probably diverged: lower the learning rate, or add TerminateOnNaNCallback().")
 
     @property
-    def percentiles(self)->pd.DataFrame: # A line an epoch, value (loss, il, score) and group of items (selected, rejected)
+    def percentiles(self)->pd.DataFrame: # A line per epoch, value (loss, il, score) and group of items (selected, rejected)
         "How loss, irreducible loss and score were distributed among the selected and the rejected, by epoch"
         return pd.DataFrame(self._percentiles, columns=['epoch', 'value', 'items', *[f'p{p}' for p in PERCENTILES]])
 
     @property
-    def ledger(self)->pd.DataFrame: # A line an epoch
+    def ledger(self)->pd.DataFrame: # A line per epoch
         "What each epoch loaded, scored and trained on, and the seconds it took; the epoch under way, or cut short, comes last"
         under_way = self._epoch is not None and self._epoch.counts['loaded']
         lines = [*self.lines, self._line(*self._read(self._last))] if under_way else self.lines

@@ -70,12 +70,12 @@ class ClassIL(ILSource):
     ):
         self.values_by_class = as_tensor(table).float()
         if self.values_by_class.ndim != 2 or not self.values_by_class.isfinite().all():
-            raise ValueError(f"Irreducible losses by class of shape {tuple(self.values_by_class.shape)}: expected finite numbers (n, C), one line a row.")
+            raise ValueError(f"Irreducible losses by class of shape {tuple(self.values_by_class.shape)}: expected finite numbers (n, C), one line per row.")
 
     def check(self, learn):
         if self.values_by_class is None: raise ValueError("Irreducible losses are not exported with a Learner: give them again to learn.reducr(...).")
         n,own = dataset_size(learn.dls.train),len(self.values_by_class)
-        if own != n: raise ValueError(f"Irreducible losses by class for {own} rows, but the training set has {n}: give one line a row, in its order.")
+        if own != n: raise ValueError(f"Irreducible losses by class for {own} rows, but the training set has {n}: give one line per row, in its order.")
 
     def begin(self, learn, device):
         self.check(learn)

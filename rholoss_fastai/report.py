@@ -35,7 +35,7 @@ class SelectionReport:
         self.table = ledger.assign(at_hand=at_hand, seconds_loading=loading)[columns]
         # with one forward for both, every candidate took part in the step
         in_step = ledger.trained.where(ledger.forward != 'reuse', ledger.loaded)
-        a_step = (ledger.seconds_training/in_step.where(in_step > 0)).fillna(0) # seconds an item
+        a_step = (ledger.seconds_training/in_step.where(in_step > 0)).fillna(0) # seconds per item
         a_load = (loading/ledger.loaded.where(ledger.loaded > 0)).fillna(0)
         self.seconds,self.seconds_scoring,self.seconds_il = ledger.seconds.sum(),ledger.seconds_scoring.sum(),ledger.seconds_il.sum()
         self.seconds_all = (a_step*at_hand + a_load*at_hand).sum() # of training on everything at hand
@@ -79,7 +79,6 @@ def _share_of(ledger, column):
     return (lines[column]*lines.loaded).sum()/lines.loaded.sum() if len(lines) else None
 
 def _seconds(n): return f'{n:.1f} s'
-def _runs(n): return 'the first run' if n == 1 else f'{n} runs'
 
 # %% ../nbs/51_report.ipynb #ec07ce3c
 def _bought(report):
@@ -108,7 +107,7 @@ def _il_bill(report):
     "What the irreducible losses cost, and how good they are"
     cost = f"The irreducible losses cost {_seconds(report.seconds_il)}"
     if report.il: cost += f" ({report.il})"
-    if report.saved > 0: return f"{cost}: the clock is ahead from {_runs(report.break_even)} that share them."
+    if report.saved > 0: return f"{cost}, which {'one run brings' if report.break_even == 1 else f'{report.break_even} runs that share them bring'} back."
     return f"{cost} on top, which no number of runs brings back."
 
 def _sentences(report):

@@ -44,7 +44,7 @@ class Reducible(EpochRule):
     "Leaves out the rows of highest irreducible loss, and of the others chooses those that can be learnt and aren't yet"
     bills = 'il'
     def __init__(self,
-        il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number a row
+        il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number per row
         drop:float=0., # Share of the rows left out: those of highest irreducible loss, of no class more than half
         keep:float=0.6, # Share of the others that are chosen by score
         explore:float=0.1, # Share of the others that are drawn at random besides
@@ -139,7 +139,7 @@ class RhoEpochs(Reducible):
     short = 8 # a fine-tune of fewer epochs leaves out and does not choose
     long = 4 # a fit from scratch of so many epochs refreshes the irreducible losses
     def __init__(self,
-        il='auto', # Irreducible losses: 'auto', by `probe_predictions`; or `IrreducibleLosses`, a file of them, or one number a row
+        il='auto', # Irreducible losses: 'auto', by `probe_predictions`; or `IrreducibleLosses`, a file of them, or one number per row
         drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
         keep:float=0.6, explore:float=0.1,
         by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
@@ -220,7 +220,7 @@ class RhoEpochs(Reducible):
 # %% ../nbs/33_rho_epochs.ipynb #98c3410a
 @patch
 def rho_epochs(self:Learner,
-    il='auto', # Irreducible losses: 'auto', by a probe when the fit begins; or `IrreducibleLosses`, a file of them, or one number a row
+    il='auto', # Irreducible losses: 'auto', by a probe when the fit begins; or `IrreducibleLosses`, a file of them, or one number per row
     drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
     keep:float=0.6, # Share of the others that are chosen by `p_IL (1 - p_last)`
     explore:float=0.1, # Share of the others that are drawn at random besides

@@ -39,7 +39,7 @@ from .scoring import autocast, learner_precision, scoring_mode
 def map_rows(
     learn:Learner, # Its model is asked, in eval mode and in its own precision, and keeps no trace of it
     dl, # `DataLoader` that `track_rows` takes: of the data set, un-augmented whatever its transforms
-    func, # Function of `(model, xb, yb, rows)` that returns one value an item, `(bs, ...)`
+    func, # Function of `(model, xb, yb, rows)` that returns one value per item, `(bs, ...)`
     rows:Tensor=None, # Ascending row numbers to go through; None for all that `dl` goes through
     step=noop, # Called after each batch
     augment:bool=False # With the transforms of training?

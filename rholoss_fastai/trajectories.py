@@ -175,7 +175,7 @@ class LossHistory(FitCallback):
         n:int=20, # Rows
         reading:str='aum', # By the lowest of this
         dl=None # Training `DataLoader`; default the Learner's
-    )->pd.DataFrame: # A line a row, the most suspect first
+    )->pd.DataFrame: # A line per row, the most suspect first
         "Rows whose labels are likely to be wrong"
         dl,values = self.learn.dls.train if dl is None else dl,self.read(reading)
         rows = values.nan_to_num(torch.inf).argsort()[:n]

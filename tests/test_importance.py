@@ -485,7 +485,7 @@ def test_forgetting_with_several_targets():
     def loss(pred, a, b): return F.cross_entropy(pred, a) + F.cross_entropy(pred, b)
     learn = learner(Two(30), cnn(), loss)
     learn.dls.train.n_inp = learn.dls.valid.n_inp = learn.dls.n_inp = 1
-    with pytest.raises(ValueError, match='one class an item.*correct=function of pred and the targets'): fit(learn, 1, cbs=ForgettingTracker())
+    with pytest.raises(ValueError, match='one class per item.*correct=function of pred and the targets'): fit(learn, 1, cbs=ForgettingTracker())
     for online in (True, False):
         tracker = ForgettingTracker(online=online, correct=lambda pred, a, b: (pred.argmax(1) == a) & (a == b))
         fit(learn, 1, cbs=tracker)

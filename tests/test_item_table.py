@@ -1,4 +1,4 @@
-"The fingerprint of a data set, and tables of one value a row"
+"The fingerprint of a data set, and tables of one value per row"
 import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 

@@ -75,7 +75,7 @@ def test_bad_batches():
         with pytest.raises(ValueError, match='without any tensor'): batch_size(empty)
     assert subset_batch((torch.zeros(1,2), ['a']), tensor([0]))[1] == ['a']
 
-# one tensor an item
+# one tensor per item
 
 @pytest.mark.parametrize('n', [2, 3, 8])
 def test_lists_of_one_tensor_an_item(n):

@@ -298,7 +298,7 @@ def test_targets_of_other_kinds(make):
 @pytest.mark.parametrize('targ', [None, (torch.zeros(4), torch.zeros(4)), torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)],
                          ids=['none', 'two', 'soft', 'more'])
 def test_what_is_no_class_is_refused(targ):
-    with pytest.raises(ValueError, match=r'one class an item as the target, shape \(4,\); got'): PerClass()(torch.rand(4), targ=targ)
+    with pytest.raises(ValueError, match=r'one class per item as the target, shape \(4,\); got'): PerClass()(torch.rand(4), targ=targ)
 
 
 # ThenUniform
