@@ -67,8 +67,9 @@ def _plot_selected(ax, ledger):
     ax.set(title='rows that the rule chose' if rule else 'items trained on', ylabel=f"share of the {'rows' if rule else 'candidates'}", ylim=(0, 1.05))
 
 def _plot_held(ax, ledger):
+    same = np.allclose(ledger.score_share, ledger.loss_share, atol=1e-3) # the loss is the score
     for name,colour in dict(score='C0', loss='C1').items():
-        if _says(ledger[f'{name}_share']): ax.plot(ledger.epoch, ledger[f'{name}_share'], marker='o', color=colour, label=name)
+        if _says(ledger[f'{name}_share']) and not (same and name == 'score'): ax.plot(ledger.epoch, ledger[f'{name}_share'], marker='o', color=colour, label=name)
     ax.plot(ledger.epoch, ledger.selected, ls=':', color='0.4', label='by chance')
     ax.set(title='what the selected hold', ylabel='share of the candidates', ylim=(min(0, ax.get_ylim()[0]), 1.05))
     name_lines(ax)
