@@ -162,12 +162,43 @@ def test_pictures(tmp_path, monkeypatch):
     learn = fitted('images', tmp_path)
     titles = lambda: [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
     top = learn.selection.top(5)
-    assert titles() == top.label.tolist()
+    assert [o.split(' → ')[0].split('\n')[0] for o in titles()] == top.label.tolist()
+    for title,line in zip(titles(), top.itertuples()):
+        assert title.endswith(f'\n{line.selected} of {line.seen}') and (f'→ {line.predicted}\n' in title) == (line.predicted != line.label)
     plt.close('all')
     learn.selection.top(5, show=False)
     assert not plt.get_fignums()
     fitted('plain', tmp_path).selection.top(5)
     assert not plt.get_fignums()
+
+
+def ledger_of(**columns):
+    "A record of three epochs, in which a half of 8 candidates was selected, and these held three quarters of the loss"
+    line = dict(epoch=0, loaded=8, scored=8, trained=4, selected=0.5, loss_share=0.75, score_share=0.75, top20_share=0.2, correct=0.1, forward='twice', step_cost=1.7,
+                seconds=3., seconds_scoring=1., seconds_training=1., seconds_il=0.)
+    record = SelectionRecord()
+    record.lines = [dict(line, epoch=i, **{name: values[i] for name,values in columns.items()}) for i in range(3)]
+    return record
+
+@pytest.mark.parametrize('columns,titles', [
+    ({}, ['what the selected hold', 'where the time goes']),
+    (dict(trained=[8, 4, 2], selected=[1., 0.5, 0.25], loss_share=[1., 0.8, 0.6]), ['items trained on', 'what the selected hold', 'where the time goes']),
+    (dict(loaded=[8, 4, 4], trained=[8, 4, 4], scored=[0, 0, 0], selected=[1., 0.5, 0.5], loss_share=[1.]*3, score_share=[1.]*3),
+     ['rows that the rule chose', 'where the time goes']),
+    (dict(loss_share=[np.nan]*3, score_share=[np.nan]*3), ['where the time goes'])], ids=['constant', 'varies', 'rule', 'not looked at'])
+def test_plot_draws_what_says_something(columns, titles):
+    axs = ledger_of(**columns).plot()
+    assert [ax.get_title() for ax in axs] == titles
+    plt.close('all')
+
+def test_plot_has_chance_beside_the_loss_and_the_bill_apart():
+    held,seconds = ledger_of(seconds_il=[7., 0., 1.]).plot()
+    lines = {line.get_label(): line.get_ydata().tolist() for line in held.lines}
+    assert lines == {'loss': [0.75]*3, 'by chance': [0.5]*3} and {o.get_text() for o in held.texts} == {'loss', 'by chance'}
+    heights = np.array([[bar.get_height() for bar in bars] for bars in seconds.containers])
+    assert heights.sum(0).tolist() == [3., 3., 3.] and '8.0 s' in seconds.get_legend().get_title().get_text()
+    with pytest.raises(ValueError, match='2 pictures to draw, and axs has 3'): ledger_of().plot(axs=[None]*3)
+    plt.close('all')
 
 
 def test_irreducible_losses_of_every_kind(tmp_path):
