@@ -10,12 +10,13 @@ from rholoss_fastai.interpret import name_lines  # noqa: F401  used by the pages
 RESULTS = 'https://github.com/rholoss-fastai/rholoss_fastai/tree/main/benchmarks/results'
 
 def measured(
-    pattern:str # Name of files in `benchmarks/results`; may hold wildcards
+    *patterns:str # Names of files in `benchmarks/results`; may hold wildcards
 )->list: # What each of them holds; empty where there are none
-    "Results of the benchmarks; outside a clone of the repository a sentence that says where they are"
+    "Results of the benchmarks; where there are none, a sentence that says where to look"
     folder = next((o/'benchmarks'/'results' for o in [Path.cwd(), *Path.cwd().parents] if (o/'benchmarks'/'results').is_dir()), None)
-    files = sorted(folder.glob(pattern)) if folder else []
-    if not files: print(f'{pattern} is not here. What was measured is kept in {RESULTS}')
+    if folder is None: print(f'What was measured is kept with the source: {RESULTS}')
+    files = sorted(o for pattern in patterns for o in folder.glob(pattern)) if folder else []
+    if folder and not files: print(f"Not measured yet: benchmarks/results holds no {' or '.join(patterns)}.")
     return [json.loads(o.read_text(encoding='utf-8')) for o in files]
 
 def markdown_table(
@@ -29,13 +30,17 @@ def markdown_table(
 
 def comparison_rows(
     result:Comparison
-)->list: # A dict per method, of text
+)->list: # A dict per method, of text; the best first
     "A comparison as a reader wants it: what came of it, against plain training, at what cost"
-    table,plain,res = result.table,result.table.loc['plain'],[]
-    for method,row in table.iterrows():
-        against = '–' if method == 'plain' else f'{100*row.difference:+.1f} ({100*row.low:+.1f} to {100*row.high:+.1f})'
-        line = {'method': f'`{method}`', 'seeds': int(row.seeds), result.metric: f'{row[result.metric]:.1%}', 'points over plain (95 % interval)': against,
-                'seconds, plain = 1': f'{row.seconds/plain.seconds:.2f}'}
+    table,metric,res = result.table,result.metric,[]
+    share = table[metric].between(0, 1).all() and result.greater # accuracy and the like are spoken of in per cent and points
+    def number(o, form='.3g'): return f'{o:.1%}' if share else format(o, form)
+    def difference(o): return f'{100*o:+.1f}' if share else f'{o:+.3g}'
+    for method,row in table.sort_values(metric, ascending=not result.greater).iterrows():
+        interval = '' if np.isnan(row.low) else f' ({difference(row.low)} to {difference(row.high)})'
+        line = {'method': f'`{method}`', 'seeds': int(row.seeds), metric: number(row[metric]),
+                f"{'points' if share else 'difference'} to plain (95 % interval)": '–' if method == 'plain' else difference(row.difference) + interval,
+                'cost, plain epochs': f'{row.cost:.2f}', 'seconds': f'{row.seconds:.0f}'}
         if not np.isnan(row.wrong_labels): line['wrong labels trained on'] = f'{row.wrong_labels:.0%}'
         res.append(line)
     return res
