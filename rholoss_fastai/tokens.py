@@ -84,7 +84,7 @@ class ElementTable(TableIL):
         if self.given is None: raise ValueError("A table of element losses isn't exported with a Learner: give it again, il=table.")
         track_rows(learn.dls.train, way_out='Way out: a reference model, which needs no rows: pass a module or a Learner as il=.') # raises where rows can't be known
         n = dataset_size(learn.dls.train)
-        if len(self.lengths) != n: raise ValueError(f"The table has element losses of {len(self.lengths)} rows, but the training set has {n}: give one line a row, in its order.")
+        if len(self.lengths) != n: raise ValueError(f"The table has element losses of {len(self.lengths)} rows, but the training set has {n}: give one line per row, in its order.")
 
     def begin(self, learn, device):
         self.check(learn)

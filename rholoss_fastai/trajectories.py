@@ -210,7 +210,7 @@ class ByHistory(EpochRule):
     ):
         self.history,self.reading,self.rule = history,reading,InfoBatch(weighted=False) if rule is None else rule
         if self.rule.last != 1:
-            raise ValueError(f"A reading is one number a row, and {self.rule!r} goes by {self.rule.last}: use a rule that goes by the last loss alone, such as InfoBatch or SeTa.")
+            raise ValueError(f"A reading is one number per row, and {self.rule!r} goes by {self.rule.last}: use a rule that goes by the last loss alone, such as InfoBatch or SeTa.")
         self.weighs = self.rule.weighs
 
     def check(self, learn):
