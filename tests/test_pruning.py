@@ -153,7 +153,7 @@ def test_per_class_and_vanishing_classes():
     prune(dls, scores, 0.6)
     regression = dataloaders(list(zip(rows.images, rows.targets.float())))
     assert len(kept(regression, scores, 0.1)) == 20
-    with pytest.raises(ValueError, match='needs one class a row'): prune(regression, scores, per_class=True)
+    with pytest.raises(ValueError, match='needs one class per row'): prune(regression, scores, per_class=True)
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
