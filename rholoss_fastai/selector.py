@@ -150,7 +150,11 @@ class BatchSelector(AnySelector):
             if self.needs_rows: raise
             if enlarged: raise ValueError(f"This DataLoader's batches can't be enlarged: pass enlarge=False to select within them. ({e})") from e
         if fit.loader is not None: self.learn.dl = fit.loader
-        if len(self.learn.dl) == 0:
+        try: n_batches = len(self.learn.dl)
+        except TypeError as e:
+            raise ValueError("It isn't known how many batches an epoch has, which fastai's schedules go by: give the data set a length (`__len__`), that of an "
+                             "epoch.") from e
+        if n_batches == 0:
             raise ValueError("An epoch has no batches: the training set is smaller than a batch and drop_last is on. "
                              "Use a smaller batch size, or drop_last=False.")
 

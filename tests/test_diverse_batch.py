@@ -187,6 +187,14 @@ class Seen(Callback):
     def before_batch(self):
         if self.training: self.batches.append(self.xb[0])
 
+@pytest.mark.parametrize('kind', [DataLoader, TorchDataLoader])
+def test_a_stream_without_an_end(kind):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True: yield torch.zeros(5), torch.tensor(0)
+    dls = DataLoaders(kind(Endless(), 12), kind(Endless(), 12))
+    with pytest.raises(ValueError, match='give the data set a length'): fit(Learner(dls, Net(), loss_func=CrossEntropyLossFlat()).select(pick='divbs'), 1)
+
 def by_the_rule(R, f, size):
     rule = ByTheRule(outer_products(R, f))
     for _ in range(size): rule.take(rule.shares().argmax().item())
