@@ -24,7 +24,7 @@ from .epoch_rules import EPOCH_RULES, EpochRule
 from .il_source import il_source
 from .irreducible import IrreducibleLosses
 from .label_noise import share_of_wrong_labels
-from .probe import ProbePredictions, probe_irreducible, probe_predictions
+from .probe import ProbePredictions, probe_cost, probe_irreducible, probe_predictions
 from .rows import own_rows, reader
 
 # %% ../nbs/33_rho_epochs.ipynb #25ccae3f
@@ -147,12 +147,14 @@ class RhoEpochs(Reducible):
         gate:bool=True, # Train plainly where fewer than `threshold` of the labels look wrong?
         threshold:float=0.05, # By the estimate, which is too high rather than too low
         features='auto', # Of `probe_predictions`
-        look:int=4000 # Rows for the first estimate, at most
+        look:int=4000, # Rows for the first estimate, at most
+        il_budget:float=0.2 # Train plainly where irreducible losses would cost a larger share of the fit to come, by counts
     ):
         super().__init__(None if isinstance(il, str) and il == 'auto' else il, 0. if drop is None else drop, keep, explore, True if by_memory is None else by_memory)
         self.asked = dict(drop=drop, by_memory=by_memory, refresh=refresh)
         self.gate,self.threshold,self.features,self.look = gate,check_number('threshold', threshold, schedule=False),features,look
-        self.plain,self.wrong,self.table,self._source,self._refreshed = False,None,None,None,False
+        self.il_budget = check_number('il_budget', il_budget, high=float('inf'), open_low=True, schedule=False)
+        self.plain,self.wrong,self.table,self.share,self._source,self._refreshed = False,None,None,None,None,False
 
     def check(self, learn): pass
 
@@ -170,8 +172,10 @@ class RhoEpochs(Reducible):
 
     def _judge(self, learn, dl):
         "How many labels are wrong, and is that enough?"
-        self.seconds,self.wrong,self.plain,self._to_book = 0.,None,False,0.
+        self.seconds,self.wrong,self._to_book = 0.,None,0.
         n,began = len(own_rows(dl)),time.perf_counter()
+        self.plain = self._dear(learn, dl)
+        if self.plain: self.drop = 0.; return
         if self.gate or (self.il is not None and self.asked['drop'] is None):
             # a forward costs a third of a step: no more than a fiftieth of the fit
             n_look = max(500, min(self.look, int(3*learn.n_epoch*n/50)))
@@ -187,6 +191,13 @@ class RhoEpochs(Reducible):
             self.drop = max(0., self.wrong - 0.03) if self.asked['drop'] is None else self.asked['drop']
             self.set_scale(learn)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
+
+    def _dear(self, learn, dl):
+        "Would they cost more of this fit than they may?"
+        if self.il is not None: return False
+        cost = probe_cost(learn, dl, self.features)
+        self.share = cost.steps/(learn.n_epoch*len(dl)) if cost is not None and cost.steps else None
+        return self.share is not None and self.share > self.il_budget
 
     def __getstate__(self): return dict(self.__dict__, _source=None, table=None) # an export leaves the irreducible losses out
 
@@ -212,6 +223,9 @@ class RhoEpochs(Reducible):
         if not self.plain: return super().__call__(remembered, epoch, generator)
 
     def says(self, epoch):
+        if self.plain and self.wrong is None:
+            return (f"irreducible losses would cost {self.share:.0%} of this fit, more than il_budget={self.il_budget:.0%}: trains plainly, as without it. Train for "
+                    "longer, pass a larger il_budget, or il=, some that are made already")
         looks = f"about {self.wrong:.0%} of the labels look wrong" if self.wrong is not None else 'the labels were not looked at'
         if self.plain: return (f"{looks}, fewer than {self.threshold:.0%}: trains plainly, as without it (gate=False selects all the same)")
         refresh = ', anew once at a quarter of the fit' if self.will_refresh else ''
@@ -229,7 +243,7 @@ def rho_epochs(self:Learner,
     refresh:bool=None, # Irreducible losses anew from the model's own features, at a quarter of the fit? None: in a fit from scratch of 4 epochs or more
     gate:bool=True, # Train plainly where hardly any label looks wrong?
     seed:int=0, # Of what is drawn at random
-    **kwargs # `threshold` of the gate, `features` of the probe, `look`, the rows for the first estimate
+    **kwargs # `threshold` of the gate, `features` of the probe, `look`, the rows for the first estimate, `il_budget`, the share of the fit that the probe may cost
 )->Learner: # The Learner
     "Train on the rows that can be learnt and aren't yet; `learn.no_pruning()` undoes it"
     rule = RhoEpochs(il, drop, keep, explore, by_memory, refresh, gate, **kwargs)

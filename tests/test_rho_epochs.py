@@ -195,3 +195,26 @@ def test_remembering_costs_no_pass():
     fit(learn, 3, cbs=expect)
     assert torch.allclose(learn.epoch_pruner.remembered, expect.seen, atol=1e-6, equal_nan=True)
     assert sum(o == BS for o in calls) == 3*13 and isinstance(learn.epoch_pruner.rule.table, IrreducibleLosses)
+
+
+def test_irreducible_losses_that_are_too_dear_for_the_fit():
+    "The README's promise: never worse for somebody who has read nothing; a fit that is too short trains plainly, and a longer one does not"
+    learn = noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False)
+    line = said(learn, 1)
+    assert 'of this fit, more than il_budget=0%: trains plainly' in line and 'il=' in line
+    assert learn.selection.total('scored') == 0 and learn.selection.seconds_il < 1 and learn.epoch_pruner.rule.table is None
+    assert 'leaves out' in said(noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False, il=torch.rand(N), drop=0.1), 1) # at hand
+    rule = learn.epoch_pruner.rule
+    rule.il_budget = rule.share*0.6 # dear for one epoch, not for two
+    assert 'trains plainly' in said(learn, 1)
+    assert 'leaves out' in said(learn, 2)
+    with pytest.raises(ValueError, match='il_budget'): noisy_learner().rho_epochs(il_budget=0)
+
+
+def test_too_dear_is_plain_training_bit_for_bit():
+    def weights(method):
+        torch.manual_seed(0)
+        learn = method(noisy_learner())
+        fit(learn, 2)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    assert torch.equal(weights(lambda o: o.rho_epochs(features=features, il_budget=1e-4)), weights(lambda o: o))
