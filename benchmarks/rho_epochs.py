@@ -109,7 +109,8 @@ def one_run(dls, test, setting, noisy, budget, seed, method, options):
     set_seed(seed)
     model = (small_cnn(size=dls.train.dataset.images.shape[-1]) if setting.startswith('scratch') else pretrained_body()).to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    if method == 'rho_epochs': learn.rho_epochs(seed=seed, **options)
+    # `Budget` takes off what was measured; a fine-tune takes off what is counted, as everybody's does
+    if method == 'rho_epochs': learn.rho_epochs(seed=seed, **(dict(epoch='steps') if setting.startswith('scratch') else {}), **options)
     steps = Budget(budget) if setting.startswith('scratch') else NoValidation()
     n_epoch = math.ceil(budget/len(dls.train)) if setting.startswith('scratch') else budget
     counter = steps if setting.startswith('scratch') else Budget(0)

@@ -130,13 +130,13 @@ class EpochPruner(FitCallback):
 
     def __init__(self,
         rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`
-        epoch:str='rows', # An epoch is one pass over the chosen 'rows', or as many 'steps' as one of plain training, over rows chosen anew as often as they are used up
+        epoch:str='rows', # One pass over the chosen 'rows'; as many 'steps' as plain training's, over rows chosen anew as often as they are used up; or as many as have its 'cost'
         refresh:int=None, # At least every so many epochs, one on everything; None: as the rule says
         seed:int=0, # Of its own random generator
         called:str='prune_epochs' # What it is called in messages
     ):
         if refresh is not None: check_count('refresh', refresh, 2)
-        self.rule,self.per_epoch,self.refresh,self.called = find_rule(rule),check_choice('epoch', epoch, ('rows', 'steps')),refresh,called
+        self.rule,self.per_epoch,self.refresh,self.called = find_rule(rule),check_choice('epoch', epoch, ('rows', 'steps', 'cost')),refresh,called
         self.score,self.random = find_score(self.rule.score),random.Random(check_count('seed', seed, 0))
         self.inputs = score_inputs(self.score)
         if 'log_probs' in self.inputs:
@@ -175,8 +175,14 @@ class EpochPruner(FitCallback):
 
     def say(self, text, n_steps):
         "One line where the fit's table is to come"
-        steps = f'{n_steps} steps per epoch, as in plain training' if self.per_epoch == 'steps' else f'at most {n_steps} steps per epoch'
+        n = self.n_steps(n_steps)
+        steps = (f'at most {n_steps} steps per epoch' if self.per_epoch == 'rows' else f'{n} steps per epoch, as in plain training' if n == n_steps else
+                 f'{n} steps per epoch, {n_steps - n} fewer than in plain training, which is what they cost')
         if text and not rank_distrib(): self.learn.logger(f'{self.called}: {text}; {steps}')
+
+    def n_steps(self, plain):
+        "Of an epoch that isn't one pass, of `plain` in plain training"
+        return max(1, round(plain*(1 - self.rule.own_cost))) if self.per_epoch == 'cost' else plain
 
     def epoch_info(self, dl):
         "What the rule may know now"
@@ -190,7 +196,7 @@ class EpochPruner(FitCallback):
         if self.per_epoch == 'rows': self.learn.dl = self.next_round()
         elif self._fit.rounds is None:
             whole = track_rows(self.learn.dls.train)
-            self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, len(whole))
+            self.learn.dl = self._fit.rounds = Rounds(whole, self.next_round, self.n_steps(len(whole)))
         else: self.learn.dl = self._fit.rounds
         self._fit.loader = self.learn.dl
 
@@ -229,7 +235,7 @@ class EpochPruner(FitCallback):
         rows,weights = torch.as_tensor(rows).long(),None if weights is None else torch.as_tensor(weights).float()
         self._check_choice(rows, weights)
         n = epoch.fits(max(len(rows), (epoch.bs or 1)*epoch.n_processes))
-        if self.per_epoch == 'steps': n -= n % ((epoch.bs or 1)*epoch.n_processes) # whole batches, as many steps as plain training
+        if self.per_epoch != 'rows': n -= n % ((epoch.bs or 1)*epoch.n_processes) # whole batches, as many steps as plain training
         if n < len(rows): 
             kept = torch.randperm(len(rows), generator=generator)[:n].sort().values
             rows,weights = rows[kept],None if weights is None else weights[kept]
@@ -311,7 +317,7 @@ def add_pruner(learn, pruner):
 def prune_epochs(self:Learner,
     rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`; a number is InfoBatch's `ratio`
     *args, # Settings of the rule, in its order
-    epoch:str='rows', # An epoch is one pass over the chosen 'rows', or as many 'steps' as one of plain training
+    epoch:str='rows', # An epoch is one pass over the chosen 'rows', as many 'steps' as one of plain training, or as many as have the same 'cost'
     refresh:int=None, # At least every so many epochs, one on everything; None: as the rule says
     seed:int=0, # Of what is drawn at random
     **kwargs # Settings of the rule by name, such as `ratio`, `delta`, `score` and `il` of 'infobatch', `keep` of 'random'

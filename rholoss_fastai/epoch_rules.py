@@ -60,6 +60,7 @@ class EpochRule:
     weighs = False # does it weigh the rows that it chooses?
     il = None # irreducible losses, for a score that needs them
     bills = 'scoring' # as what `prepare` is billed: 'scoring' or 'il'
+    own_cost = 0. # what its own work costs in a fit, by counts, as a share of the steps of plain training; known after `begin`
 
     def __call__(self,
         remembered:Tensor, # `(n, last)` scores of `epoch.rows` when they were last trained on, the newest first; NaN where unknown

@@ -161,20 +161,23 @@ class RhoEpochs(Reducible):
     def begin(self, learn, dl):
         "Look at the labels, make the irreducible losses where they are worth it, and choose the settings for a fit of this length"
         if self._source is None or self._source() is not reader(dl): self._judge(learn, dl)
-        self._refreshed = False
+        self._refreshed,self.own_cost = False,0.
         if self.plain: return
         fine_tune = self.table.info.get('features') == 'body' or bool(vars(learn).get('pretrained'))
         asked = self.asked
         self.by_memory = not fine_tune or learn.n_epoch >= self.short if asked['by_memory'] is None else asked['by_memory']
         self.will_refresh = self.by_memory and not fine_tune and learn.n_epoch >= self.long if asked['refresh'] is None else asked['refresh']
-        booked,self._to_book = self._to_book,0.
+        made = self.share if self._made_now and self.il is None else 0.
+        anew = probe_cost(learn, dl, 'body') if self.will_refresh else None
+        self.own_cost = min(0.9, (made or 0.) + (anew.steps/(learn.n_epoch*len(dl)) if anew is not None and anew.steps else 0.))
+        booked,self._to_book,self._made_now = self._to_book,0.,False
         return booked
 
     def _judge(self, learn, dl):
         "How many labels are wrong, and is that enough?"
         self.seconds,self.wrong,self._to_book = 0.,None,0.
         n,began = len(own_rows(dl)),time.perf_counter()
-        self.plain = self._dear(learn, dl)
+        self.plain,self._made_now,self.own_cost = self._dear(learn, dl),True,0.
         if self.plain: self.drop = 0.; return
         if self.gate or (self.il is not None and self.asked['drop'] is None):
             # a forward costs a third of a step: no more than a fiftieth of the fit
@@ -238,7 +241,7 @@ def rho_epochs(self:Learner,
     drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
     keep:float=0.6, # Share of the others that are chosen by `p_IL (1 - p_last)`
     explore:float=0.1, # Share of the others that are drawn at random besides
-    epoch:str='steps', # An epoch has as many 'steps' as one of plain training, over rows chosen anew as often as they are used up, or is one pass over the chosen 'rows'
+    epoch:str='cost', # As many steps as have the 'cost' of a plain epoch, irreducible losses included; as many 'steps' as it; or one pass over the chosen 'rows'
     by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
     refresh:bool=None, # Irreducible losses anew from the model's own features, at a quarter of the fit? None: in a fit from scratch of 4 epochs or more
     gate:bool=True, # Train plainly where hardly any label looks wrong?

@@ -218,3 +218,26 @@ def test_too_dear_is_plain_training_bit_for_bit():
         fit(learn, 2)
         return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     assert torch.equal(weights(lambda o: o.rho_epochs(features=features, il_budget=1e-4)), weights(lambda o: o))
+
+
+def test_an_epoch_of_the_same_cost_is_shorter_by_what_the_probe_takes():
+    "Images whose probe costs a known share of the fit, by counts: that many steps fewer, and where they are at hand none"
+    from rholoss_fastai.probe import probe_cost
+    learn = noisy_learner().rho_epochs(features=features, gate=False, il_budget=10.)
+    n = len(learn.dls.train)
+    share = probe_cost(noisy_learner(), features=features).steps/(3*n)
+    class Dear(type(learn.epoch_pruner.rule)):
+        def begin(self, learn, dl):
+            res = super().begin(learn, dl)
+            assert self.own_cost == pytest.approx(share)
+            self.own_cost = 0.4
+            return res
+    rule = learn.epoch_pruner.rule
+    rule.__class__ = Dear
+    assert f'{round(0.6*n)} steps per epoch, {n - round(0.6*n)} fewer' in said(learn, 3)
+    steps = []
+    class Count(Callback):
+        def after_step(self): steps.append(1)
+    rule.__class__ = Dear.__mro__[1]
+    fit(learn, 2, cbs=[Count()]) # the first fit has paid
+    assert rule.own_cost == 0 and len(steps) == 2*n
