@@ -183,7 +183,9 @@ class RhoEpochs(Reducible):
             # a forward costs a third of a step: no more than a fiftieth of the fit
             n_look = max(500, min(self.look, int(3*learn.n_epoch*n/50)))
             if n_look >= n/3: n_look = n # then all at once
-            if n_look < n or self.il is not None: self.wrong = self._estimate(learn, dl, min(n_look, n))[0]
+            if n_look < n or self.il is not None:
+                self.wrong = self._estimate(learn, dl, min(n_look, n))[0]
+                self.share = self.share and self.share*(1 + n_look/n)
         if not self._clean():
             if self.il is not None: self.table,self._to_book = given_table(self.il, learn, dl)
             else:
