@@ -66,6 +66,10 @@ class Candidates:
         "The figure of that name, if it is known already"
         return self._known.get(name)
 
+    def note(self, **figures):
+        "Keep figures of these names: they are known from now on"
+        self._known.update(figures)
+
     def forward(self, name):
         "The figure of that name, from the predictions of the candidates"
         with ExitStack() as stack:
@@ -96,7 +100,7 @@ class Candidates:
             if right is not None: correct.append(right)
             for see in self._watching: see(pred, yb)
             del pred # before the next part is computed
-        self._known.update({k: torch.cat(v) for k,v in dict(loss=losses, pred=preds, correct=correct).items() if v})
+        self.note(**{k: torch.cat(v) for k,v in dict(loss=losses, pred=preds, correct=correct).items() if v})
 
 def _right(pred, yb):
     "Is each item's class right? None where the target isn't one class per item"

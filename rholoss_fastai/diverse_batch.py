@@ -49,7 +49,7 @@ def _watch_head(c):
     finally:
         for hook in hooks: hook.remove()
     R,f = torch.cat(grads),torch.cat(inputs) if inputs else None
-    c._known['gram'] = R @ R.T if f is None or len(f) != len(R) else (R @ R.T)*(f @ f.T)
+    c.note(gram=R @ R.T if f is None or len(f) != len(R) else (R @ R.T)*(f @ f.T))
 
 @candidate_input(watch=_watch_head)
 def gram(c):

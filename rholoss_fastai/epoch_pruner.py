@@ -127,6 +127,7 @@ def check_alone(learn, rule=None):
 class EpochPruner(FitCallback):
     "Train each epoch on the rows that a rule chooses by what is remembered of them"
     order = TrainEvalCallback.order + 5 # after the mode is set, before GradientAccumulation (6) divides the loss
+    _not_saved = ('memory', 'source', 'il_values', 'rows', 'classes')
 
     def __init__(self,
         rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`
@@ -217,14 +218,14 @@ class EpochPruner(FitCallback):
     def _prepare(self, dl, epoch):
         "Let the rule look at the model, and bill it"
         began,rule = time.perf_counter(),self.rule
-        start = self.record.watch.mark()
+        self.record.watch.start()
         n_scored = rule.prepare(self.learn, self.source, epoch, self.memory)
         if not n_scored: return
         self.memory.turn(is_distributed(dl)) # each process has looked at all of them, perhaps augmented otherwise
         if rule.bills == 'il': self.record.seconds_il += time.perf_counter() - began
         else:
             self.record.batch(0, n_scored, 0)
-            self.record.watch.add('scoring', start, self.record.watch.mark())
+            self.record.watch.stop('scoring')
 
     def choose(self, epoch):
         "Rows and their weights, as the rule wants them, made to fill batches; None for all"
@@ -259,7 +260,7 @@ class EpochPruner(FitCallback):
     def before_batch(self):
         "Count the batch"
         fit = self._fit
-        fit.began = self.record.watch.mark()
+        self.record.watch.start()
         fit.batch_rows = batch_rows(self.learn, fit.device)
         n = len(fit.batch_rows)
         self.record.batch(n, 0, n, fit.batch_rows, fit.batch_rows)
@@ -280,7 +281,7 @@ class EpochPruner(FitCallback):
 
     def after_batch(self):
         "Count the time of the training step"
-        self.record.watch.add('training', self._fit.began, self.record.watch.mark())
+        self.record.watch.stop('training')
 
     def after_train(self):
         "Remember the epoch's scores, those of all processes"
@@ -297,9 +298,6 @@ class EpochPruner(FitCallback):
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
 
-    def __getstate__(self):
-        left = dict(memory=None, source=None, il_values=None, rows=None, classes=None)
-        return dict(super().__getstate__(), **{k: v for k,v in left.items() if k in self.__dict__})
 
 # %% ../nbs/32_epoch_pruner.ipynb #8187a22c
 def add_pruner(learn, pruner):

@@ -76,9 +76,11 @@ class TableIL(ILSource):
         self.on_device,self.of = None,None
         self.by_probe = self.by_probe or getattr(il, 'info', {}).get('model') == 'ridge'
 
-    def check(self, learn): self.table = self._belonging(learn.dls.train)
+    def check(self, learn): self.table = self.belonging(learn.dls.train)
 
-    def _belonging(self, dl):
+    def belonging(self,
+        dl # Loader of a data set
+    )->IrreducibleLosses:
         "The table, once it is known to be of `dl`'s data set"
         if self.table is None:
             raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the method that selects.")
@@ -98,7 +100,7 @@ class TableIL(ILSource):
         return seconds
 
     def __call__(self, c): return self.on_device[c.rows]
-    def values(self, dl, learn=None): return self._belonging(dl).values
+    def values(self, dl, learn=None): return self.belonging(dl).values
     def __setstate__(self, state): self.__dict__.update(state, given=None, table=None, on_device=None, of=None)
     def __repr__(self): return f"{type(self).__name__}({self.table if self.table is not None else ''})"
 
@@ -175,7 +177,7 @@ class MadeIL(TableIL):
 
     def begin(self, learn, device):
         if self.table is None:
-            if self.exported: self._belonging(learn.dls.train)
+            if self.exported: self.belonging(learn.dls.train)
             self.prepare(learn)
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
         return super().begin(learn, device)

@@ -11,7 +11,6 @@ __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossf
 import gc, time
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -57,15 +56,6 @@ class IrreducibleLosses(ItemTable):
         if bad:
             raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows {bad[:5]}: either these "
                              "were never scored, or the model diverged. Score every row, or fit with a lower learning rate.")
-
-    @classmethod
-    def given(cls,
-        il, # `IrreducibleLosses`, a file of them, or one number per row
-        dl # Loader of the data set that they are to be used for
-    ):
-        "What was given as irreducible losses, once it is known to be of `dl`'s data set"
-        if isinstance(il, (str, Path)): il = cls.load(il)
-        return (il if isinstance(il, cls) else cls.of(il, dl)).check(dl)
 
 # %% ../nbs/13_irreducible.ipynb #6837eb0f
 @patch

@@ -369,8 +369,7 @@ class OnePassTuner(FitCallback):
         self._apply()
 
     def __getstate__(self):
-        valid_dl = None if self.valid_dl is None else 'nothing: the one given is not copied or exported with the Learner'
-        return dict(super().__getstate__(), valid_dl=valid_dl)
+        return dict(super().__getstate__(), valid_dl=None if self.valid_dl is None else 'nothing: the one given is not copied or exported with the Learner')
 
 # %% ../nbs/41_one_pass.ipynb #7adbbeee
 def _keep(learn, values):

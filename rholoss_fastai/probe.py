@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import check_choice, check_count, short_name
-from .features import BodyInputs, RandomPatches, is_trained, table_features, text_features
+from .features import FEATURES, feature_reader, input_kind, is_trained
 from .irreducible import IrreducibleLosses, _was_fitted
 from .item_table import fingerprint
 from .loaders import scoring_loader
@@ -33,8 +33,8 @@ from .losses import ItemLosses
 from .nested import batch_size, subset_batch
 from .noise import class_names, row_targets
 from .ridge import FoldRidge, HeldOutRidge, best_penalty, check_features, class_logits, fit_scale, smoothed_shares
-from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
-from .scoring import forward_operations, modules_in_mode, scoring_mode
+from .rows import loader_batch_size, own_rows, preserve_rng
+from .scoring import forward_operations, scoring_mode
 from .side_models import batch_progress, map_rows, shows_progress
 
 # %% ../nbs/14_probe.ipynb #4c9eaa6a
@@ -71,27 +71,11 @@ def _check_targets(targets, loss_func):
     return kind
 
 # %% ../nbs/14_probe.ipynb #9f31cc8b
-def _images(xb): return isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].shape[1] <= 16 and (xb[0].is_floating_point() or xb[0].dtype == torch.uint8)
-def _token_ids(xb):
-    "Token numbers `(bs, length)` of a batch of texts, else None"
-    x = xb[0].get('input_ids') if isinstance(xb[0], Mapping) else xb[0] if len(xb) == 1 else None
-    return x if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else None
-def _columns(xb):
-    "Categories and numbers of a batch of rows of a table, else None"
-    if len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].is_floating_point() and xb[0].ndim == 2 and xb[0].shape[1] <= 4096: return None,xb[0]
-    if len(xb) == 2 and all(isinstance(o, Tensor) and o.ndim == 2 for o in xb) and not xb[0].is_floating_point(): return xb
-    return None
-
-def _input_kind(xb):
-    if _images(xb): return 'patches'
-    if _token_ids(xb) is not None: return 'tfidf'
-    return 'columns' if _columns(xb) else None
-
 def _has_linear(model): return any(isinstance(m, nn.Linear) for m in model.modules())
 
 def _candidates(learn, xb):
     "Names of features for inputs like `xb` that are worth a trial, and why"
-    kind,model = _input_kind(xb),get_model(learn.model)
+    kind,model = input_kind(xb),get_model(learn.model)
     trained,fitted = is_trained(model) and _has_linear(model),_was_fitted(learn)
     small = kind == 'patches' and max(xb[0].shape[2:]) <= 64
     if trained and not fitted: return ['body', 'patches'] if small else ['body'], "the model's body is trained"
@@ -121,66 +105,6 @@ def choose_features(
     "The features that `features='auto'` may stand for, told by the model and by two rows"
     dl = learn.dls.train if dl is None else dl
     return _candidates(learn, _sampled(learn, dl, own_rows(dl).sort().values, 2)[0])
-
-# %% ../nbs/14_probe.ipynb #059fa57c
-def _pad_numbers(dl):
-    "Numbers of the tokens that only fill up"
-    tfms = list(getattr(getattr(dl, 'before_batch', None), 'fs', ()))
-    found = {o.pad_idx for o in tfms if isinstance(getattr(o, 'pad_idx', None), int)}
-    found |= {o.keywords['pad_idx'] for o in tfms if isinstance(o, partial) and 'pad_idx' in o.keywords}
-    return found or {1}
-
-def _tokens(xb, pads):
-    "Token numbers of each text of a batch, without what fills it up"
-    ids = _token_ids(xb)
-    mask = xb[0].get('attention_mask') if isinstance(xb[0], Mapping) else None
-    kept = mask.bool() if mask is not None else ~torch.isin(ids, torch.tensor(sorted(pads), device=ids.device))
-    return [o[k].numpy() for o,k in zip(ids.cpu(), kept.cpu())]
-
-# Each returns a function of `(model, xb, rows)` that says the features of a batch, and what becomes of these once all are there, or None
-
-def _read_body(learn, dl, xb):
-    inputs = BodyInputs(get_model(learn.model))
-    return lambda model, xb, rows: inputs(model, xb), None
-
-def _read_patches(learn, dl, xb):
-    patches = RandomPatches(xb[0], n_filters=min(128, max(16, len(own_rows(dl))//16)))
-    return lambda model, xb, rows: patches(xb[0]), None
-
-def _read_tokens(learn, dl, xb):
-    pads = _pad_numbers(dl)
-    return lambda model, xb, rows: _tokens(xb, pads), text_features
-
-def _read_columns(learn, dl, xb):
-    n_cats = 0 if _columns(xb)[0] is None else xb[0].shape[1]
-    def join(model, xb, rows): return torch.cat([o.float() for o in _columns(xb) if o is not None], 1)
-    return join, lambda x: table_features(x[:,:n_cats] if n_cats else None, x[:,n_cats:])
-
-_by_name = dict(body=(_read_body, lambda xb: True, ''), patches=(_read_patches, _images, 'images (bs, channels, height, width)'),
-                tfidf=(_read_tokens, lambda xb: _token_ids(xb) is not None, 'tokens (bs, length)'),
-                columns=(_read_columns, _columns, 'columns of a table (bs, d)'))
-
-def _read_own(features, dl, device):
-    "The same for features of the user's own"
-    if isinstance(features, nn.Module):
-        features,modules = features.to(device),list(features.modules())
-        def of_module(model, xb, rows):
-            with modules_in_mode(modules, False): return features(*xb).flatten(1).float()
-        return of_module, None
-    if callable(features): return lambda model, xb, rows: features(*xb).flatten(1).float(), None
-    table = torch.as_tensor(np.asarray(features))
-    if table.ndim != 2 or len(table) != dataset_size(dl):
-        raise ValueError(f"features of shape {tuple(table.shape)}: expected one line for each of the {dataset_size(dl)} rows of the data set, (n, d).")
-    return lambda model, xb, rows: table[rows].float(), None
-
-def _reader(features, learn, dl, xb):
-    if not isinstance(features, str): return _read_own(features, dl, next(get_model(learn.model).parameters()).device)
-    make,fits,expected = _by_name[features]
-    if not fits(xb):
-        shapes = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)
-        raise ValueError(f"features={features!r} for inputs of {shapes}: expected {expected}. Pass features='body', or a function of the inputs "
-                         "that returns one line of numbers for each.")
-    return make(learn, dl, xb)
 
 # %% ../nbs/14_probe.ipynb #c625854c
 class _Collected:
@@ -351,7 +275,7 @@ def probe_cost(
             names,_ = _candidates(learn, xb)
             if not names: return None
             features = names[0]
-        return _cost(learn, dl, features, _reader(features, learn, dl, xb)[0], xb, rows, folds)
+        return _cost(learn, dl, features, feature_reader(features, learn, dl, xb)[0], xb, rows, folds)
 
 # %% ../nbs/14_probe.ipynb #1271b7ed
 def _as_learner(learn, dl):
@@ -367,7 +291,7 @@ def _decided(learn, dl, names, why, rows, xb, folds, seed, n=1000):
     "The best of the features `names` on a few rows, and why"
     if len(names) == 1: return names[0],why
     rows,losses = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].sort().values,{}
-    readers = {name: _reader(name, learn, dl, xb)[0] for name in names}
+    readers = {name: feature_reader(name, learn, dl, xb)[0] for name in names}
     def read(model, xb, rows): return torch.cat([o(model, xb, rows) for o in readers.values()], 1)
     dims = [_trial(learn, o, xb, rows)[0].shape[1] for o in readers.values()]
     x,y = _collected(learn, dl, rows, read, None)
@@ -396,12 +320,12 @@ def probe_features(
 )->tuple: # `(m,)` rows, ascending; `(m, d)` features, float32; `(m,)` or `(m, k)` targets
     "What a probe goes by, for an algebra of one's own"
     learn,dl = _as_learner(learn, dl)
-    if isinstance(features, str): check_choice('features', features, ('auto', *_by_name))
+    if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))
     rows = own_rows(dl).sort().values
     with preserve_rng():
         xb,_ = _sampled(learn, dl, rows, seed=seed)
         if isinstance(features, str) and features == 'auto': features,_ = _chosen(learn, dl, rows, xb, None, seed)
-        x,y = _collected(learn, dl, rows, *_reader(features, learn, dl, xb), show=progress and shows_progress(learn))
+        x,y = _collected(learn, dl, rows, *feature_reader(features, learn, dl, xb), show=progress and shows_progress(learn))
     return rows,x.float(),y
 
 def probe_predictions(
@@ -419,7 +343,7 @@ def probe_predictions(
     learn,dl = _as_learner(learn, dl)
     if folds is not None: check_count('folds', folds, 2)
     if n_rows is not None: check_count('n_rows', n_rows, 2)
-    if isinstance(features, str): check_choice('features', features, ('auto', *_by_name))
+    if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))
     marks,rows,names = fingerprint(dl),own_rows(dl).sort().values,class_names(dl)
     if n_rows is not None and n_rows < len(rows):
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]].sort().values
@@ -430,7 +354,7 @@ def probe_predictions(
         target_kind(y, learn.loss_func)
         if isinstance(features, str) and features == 'auto': features,why = _chosen(learn, dl, rows, xb, folds, seed)
         name = features if isinstance(features, str) else short_name(features)
-        read,finish = _reader(features, learn, dl, xb)
+        read,finish = feature_reader(features, learn, dl, xb)
         cost = _cost(learn, dl, features, read, xb, rows, folds)
         if verbose: print(f"Probe by features {name!r}{f' ({why})' if why else ''}: {cost}.")
         x,y = _collected(learn, dl, rows, read, finish, cost.half and finish is None, progress and shows_progress(learn))

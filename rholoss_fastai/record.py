@@ -32,7 +32,7 @@ class Stopwatch:
         device:torch.device # CUDA is timed by events, everything else by the clock
     ):
         self.cuda = torch.device(device).type == 'cuda'
-        self.seconds,self._pending = defaultdict(float),deque()
+        self.seconds,self._pending,self.since = defaultdict(float),deque(),None
 
     def mark(self):
         "A moment: now on the host's clock, or on CUDA when the work queued so far is done"
@@ -51,6 +51,26 @@ class Stopwatch:
         else:
             self._pending.append((name, start, end))
             self._collect(wait=False) # so that the queue stays as short as the device's
+
+    def start(self):
+        "Begin a lap now"
+        self.since = self.mark()
+
+    def lap(self,
+        name:str # What the time since the last lap was spent on
+    ):
+        "Count the time since the last lap, or the start, as `name`"
+        if self.since is None: return
+        now = self.mark()
+        self.add(name, self.since, now)
+        self.since = now
+
+    def stop(self,
+        name:str=None # What the last lap was spent on; None: nothing that counts
+    ):
+        "The last lap"
+        if name: self.lap(name)
+        self.since = None
 
     def _collect(self, wait):
         while self._pending and (wait or self._pending[0][2].query()):

@@ -30,7 +30,7 @@ from .rho_loss import RhoLossCallback
 from .rows import dataset_size, track_rows
 from .scores import find_score, score_inputs
 from .scoring import modules_in_mode
-from .selector import UNITS, AnySelector, selector_parts, selectors, two_selectors
+from .selector import UNITS, AnySelector, check_only_selector, selector_parts
 from .side_models import map_rows
 
 # %% ../nbs/24_tokens.ipynb #2de4ee94
@@ -175,8 +175,7 @@ class TokenSelector(AnySelector):
     def begin_fit(self):
         "Check what can be checked before the first batch"
         learn,fit = self.learn,self._fit
-        for cb in selectors(learn):
-            if cb is not self: raise ValueError(two_selectors(cb, self))
+        check_only_selector(learn, self)
         for cb in learn.cbs:
             if isinstance(cb, MixHandler):
                 raise ValueError(f"{type(cb).__name__} makes one item of two, whose elements have no losses of their own: remove it.")

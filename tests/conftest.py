@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+
+def pytest_configure(config):
+    "`-m 'not slow'` is for between two edits: hypothesis tries fewer examples too (see `helpers.examples`)"
+    if 'not slow' in config.option.markexpr: os.environ['RHOLOSS_QUICK'] = '1'
+    else: os.environ.pop('RHOLOSS_QUICK', None)
+
+def pytest_collection_finish():
+    "What is imported by now stays: the garbage collector needn't look at it again and again"
+    gc.collect()
+    gc.freeze()
 
 def pytest_collection_modifyitems(items):
     "Long tests first, so that no process is left with one at the end; skip what needs CUDA where there is none"

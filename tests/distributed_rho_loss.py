@@ -1,4 +1,4 @@
-"""One process of the distributed test: run by torchrun, two of these; see test_distributed.py."""
+"""One process of the distributed test; see test_distributed.py, which runs two."""
 import sys
 from pathlib import Path
 

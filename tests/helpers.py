@@ -1,4 +1,9 @@
 """A toy task that trains in milliseconds, Learners on it, and what tests of every method share."""
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -9,9 +14,53 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from hypothesis import settings
 from torch import nn
 
 N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 24, 6, 3
+
+
+def examples(n, **kwargs):
+    "So many examples of hypothesis; an eighth, but five at least, where slow tests are left out"
+    if os.environ.get('RHOLOSS_QUICK'): n = min(n, max(5, n//8))
+    return settings(max_examples=n, deadline=None, **kwargs)
+
+
+# Processes of their own: forked from one that has imported all that takes seconds, and has done nothing else
+
+_processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
+if hasattr(_processes, 'set_forkserver_preload'):
+    _processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai.distributed', 'nbdev.test', 'rholoss_fastai.all'])
+
+def _run(code, args, env, out):
+    os.environ.update(env)
+    log = os.open(out, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2): os.dup2(log, stream)
+    sys.argv = [str(o) for o in args]
+    if os.path.exists(code): runpy.run_path(code, run_name='__main__')
+    else: exec(compile(code, '<code>', 'exec'), {'__name__': '__main__'})
+
+def run_in_process(code, *args, out, timeout=600, env=({},)):
+    "Run code, or a file, in a process of its own for each of `env`; what they printed, if all end well"
+    logs = [f'{out}{i}.log' for i in range(len(env))]
+    runs = [_processes.Process(target=_run, args=(str(code), [code, *args], o, log)) for o, log in zip(env, logs)]
+    for run in runs: run.start()
+    try:
+        for run in runs: run.join(timeout)
+    finally:
+        for run in runs: run.kill()
+    said = [open(log, errors='replace').read() if os.path.exists(log) else '' for log in logs]
+    assert all(run.exitcode == 0 for run in runs), '\n'.join(o[-8000:] for o in said)
+    return said
+
+def two_processes(code, *args, out):
+    "Run code, or a file, in two processes of a distributed run, on the CPU"
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1',
+                  CUDA_VISIBLE_DEVICES='')
+    return run_in_process(code, *args, out=out, env=[dict(shared, RANK=o, LOCAL_RANK=o) for o in '01'])
 
 
 class Toy:

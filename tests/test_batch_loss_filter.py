@@ -24,14 +24,15 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper, SGD
 from fastai.text.models.awdlstm import RNNDropout
 from fastai.torch_core import set_seed
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import examples
 
 import rholoss_fastai.batch_loss_filter as module
 from rholoss_fastai.all import BatchLossFilter, LossShare
 
-quick = settings(max_examples=200, deadline=None)
+quick = examples(200)
 
 
 # The pick
@@ -108,7 +109,7 @@ def test_half_precision_losses():
 
 # Learners
 
-N, BS = 128, 16
+N, BS = 64, 16
 
 class Rows:
     "Items made from the row's number; the fifth column is the number itself, so that every batch tells which rows it holds"
@@ -130,7 +131,7 @@ def usual_model(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.Batc
 def learner(path=None, model=plain_model, data=None, loss_func=None, bs=BS, metrics=accuracy, seed=0, num_workers=0, drop_last=True, **kwargs):
     set_seed(seed)
     data = Rows() if data is None else data
-    dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(data, bs=32))
+    dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(data, bs=N))
     model = model()
     with torch.no_grad(): model.eval()(*dls.train.one_batch()[:-1])  # the lazy layer
     set_seed(seed)
@@ -464,10 +465,10 @@ def test_scale_lr_with_gradient_accumulation():
             self.shares.append((self.opt.hypers[0]['lr']/1e-2, sum(self.sizes)/(BS*len(self.sizes)), len(self.sizes)))
             self.sizes = []
     at_step, steps = AtStep(), Steps()
-    fit(learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 2, 1e-2, cbs=[GradientAccumulation(2*BS), at_step, steps])
+    fit(learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 4, 1e-2, cbs=[GradientAccumulation(2*BS), at_step, steps])
     assert len(at_step.shares) > 2 and all(n > 1 for *_, n in at_step.shares)
     assert all(got == pytest.approx(expected) for got, expected, _ in at_step.shares)
-    assert len(steps.seen) == 2*N//BS and all(rates == [1e-2] for _, rates in steps.seen)
+    assert len(steps.seen) == 4*N//BS and all(rates == [1e-2] for _, rates in steps.seen)
 
 def test_scale_lr_is_refused_in_a_distributed_run(monkeypatch):
     monkeypatch.setattr(module, 'num_distrib', lambda: 2)

@@ -21,9 +21,9 @@ def scripts(monkeypatch, root):
 def script(name): return importlib.import_module(name)
 
 
-@pytest.mark.slow
 # step_cost
 
+@pytest.mark.slow
 def test_step_cost(tmp_path, capsys):
     out = tmp_path/'step_cost.json'
     def run(**kwargs): script('step_cost').main(models='mlp', fracs='0.25', kept='0.5', seconds=0, rounds=1, out=out, **kwargs)
@@ -90,6 +90,7 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
 
 # Comparisons on CIFAR-10
 
+@pytest.mark.slow
 def test_time_to_accuracy(small_cifar, tmp_path):
     out = tmp_path/'out.json'
     runs = 'random rho_loss:frac=0.5 selective_backprop:keep=0.5,warmup_epochs=0'
@@ -102,6 +103,7 @@ def test_time_to_accuracy(small_cifar, tmp_path):
     with pytest.raises(SystemExit, match='names no method'): script('time_to_accuracy').main(**options, runs='best:frac=1')
 
 
+@pytest.mark.slow
 def test_compare_cifar10(small_cifar, tmp_path, capsys):
     out,options = tmp_path/'out.json',dict(path=small_cifar, folder=tmp_path/'runs', seeds='0,1', bs=16, epochs=3, methods='random infobatch batch_loss_filter')
     script('compare_cifar10').main(**options, dry_run=True)
@@ -115,6 +117,7 @@ def test_compare_cifar10(small_cifar, tmp_path, capsys):
 
 # rho_epochs
 
+@pytest.mark.slow
 def test_rho_epochs(small_cifar, tmp_path, capsys):
     module,folder,out = script('rho_epochs'),tmp_path/'runs',tmp_path/'out.json'
     runs = 'plain rho_epochs:drop=0.2,gate=false,by_memory=false'
@@ -145,6 +148,7 @@ def test_scaling(tmp_path, capsys):
 
 # one_pass_cost
 
+@pytest.mark.slow
 def test_one_pass_cost(tmp_path, capsys):
     out, variants = tmp_path/'one_pass_cost.json', {'plain', *script('one_pass_cost').VARIANTS}
     script('one_pass_cost').main(archs='mlp', n_batches=10, repeats=1, out=out)

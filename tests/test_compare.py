@@ -188,7 +188,7 @@ def square(x):
 TASKS = dict(a=2, dies='kill', fails=None, b=3, c=4)
 
 
-@pytest.mark.parametrize('kind', ['processes', 'pool', 'spawn'])
+@pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
 def test_a_worker_that_dies_loses_its_task_only(kind):
     if kind == 'processes': results,errors = run_tasks(square, TASKS, 2, threads=1)
     else:
@@ -207,6 +207,7 @@ def test_executors_of_all_kinds():
         with pytest.raises((TypeError, ValueError)): run_tasks(square, tasks, executor)
 
 
+@pytest.mark.slow
 def test_processes_and_here_agree_to_the_last_bit():
     here = quick(SOME, noisy=data()[1])
     with ProcessPoolExecutor(2, get_context('spawn')) as pool: pooled = quick(SOME, noisy=data()[1], executor=pool)
@@ -239,6 +240,7 @@ def test_a_run_that_fails_is_named_and_the_others_stand():
 
 # Files
 
+@pytest.mark.slow
 def test_runs_that_are_there_are_not_run_again(tmp_path):
     first = quick(SOME, folder=tmp_path)
     assert len(list(tmp_path.glob('*.json'))) == 2*6 and (tmp_path/'il.safetensors').exists()
@@ -252,12 +254,19 @@ def test_runs_that_are_there_are_not_run_again(tmp_path):
     pd.testing.assert_frame_equal(Comparison.load(tmp_path/'all.json').table, first.table)
 
 
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "A folder of finished runs"
+    folder = tmp_path_factory.mktemp('runs')
+    quick(folder=folder, seeds=1)
+    return folder
+
+
 @pytest.mark.parametrize('changed', [dict(n_epoch=3), dict(lr=0.1), dict(fit='fit_flat_cos'), dict(evaluations=4), dict(metric='valid_loss'),
                                      dict(dls=data(n=N+16)[0]), dict(make=partial(make_learner, lr=0.1)),
                                      dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
-def test_runs_with_other_settings_are_refused(tmp_path, changed):
-    quick(folder=tmp_path, seeds=1)
-    with pytest.raises(ValueError, match='other settings'): quick(folder=tmp_path, seeds=1, **changed)
+def test_runs_with_other_settings_are_refused(runs, changed):
+    with pytest.raises(ValueError, match='other settings'): quick(folder=runs, seeds=1, **changed)
 
 
 def test_another_method_of_that_name_machine_or_damage_is_refused(tmp_path):
@@ -352,6 +361,7 @@ def test_wrong_labels_trained_on_are_counted():
     assert result.table.wrong_labels.plain == pytest.approx(wrong.float().mean().item()) and 0 < result.table.wrong_labels.batch_loss_filter < 1
 
 
+@pytest.mark.slow
 def test_bills(monkeypatch):
     dls,_ = data()
     il = IrreducibleLosses.of(torch.zeros(N), dls.train, n_epoch=3, n_folds=2, seconds=7.)

@@ -1,11 +1,9 @@
 """RHO-LOSS in two processes, with gloo on the CPU."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import two_processes
 
 
 pytestmark = pytest.mark.slow # two processes
@@ -14,10 +12,7 @@ pytestmark = pytest.mark.slow # two processes
 def ranks(tmp_path_factory):
     pytest.importorskip('accelerate', reason='distributed training needs accelerate')
     out = tmp_path_factory.mktemp('ranks')
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--standalone',
-                          str(Path(__file__).parent/'distributed_rho_loss.py'), str(out)], env=env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    two_processes(Path(__file__).parent/'distributed_rho_loss.py', out, out=out/'log')
     return [torch.load(out/f'rank{rank}.pt', weights_only=False) for rank in (0, 1)]
 
 

@@ -12,18 +12,19 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset
+from helpers import examples
 
 from rholoss_fastai.all import Candidates, DivBS, ThenUniform, diverse_items, find_pick, logit_gradients
 from rholoss_fastai.losses import ItemLosses
 from rholoss_fastai.scorers import SeparateForward
 
-quick = settings(max_examples=60, deadline=None)
+quick = examples(60)
 
 def outer_products(R, f):
     "`(n, C*d)`, the last layer's gradient of each item"

@@ -1,7 +1,4 @@
 """Epochs chosen by a rule: InfoBatch's epoch by epoch, what a loader reads, schedules, interruptions and processes."""
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
 from torch import nn
@@ -27,6 +24,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
 from sklearn.cluster import KMeans
+from helpers import examples, two_processes
 
 from rholoss_fastai.all import (IES, EpochInfo, EpochPruner, EpochRule, ForgettingTracker, InfoBatch, RandomSubset, SelectionRecord, SeTa, gradient_norm_bound,
                                 loss_groups, prune)
@@ -373,7 +371,6 @@ def test_other_tasks():
 
 script = '''
 import sys, os
-sys.path.insert(0, os.path.dirname({path!r}))
 from test_epoch_rules import *
 from distributed_rho_loss import broadcast
 from fastai.distributed import DistributedDL
@@ -388,13 +385,10 @@ torch.save(dict(rows=[torch.cat(o) for o in watch.rows], losses=[torch.cat(o) fo
 '''
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     pytest.importorskip('accelerate', reason='distributed training needs accelerate')
-    (tmp_path/'run.py').write_text(script.format(path=__file__, out=str(tmp_path/'rank')))
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')], env=env,
-                         capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    two_processes(script.format(out=str(tmp_path/'rank')), out=tmp_path/'log')
     ranks = [torch.load(tmp_path/f'rank{rank}', weights_only=False) for rank in (0, 1)]
     for key in ('remembered', 'forgotten', 'learnt'): assert torch.equal(ranks[0][key], ranks[1][key])
     remembered = torch.full((N,), torch.nan)
@@ -466,7 +460,7 @@ numbers = st.one_of(st.floats(0, 9, width=32), st.sampled_from([0., 1., 2.5, flo
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(numbers, min_size=2, max_size=60), st.floats(0, 0.95), st.integers(2, 9), st.integers(0, 9))
 def test_infobatch_against_lists(losses, ratio, bs, seed):
     rows = torch.arange(len(losses))*3 + 1
@@ -485,7 +479,7 @@ def test_infobatch_against_lists(losses, ratio, bs, seed):
     for r,w in zip(kept.tolist(), weights.tolist()): assert abs(w - (len(below)/len(stay) if r in below else 1)) < 1e-5
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(st.floats(0, 9, width=16), min_size=1, max_size=80), st.integers(1, 8))
 def test_groups_of_losses_against_scikit_learn(losses, n_groups):
     values = np.array(losses, dtype=np.float64)
@@ -530,7 +524,7 @@ def test_seta_where_losses_are_alike():
     assert len(chosen) == 60 # all mastered alike
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(numbers, min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 1), st.integers(0, 20))
 def test_seta_always_chooses_something(losses, n_groups, window, turn):
     rule, rows = SeTa(0., n_groups, window, 1.), torch.arange(len(losses))
@@ -544,7 +538,7 @@ def test_seta_always_chooses_something(losses, n_groups, window, turn):
     assert not set(values) & set(outside)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(st.lists(st.one_of(st.floats(0, 3, width=32), st.sampled_from([0., 1., float('nan'), float('inf')])), min_size=5, max_size=5), min_size=1, max_size=40),
        st.floats(0, 2), st.floats(0, 1))
 def test_ies_against_lists(histories, threshold, floor):
@@ -781,7 +775,6 @@ def test_an_export_after_no_pruning_needs_nothing_of_this_package(tmp_path):
 
 two_rules = '''
 import sys, os
-sys.path.insert(0, os.path.dirname({path!r}))
 from test_epoch_rules import *
 from distributed_rho_loss import broadcast
 from fastai.distributed import DistributedDL
@@ -806,14 +799,11 @@ torch.save(results, {out!r} + str(dist.get_rank()))
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_choose_alike(tmp_path):
     "SeTa, IES and LossHistory: what both remember is gathered, both choose the same rows and end with the same weights"
     pytest.importorskip('accelerate', reason='distributed training needs accelerate')
-    (tmp_path/'run.py').write_text(two_rules.format(path=__file__, out=str(tmp_path/'rank')))
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')], env=env,
-                         capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout + run.stderr
+    two_processes(two_rules.format(out=str(tmp_path/'rank')), out=tmp_path/'log')
     ranks = [torch.load(tmp_path/f'rank{rank}', weights_only=False) for rank in (0, 1)]
     for rule in ('seta', 'ies'):
         a, b = (o[rule] for o in ranks)

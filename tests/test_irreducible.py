@@ -1,8 +1,5 @@
 "Irreducible losses: what needs real loaders with workers, whole fits, interruptions or processes"
-import os
 import random
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
+from helpers import two_processes
 
 from rholoss_fastai.irreducible import IrreducibleLosses, crossfit_irreducible, fit_irreducible, irreducible_losses, learner_copies
 from rholoss_fastai.loaders import restrict_rows
@@ -519,7 +517,6 @@ def test_the_classic_workflow_is_refused(name, tmp_path):
 
 script = '''
 import os, sys, torch
-sys.path.insert(0, os.path.dirname({path!r}))
 from test_irreducible import *
 torch.distributed.init_process_group('gloo')
 rank = torch.distributed.get_rank()
@@ -539,9 +536,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_processes_share_the_folds(tmp_path):
-    (tmp_path/'run.py').write_text(script.format(path=__file__, out=str(tmp_path/'il')))
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'run.py')],
-                   check=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=240)
+    two_processes(script.format(out=str(tmp_path/'il')), out=tmp_path/'log')
     threads = torch.get_num_threads()
     torch.set_num_threads(1) # as in the processes: sums come out differently over more
     try: alone = crossfit_irreducible(make_learner, make_dls(), 2, n_folds=3, **quiet)

@@ -142,6 +142,7 @@ def run_script(code, *args, **env):
     args = [sys.executable, '-W', 'ignore', '-c', code, *map(str, args)]
     return subprocess.run(args, env=dict(os.environ, **env), capture_output=True, text=True)
 
+@pytest.mark.slow
 def test_the_same_in_every_process():
     runs = [run_script(script, PYTHONHASHSEED=seed) for seed in ('1', '2')]
     assert runs[0].stdout and runs[0].stdout == runs[1].stdout, runs[0].stderr

@@ -4,18 +4,19 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from functools import partial
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat,
                            L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
+from helpers import examples
 from rholoss_fastai.losses import ItemLosses, item_losses
 from rholoss_fastai.nested import plain, prediction, tensors
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # PyTorch's on batching rules, broadcasting and KL divergence's mean
-few = settings(max_examples=8, deadline=None, derandomize=True)
+few = examples(8, derandomize=True)
 sizes, seeds = st.integers(1, 5), st.integers(0, 2**16)
 
 def same_items(losses, expected, **kwargs): assert_close(losses, expected.float(), rtol=1e-4, atol=1e-5, **kwargs)
@@ -465,7 +466,7 @@ weighable = [ # everything in `reducing` and `functions`, and what they can be g
     (lambda: DiceLoss(), (masks,)), (Combined, (masks,)), (lambda: own_class_weights, (classes,)), (lambda: own_void, (void(masks),)),
     (OwnDice, (masks,)), (lambda: own_mse, (numbers, columns, images)), (lambda: own_sum, (numbers, images)), (HandsOn, (classes,)),
 ]
-@settings(max_examples=3, deadline=None, derandomize=True)
+@examples(3, derandomize=True)
 @given(bs=st.integers(2, 6), seed=seeds)
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
 def test_weights_of_one_change_nothing(make_loss, make_batch, bs, seed):
@@ -589,7 +590,7 @@ def test_a_loss_of_the_models_own_is_refused():
     with pytest.raises(ValueError, match='does not depend'): ItemLosses(PreCalculated()).check(None, pred, targ)
     ItemLosses(lambda out, y: F.cross_entropy(out['logits'], y)).check(None, dict(loss=torch.tensor(1.), logits=pred), targ)
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@examples(4, derandomize=True)
 @given(bs=st.integers(1, 9), seed=seeds)
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
 def test_losses_of_items_pass(make_loss, make_batch, bs, seed):

@@ -8,8 +8,9 @@ import torch
 from fastai.torch_core import TensorImage, TensorMask
 from fastai.vision.core import TensorPoint
 from fastcore.foundation import L
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, strategies as st
 from torch import tensor
+from helpers import examples
 
 from rholoss_fastai.nested import as_tensor, batch_size, class_targets, subset_batch
 
@@ -46,7 +47,7 @@ def dicts_alike(o):
 
 def nest(o): return st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=3))
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(tree=st.recursive(leaves, nest),
        idxs=st.lists(st.integers(0, 6), max_size=7))
 def test_any_nesting(tree, idxs):

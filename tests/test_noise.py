@@ -16,10 +16,11 @@ from fastai.torch_core import TensorCategory, tensor
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fasttransform import Transform
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader, Subset, TensorDataset
+from helpers import examples
 
 from rholoss_fastai.all import (IrreducibleLosses, add_noise, class_names, fingerprint, long_tail, long_tail_rows, noisy_inputs, noisy_labels, redraw_labels,
                                 relabel, relevant_classes, replace_dataset, restrict_rows, row_targets, scoring_loader, track_rows, whole_dataset)
@@ -111,7 +112,7 @@ def published(targets, share, seed):
     return torch.where(redrawn, torch.randint(0, 10, targets.shape, generator=generator), targets)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 2**31))
 def test_redrawn_uniformly(n, share, seed):
     targets = torch.arange(n) % 10
@@ -120,7 +121,7 @@ def test_redrawn_uniformly(n, share, seed):
     assert labels.dtype == targets.dtype
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(2, 5), st.floats(0.2, 1), st.integers(0, 1000))
 def test_redrawn_from_a_confusion_matrix(n_classes, share, seed):
     matrix = torch.rand(n_classes, n_classes, generator=torch.Generator().manual_seed(seed)).softmax(1)
@@ -338,7 +339,7 @@ def test_relevant_classes_must_occur():
     with pytest.raises(ValueError, match="'dog' is no class"): relevant_classes(block(), ['dog'])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.floats(1, 1000), st.integers(0, 100))
 def test_long_tail_rows(targets, ratio, seed):
     targets = torch.tensor(targets)

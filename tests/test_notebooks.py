@@ -1,11 +1,9 @@
 "Every notebook's cells, run by nbdev's own runner, each notebook in a process of its own"
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fastcore.nbio import read_nb
+from helpers import run_in_process
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
@@ -26,8 +24,5 @@ def has_flag(path, flag):
 @pytest.mark.slow # most of them train; all together take minutes
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
-def test_notebook(name, flags):
-    command = [sys.executable, '-c', RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags]
-    result = subprocess.run(command, env=dict(os.environ, IN_TEST='1'), stdin=subprocess.DEVNULL, capture_output=True,
-                            text=True, timeout=1800)
-    assert result.returncode == 0, f'{name} failed:\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}'
+def test_notebook(name, flags, tmp_path):
+    run_in_process(RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags, out=tmp_path/'log', timeout=1800, env=[dict(IN_TEST='1')])

@@ -19,12 +19,13 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead
 from fastai.torch_core import TensorImage, set_seed
 from fasttransform import Transform
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
+from helpers import examples
 
 from rholoss_fastai.all import OnePassTuner, Update, hypergradient
 
@@ -149,7 +150,7 @@ def test_update_is_the_optimisers_step(name, wd_bn_bias):
         learn.opt.zero_grad()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(lr=st.floats(1e-6, 1.), wd=st.floats(1e-7, 0.1), mom=st.floats(0.01, 0.99), name=st.sampled_from(['sgd', 'sgd_l2', 'adamw', 'adam_l2']))
 def test_update_for_any_value(lr, wd, mom, name):
     p = nn.Parameter(torch.tensor([1.3, -0.2, 0.], dtype=torch.float64))

@@ -9,14 +9,15 @@ from itertools import permutations, product
 import pytest
 import torch
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import examples
 
 from rholoss_fastai.all import (PICKS, Boltzmann, ImportanceSample, LossShare, PerClass, PercentileSample, Pick, RankSample, Selection, ThenUniform,
                                 TopFraction, Uniform, find_pick)
 from rholoss_fastai.picks import RankedPick
 
-quick = settings(max_examples=100, deadline=None)
+quick = examples(100)
 any_scores = st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0., 1.]), min_size=1, max_size=40)
 SIZED = {name: cls for name, cls in PICKS.items() if cls.fraction is not Pick.fraction}
 each_sized = pytest.mark.parametrize('name', SIZED)

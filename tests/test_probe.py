@@ -336,6 +336,7 @@ def text_dls(n=200):
     frame = pd.DataFrame([dict(text=text(i % 2), label='ab'[i % 2]) for i in range(n)])
     return TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16), frame
 
+@pytest.mark.slow
 def test_texts():
     dls,_ = text_dls()
     learn = Learner(dls, nn.Sequential(nn.Embedding(100, 4), nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
@@ -440,6 +441,7 @@ def test_many_rows_are_kept_in_half_precision(monkeypatch):
     assert kept[-1] == torch.float16
     torch.testing.assert_close(half.values, whole.values, rtol=0.05, atol=0.02)
 
+@pytest.mark.slow
 def test_a_thousand_classes():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(2500) % 1000
@@ -501,6 +503,7 @@ def cifar(shared_data, tmp_path_factory):
     images = torch.from_numpy(np.concatenate([np.stack(rows[k]) for k in sorted(rows)])).permute(0, 3, 1, 2).contiguous()
     return images, torch.arange(10).repeat_interleave(300)
 
+@pytest.mark.slow
 def test_patches_tell_wrong_labels_of_cifar10(cifar):
     images,targets = cifar
     labels,wrong = redraw_labels(targets, 0.2, seed=0)

@@ -1,5 +1,5 @@
 "What holds for the project as a whole: versions, floors, names, notebooks, the README"
-import ast, copy, importlib, json, re, subprocess, sys
+import ast, copy, functools, importlib, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -21,6 +21,7 @@ NOTEBOOKS = sorted(path for path in NBS.rglob('*.ipynb') if not any(part[0] in '
 
 def notebook_id(path): return path.relative_to(NBS).as_posix()
 def floor(module): return int(SOURCES[module].name.split('_')[0])
+@functools.cache
 def tree(module): return ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8'))
 
 def imported(module):
@@ -131,6 +132,7 @@ def test_no_path_of_one_machine():
         found = re.search(r'''(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]+''', (ROOT/name).read_text(encoding='utf-8'))
         assert not found, f'{name} holds {found[0]}, a path of one machine'
 
+@pytest.mark.slow
 def test_the_package_needs_no_development_tool():
     "What `pip install -e .` alone brings is enough: accelerate, nbdev and the testing tools are optional"
     code = "import sys; sys.modules.update(dict.fromkeys(['accelerate', 'nbdev', 'pytest', 'hypothesis', 'transformers'])); import rholoss_fastai.all"

@@ -11,12 +11,13 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode
 from fastai.tabular.data import TabularDataLoaders
 from fasttransform import Transform
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
 from test_epoch_rules import BS, N, dataloaders, fit, learner
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
+from helpers import examples
 
 from rholoss_fastai.all import (DatasetScores, IrreducibleLosses, ItemTable, fingerprint, prune, row_classes, track_rows)
 
@@ -45,7 +46,7 @@ def test_hardest_easiest_moderate(keep, offset):
         assert kept(dls, scores, keep, 'moderate') == sorted(nearest)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=60), st.floats(0.02, 1), st.integers(1, 20), st.integers(0, 5))
 def test_stratified_covers_the_scores(values, keep, n_strata, seed):
     "The number that was asked for, and no stratum is cut short while another one keeps more"

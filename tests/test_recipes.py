@@ -57,6 +57,7 @@ def compared(folder, *methods, seeds=1):
     return table
 
 
+@pytest.mark.slow
 def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
     for name,options in (('holdout', {}), ('cross_fit', dict(cross_fit=True, il_one_cycle=True))):
         run('cifar10_rho_loss', path=folder, steps=20, eval_every=10, bs=8, frac=0.25, il_epochs=2, folder=tmp_path/name, **options)
@@ -104,6 +105,7 @@ def sentences(folder, rng):
             (folder/f'{data}_{split}.tsv').write_text('\n'.join(row.format(i % 2, o) for i, o in enumerate(words)) + '\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', ['fastai', 'hf'])
 def test_text(tmp_path, capsys, model):
     if model == 'hf': pytest.importorskip('transformers')
@@ -140,6 +142,7 @@ def test_command_line(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='No images'): run('cifar10_rho_loss', path=tmp_path)
 
 
+@pytest.mark.slow
 def test_batch_selection(folder, tmp_path):
     run('batch_selection', path=folder, methods='batch_loss_filter selective_backprop:beta=1,queue=true composer', epochs=2, bs=16, seeds=2, folder=tmp_path)
     table = compared(tmp_path, 'batch_loss_filter', 'selective_backprop:beta=1,queue=true', 'composer', seeds=2)
@@ -166,6 +169,7 @@ def test_prune(folder, tmp_path):
     with pytest.raises(SystemExit, match='--methods must be of'): run('prune', path=folder, methods='grand')
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path, capsys):
     run('quickstart', seeds=1, epochs=5, out=tmp_path)
     compared(tmp_path, 'random', 'rho_loss:frac=0.5', 'rho_epochs')
@@ -179,6 +183,7 @@ def test_on_real_cifar10(shared_data, tmp_path):
     assert abs(compared(tmp_path/'out', 'random').wrong_labels.plain - 0.18) < 0.01 # a tenth of the redrawn labels stay the same
 
 
+@pytest.mark.slow
 def test_compare_selectors(folder, tmp_path):
     settings = dict(path=folder, folder=tmp_path, bs=8, epochs=1, evaluations=2, test_rows=20, il_epochs=1)
     run('compare_selectors', **settings)
@@ -248,6 +253,7 @@ def test_pbt_keeps_the_momentum_below_one():
     assert [bounded(dict(lr=0.2, wd=0., mom=mom))['mom'] for mom in (0.99*1.2, 0.5, -0.1)] == [0.999, 0.5, 0.] and bounded(dict(lr=0.2, mom=0.))['lr'] == 0.2
 
 
+@pytest.mark.slow
 def test_image_one_pass(folder, tmp_path):
     for method in ('constant', 'one_pass'):
         run('image_one_pass', path=folder, method=method, steps=25, eval_every=10, bs=8, out=tmp_path/method, results=tmp_path/'all.json')

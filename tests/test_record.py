@@ -7,8 +7,9 @@ import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from numbered_rows import BS, N, VALID, Interrupt, Rows, fit, learner, loaders
+from helpers import examples
 
 from rholoss_fastai.all import SelectionRecord, prune
 
@@ -46,7 +47,7 @@ def test_a_part_of_a_data_set_counts_by_the_rows_of_the_whole():
     assert learn.selection.seen.sum() == N + N//2 and learn.selection.seen.max() == 2
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=30), seed=st.integers(0, 99))
 def test_a_line_is_that_of_a_loop(sizes, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -11,16 +11,17 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import ClassWeights, WorstGroup, class_irreducible, probe_features, restrict_rows
 from rholoss_fastai.noise import row_targets
 from rholoss_fastai.picks import Uniform
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(2, 20), st.integers(2, 5), st.floats(0., 3.), st.integers(0, 10**6), st.booleans())
 def test_equals_numpy(n, C, eta, seed, nans):
     rng = np.random.default_rng(seed)

@@ -5,12 +5,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
 from test_epoch_rules import BS, N, Watch, dataloaders, fit, learner, linear
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, estimated_wrong, is_log_loss, label_probability, probe_predictions
 
@@ -35,7 +36,7 @@ def clean_learner(): rows = noisy_rows(); rows.targets = rows.clean; return nois
 numbers = st.one_of(st.floats(0, 6, width=32), st.sampled_from([0., 1., 2.]))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(st.tuples(numbers, st.one_of(st.floats(0, 1, width=32), st.just(float('nan'))), st.integers(0, 2)), min_size=2, max_size=50),
        st.floats(0, 0.9), st.floats(0.05, 0.8), st.floats(0, 0.2))
 def test_the_rule_against_lists(items, drop, keep, explore):

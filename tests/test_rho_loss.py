@@ -22,7 +22,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from numbered_rows import N, Rows, rows_of
+from numbered_rows import Rows, rows_of
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -30,7 +30,7 @@ from torchvision.models import resnet18
 
 from rholoss_fastai.all import SCORES, Companion, ImportanceSample, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
 
-BS, FRAC = 8, 0.25
+N, BS, FRAC = 120, 8, 0.25
 
 
 def model():
@@ -135,7 +135,7 @@ def test_mixup_mixes_what_was_selected():
             if self.training: self.sizes.append((len(self.x), len(self.learn.mix_up.lam)))
     learn, mixed = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), Mixed()
     fit(learn, 1, cbs=[MixUp(), mixed])
-    assert mixed.sizes == [(BS, BS)]*7
+    assert mixed.sizes == [(BS, BS)]*(N//(4*BS))
 
 
 def test_gradients_are_of_the_selected_items_alone():
@@ -219,7 +219,7 @@ def test_deepcopy_keeps_irreducible_losses():
 
 
 def test_loaders_that_cannot_be_enlarged():
-    dataset = Rows()
+    dataset = Rows(N)
     sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), BS, True)
     learn = learner()
     learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler), torch.utils.data.DataLoader(Rows(48), batch_size=48))
@@ -367,6 +367,7 @@ def test_irreducible_losses_cost_is_booked_once(tmp_path):
     assert again.selection.ledger.selected.tolist() == [0.5]
 
 
+@pytest.mark.slow
 def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     "Irreducible losses are fitted once, by a smaller model on other rows, whatever is trained with them, and however often"
     class Images(Rows):
@@ -436,7 +437,7 @@ def test_a_score_asked_for_is_the_score():
 def test_bad_input(tmp_path):
     il = irreducible_losses(learner(), learner().dls.train, progress=False)
     class Other(Rows):
-        def __init__(self): super().__init__(); self.images, self.targets = self.images.flip(0), self.targets.flip(0)
+        def __init__(self): super().__init__(N); self.images, self.targets = self.images.flip(0), self.targets.flip(0)
     other = learner()
     other.dls = DataLoaders(DataLoader(Other(), bs=BS, shuffle=True), DataLoader(Other(), bs=48))
     with pytest.raises(ValueError, match='[Tt]arget|[Ii]tem|order'): other.rho_loss(il)
@@ -477,7 +478,7 @@ def test_nan_scores(recwarn):
     learn = learner()
     learn.model = NaNModel()
     fit(learn.rho_loss(values, frac=FRAC, epoch='candidates'), 1)
-    assert learn.selection.ledger.trained.tolist() == [BS*7]
+    assert learn.selection.ledger.trained.tolist() == [BS*(N//(4*BS))]
     assert any('every score was NaN' in str(o.message) for o in recwarn)
     stopped = learner()
     stopped.model = NaNModel()

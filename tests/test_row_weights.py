@@ -13,10 +13,11 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat,
                            MSELossFlat)
 from fastai.torch_core import set_seed
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from numbered_rows import BS, N, VALID, Interrupt, Noted, Rows, fit, item_losses, learner, loaders, rows_of
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import FitCallback, GroupDRO, RowWeights, prune, restrict_rows, track_rows, weigh_loss, weighted_loaders
 
@@ -48,7 +49,7 @@ def test_group_dro_follows_its_formula(adjustment):
     assert list(dro.table.columns) == list(names) and learn.dls.train.__dict__.get('rows') is None
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(upweight=st.floats(1, 100), share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
 def test_upweighted_rows_weigh_exactly_that_much(upweight, share, seed):
     "Expected counts of sampling, and the loss's weights: both lambda/(n + (lambda-1)k) for a row of the k in the set, and 1/(...) for the others"

@@ -5,18 +5,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from scipy.special import log_softmax, softmax
 from torch.nn import functional as F
 
 from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
 from torch import nn
+from helpers import examples
 from rholoss_fastai.checks import by_name
 from rholoss_fastai.losses import ItemLosses
 from rholoss_fastai.scores import (SCORES, bald, conditional_entropy, entropy, find_score, for_loss, gradient_norm_bound, least_confidence,
                                    loss_minus_conditional_entropy, loss_plus_conditional_entropy, margin, mc_entropy, score_inputs, training_loss)
 
-quick = settings(max_examples=100, deadline=None)
+quick = examples(100)
 
 ENTROPY = lambda p: -sum(o*math.log(o) for o in p if o > 0)
 BY_HAND = {entropy: ENTROPY, margin: lambda p: sorted(p)[-2] - sorted(p)[-1], least_confidence: lambda p: 1 - max(p)}

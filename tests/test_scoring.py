@@ -2,8 +2,9 @@
 import pytest
 import torch
 from fastai.text.models import AWD_LSTM
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
+from helpers import examples
 
 from rholoss_fastai.scoring import carried_state, carries_state, copy_state, merge_state, scoring_mode, select_state
 
@@ -102,7 +103,7 @@ def test_state_is_told(make_model, make_batch, names):
     with scoring_mode(model, cpu): model(make_batch())
     assert carried_state(model) == names
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(rows=st.sets(st.integers(0, 3), min_size=1, max_size=4), seed=st.integers(0, 99))
 @pytest.mark.parametrize('make_model, make_batch', models[:4])
 def test_rows_keep_their_state(make_model, make_batch, rows, seed):

@@ -25,7 +25,7 @@ def net(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.D
 
 def learner(model=net, seed=0, bs=BS, shuffle=True, opt_func=SGD):
     set_seed(seed)
-    dls = DataLoaders(DataLoader(Rows(), bs=bs, shuffle=shuffle), DataLoader(Rows(), bs=60))
+    dls = DataLoaders(DataLoader(Rows(), bs=bs, shuffle=shuffle), DataLoader(Rows(), bs=N))
     return Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, lr=0.05)
 
 def fit(learn, n_epoch=2, **kwargs):

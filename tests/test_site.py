@@ -1,5 +1,6 @@
 "The site: notebooks that its build can process, links that lead somewhere, cells with outputs, figures with alt text"
 import ast
+import functools
 import os
 import posixpath
 import re
@@ -35,6 +36,7 @@ def is_shown(cell):
     no_output = flags.get('output') == 'false' or flags.get('include') == 'false' or flags.get('eval') == 'false'
     return cell.cell_type == 'code' and not flags.keys() & UNSHOWN and not no_output
 
+@functools.cache
 def parsed_cells(notebook):
     "Cells of a notebook, with nbdev's directives read and taken off"
     from nbdev.process import NBProcessor

@@ -8,10 +8,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import TeacherIL
 from rholoss_fastai.il_source import il_values
@@ -61,7 +62,7 @@ def test_a_module_keeps_its_mode_and_state():
     assert all(m.training for m in module.modules()) and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.floats(0.2, 20), st.integers(0, 10**6))
 def test_temperature_is_the_best(T, seed):
     gen = torch.Generator().manual_seed(seed)

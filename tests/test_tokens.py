@@ -17,10 +17,11 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import awd_lstm_lm_config
 from fastai.text.models.core import AWD_LSTM, get_language_model
 from fastai.torch_core import set_seed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import Boltzmann, ImportanceSample, ItemLosses, TeacherIL, element_losses, top_elements
 
@@ -33,7 +34,7 @@ def brute_force(keys, counted, frac):
     at.sort(key=lambda i: (math.isnan(keys[i]), 0. if math.isnan(keys[i]) else -keys[i]))
     return sorted(at[:n])
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(values, st.integers(0, 10**6), st.floats(0.01, 1.))
 def test_equals_brute_force(keys, seed, frac):
     counted = torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) < 0.7

@@ -8,13 +8,14 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 from fastai.losses import MSELossFlat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows
 from test_epoch_rules import BS, N, Watch, dataloaders, fit, learner
 from test_rho_epochs import NOISE, noisy_learner
 from torch import nn
 from torch.nn import functional as F
+from helpers import examples
 
 from rholoss_fastai.all import (IES, ByHistory, DatasetScores, InfoBatch, RandomSubset, LossHistory, alignment, first_learnt, forgetting_events, label_margins, loss_variance,
                                 mean_margin, prune)
@@ -22,7 +23,7 @@ from rholoss_fastai.all import (IES, ByHistory, DatasetScores, InfoBatch, Random
 value = st.one_of(st.floats(-5, 5, width=16), st.just(float('nan')))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(value, min_size=k, max_size=k), min_size=1, max_size=12)), st.integers(0, 99))
 def test_readings_against_lists(rows, seed):
     "Each row's trajectory alone, with lists"
