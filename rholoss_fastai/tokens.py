@@ -8,6 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/tokens.html.md"""
 __all__ = ['top_elements', 'ElementModel', 'ElementTable', 'element_losses', 'TokenSelector']
 
 # %% ../nbs/24_tokens.ipynb #c1ecb878
+from functools import partial
 from inspect import signature
 
 import torch
@@ -26,7 +27,6 @@ from .losses import ItemLosses
 from .nested import as_tensor, plain
 from .picks import RankedPick, find_pick, rank_key
 from .record import SelectionRecord
-from .rho_loss import RhoLossCallback
 from .rows import dataset_size, track_rows
 from .scores import find_score, score_inputs
 from .scoring import modules_in_mode
@@ -251,17 +251,17 @@ _OF_ITEMS = {**dict.fromkeys('forward precision mode compile scale_factor score_
              **dict.fromkeys('enlarge epoch min_items'.split(), _NO_CANDIDATES),
              **dict.fromkeys('il_budget il_epochs il_lr il_folds il_seed il_arch update_il'.split(), 'their reference is made beforehand'),
              **dict.fromkeys('track track_columns fallback'.split(), 'their ledger counts elements, not rows')} # argument -> why it says nothing of tokens
-_DEFAULTS = {name: {o.default} if name != 'forward' else {'auto', 'reuse'} for params in (RhoLossCallback.__init__, selector_parts)
-             for name,o in signature(params).parameters.items() if name in _OF_ITEMS}
 
-def _of_tokens(score, pick, frac, **kwargs):
+def _of_tokens(method, score, pick, frac, **kwargs):
     "The `TokenSelector` that these arguments speak of; those that speak of items are refused"
+    known = {**signature(getattr(Learner, method)).parameters, **signature(selector_parts).parameters}
     for name in set(kwargs) & set(_OF_ITEMS):
-        value = kwargs.pop(name)
-        if not any(value is o or value == o for o in _DEFAULTS[name]):
+        value,default = kwargs.pop(name),known[name].default
+        if not any(value is o or value == o for o in ((default, 'reuse') if name == 'forward' else (default,))):
             raise ValueError(f"{name}={value!r} says nothing of tokens: {_OF_ITEMS[name]}. Leave it out with unit='token', or select items: unit='item'.")
     return TokenSelector(score, pick, frac, **kwargs)
 
-def _reducible_tokens(il, frac, score=None, pick=None, **kwargs): return _of_tokens(score or 'reducible', pick or 'top', frac, il=_element_il(il), **kwargs)
+def _reducible_tokens(il, frac, score=None, pick=None, **kwargs):
+    return _of_tokens('rho_loss', score or 'reducible', pick or 'top', frac, il=_element_il(il), **kwargs)
 
-UNITS['select','token'],UNITS['rho_loss','token'] = _of_tokens,_reducible_tokens
+UNITS['select','token'],UNITS['rho_loss','token'] = partial(_of_tokens, 'select'),_reducible_tokens
