@@ -74,7 +74,7 @@ class TableIL(ILSource):
         if isinstance(il, (str, Path)): il = IrreducibleLosses.load(il)
         self.given = self.table = il
         self.on_device,self.of = None,None
-        self.by_probe = self.by_probe or getattr(il, 'info', {}).get('model') == 'ridge'
+        self.by_probe = self.by_probe or isinstance(il, ItemTable) and il.info.get('model') == 'ridge'
 
     def check(self, learn): self.table = self.belonging(learn.dls.train)
 

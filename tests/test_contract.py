@@ -219,14 +219,14 @@ EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_l
 def test_interrupted_in_any_event(method, order, tmp_path):
     "The user's ctrl-C: nothing is left behind, and the Learner goes on"
     for name in EVENTS:
-        learn = with_method(method, path=tmp_path, dls=loaders(36))
+        learn = with_method(method, path=tmp_path, dls=loaders())
         with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Interrupt(name, order))
         assert len(learn.validate()) == 2, name
         assert [m.name for m in learn.metrics] == ['accuracy'], name
         if name in ('before_epoch', 'after_loss', 'after_validate'):
             learn.export('interrupted.pkl')
             loaded = load_learner(tmp_path/'interrupted.pkl')
-            loaded.dls = loaders(36)
+            loaded.dls = loaders()
             assert len(loaded.validate()) == 2, name
         if method.rows: assert len(learn.selection.ledger) in (1, 2), name
         fit(learn, 1)
