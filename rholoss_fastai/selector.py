@@ -34,7 +34,7 @@ from .il_source import il_source
 from .nested import check_no_item_lists, plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
 from .record import SelectionRecord, set_record_aside
-from .rows import dataset_size, loader_batch_size, track_rows
+from .rows import RowsUnknown, dataset_size, loader_batch_size, track_rows
 from .scores import SCORES, find_score, for_loss, score_inputs, training_loss
 from .scoring import carries_state, copy_state, unwrapped
 from .beside import FallBack, TrackSubsets, TrainBeside
@@ -176,13 +176,28 @@ class BatchSelector(FitCallback):
         learn,fit = self.learn,self._fit
         fit.weights,self.delivered_rows = None,None
         if fit.state: fit.state.widen(seen=False)
-        rows = None if fit.loader is None else fit.loader.rows(learn.iter, fit.device)
+        rows = self._rows()
         candidates = Candidates(plain(learn.xb), plain(learn.yb), rows, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
-        check_rows(candidates)
+        if not check_rows(candidates, self._keeps_rows): self._lose_rows('a batch holds another number of items than rows were drawn for it.')
         if fit.first:
             check_first_batch(candidates, fit)
             if fit.state and not fit.state_known and may_carry_state(fit.state.model): self._find_state(candidates)
         return candidates
+
+    @property
+    def _keeps_rows(self): return self.needs_rows or type(self.delivery) is not Narrow # items that wait keep theirs
+
+    def _rows(self):
+        "The rows of the batch; None where they can't be known, and needn't be"
+        if self._fit.loader is None: return
+        try: return self._fit.loader.rows(self.learn.iter, self._fit.device)
+        except RowsUnknown as e:
+            if self._keeps_rows: raise
+            self._lose_rows(e.why)
+
+    def _lose_rows(self, why):
+        self._fit.loader = None
+        warnings.warn(f"From here to the end of the epoch, rows aren't counted in learn.selection: {why}")
 
     def _selects(self):
         "Is this batch selected from?"
@@ -321,21 +336,26 @@ def check_learner(selector, learn):
     selector.scorer.check(learn, selector.asked)
     selector.delivery.check(learn, selector)
     selector.pick.check(loader_batch_size(learn.dls.train))
+    if selector.memory is not None: track_rows(learn.dls.train, way_out=f'Way out: staleness=1, which scores every batch and needs no rows, not {selector.memory.staleness}.')
     if selector.needs_rows: track_rows(learn.dls.train)
 
 def two_selectors(old, new):
     return (f"This Learner already selects with {type(old).__name__}, and a second selector, {type(new).__name__}, would select from its selection. "
             "Remove the first with learn.no_selection().")
 
-def check_rows(candidates):
-    "Raise where a batch holds another number of items than rows were drawn for"
+def check_rows(candidates, needed):
+    "Are the rows those of the items? Raise where a batch holds another number of items than rows were drawn for, and they are needed"
     if candidates.rows is not None and len(candidates.rows) != candidates.n:
         check_no_item_lists(candidates.yb) # in a list of images the first dimension is none of items
         if any(isinstance(o, (list, L)) and len(o) == len(candidates.rows) for o in candidates.xb):
             raise ValueError(f"The inputs are a list of {len(candidates.rows)} items: some can be told from others in tensors only. Collate them into tensors with "
                              "the batch dimension first, padded to one size.")
-        raise ValueError(f"The batch has {candidates.n} items, but {len(candidates.rows)} rows were drawn for it: the DataLoader or a callback "
-                         "before this one adds or drops items. Let it do so after selection (callback order above -5).")
+        if needed:
+            raise ValueError(f"The batch has {candidates.n} items, but {len(candidates.rows)} rows were drawn for it: the DataLoader or a callback "
+                             "before this one adds or drops items. Let it do so after selection (callback order above -5).")
+        candidates.rows = None
+        return False
+    return True
 
 def may_carry_state(model): return carries_state(model) or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules())
 

@@ -7,14 +7,15 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, SkipItemException
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.text.data import LMDataLoader
-from helpers import N, Toy, fit, learner, linear, loaders, rows_of, weights_of
+from helpers import N, N_VALID, Toy, fit, learner, linear, loaders, rows_of, weights_of
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import GroupDRO, Pick, RowWeights, Selection, TopFraction
+from rholoss_fastai.all import (GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice,
+                                track_rows)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]
@@ -67,6 +68,19 @@ def test_a_loss_that_is_not_made_of_its_items_is_named(loss, method):
     learn = learner(loaders(train=Toy(targets=survival), valid=Toy(24, 1, survival)), loss_func=loss)
     method(learn)
     assert loss.__name__ in refused(learn, loss.__name__)
+
+
+def test_losses_that_are_kept_or_weighed_later_are_looked_at_first():
+    "By a history of losses, and before the first of two trainings"
+    dls = loaders(train=Toy(targets=survival), valid=Toy(24, 1, survival))
+    refused(learner(dls, loss_func=cox, cbs=LossHistory()), 'cox')
+    trained = []
+    class Trains(Callback):
+        def after_step(self): trained.append(1)
+    def make(dls): return learner(dls, loss_func=cox, cbs=Trains())
+    def wrong(pred, targ): return (pred[:, 0] > 0).float()
+    with pytest.raises(ValueError, match='cox'): just_train_twice(make, dls, 1, 1, 3., by='loss', wrong=wrong, progress=False)
+    assert not trained
 
 
 class OwnLoss(nn.Module):
@@ -267,6 +281,30 @@ def test_inputs_that_a_callback_changes_in_cross_fitting():
     learn = learner(loaders(train=Changed(INPUTS['flattened'][0]), valid=Changed(INPUTS['flattened'][0], 24, 1)))
     refused(learn.rho_loss(il_epochs=1, frac=0.5), 'il=', cbs=Changes(flattened, -9))
 
+class Watches(Callback):
+    "Looks at what there is, and changes nothing"
+    order = -8
+    def __init__(self): self.seen = []
+    def before_batch(self): self.seen.append(self.x.mean())
+
+@pytest.mark.parametrize('change', ['normalised', 'cast'])
+def test_what_is_scored_outside_of_training_is_as_the_model_knows_it(change):
+    "A callback that acts before selection acts in no copy of the Learner, and in no forward outside of training"
+    data, how = INPUTS[change]
+    def learn(): return learner(loaders(train=Changed(data), valid=Changed(data, 24, 1)), cbs=[Changes(how, -9), Watches()])
+    for method in (lambda l: l.rho_loss(frac=0.5), lambda l: l.rho_loss(il='crossfit', frac=0.5), lambda l: l.select('reducible', il='auto')):
+        target = learn()
+        method(target)
+        assert 'Changes (order -9)' in refused(target, 'il=', 20)
+    fitted = fit(learn(), 1)
+    for ask in (lambda: irreducible_losses(fitted, fitted.dls.train), lambda: el2n(fitted, fitted.dls.train), lambda: error_set(fitted)):
+        with pytest.raises(ValueError, match='Changes .order -9. changes the inputs in before_batch'): ask()
+
+def test_who_watches_is_no_changer():
+    learn, watches = learner(), Watches()
+    fit(learn.rho_loss(il_epochs=1, frac=0.5, enlarge=False), 1, cbs=watches)
+    assert len(watches.seen) == 3 + 1 # of the batches, none of what was tried; the last is the validation's
+
 def test_what_is_not_scored_may_change():
     learn = learner(loaders(train=Changed(INPUTS['cast'][0]), valid=Changed(INPUTS['cast'][0], 24, 1))).select('loss', 'uniform', frac=0.5)
     assert weights_of(fit(learn, 1, cbs=Changes(cast, 3))).isfinite().all()
@@ -281,12 +319,53 @@ class Loses(Callback):
     def before_batch(self):
         if self.iter == 1: self.learn.xb, self.learn.yb = (self.x[1:],), (self.y[1:],)
 
+NEED_NO_ROWS = ('top', 'enlarged', 'filter', 'backprop', 'importance')
+
 @pytest.mark.parametrize('order', [-10, -7])
-@methods(METHODS)
+@methods({k: v for k, v in METHODS.items() if k not in NEED_NO_ROWS})
 def test_rows_lost_before(method, order):
     learn = learner(loaders(8))
     method(learn)
     with pytest.raises(ValueError, match='rows were drawn for it'): fit(learn, 1, cbs=Loses(order))
+
+class Skips(Toy):
+    "An item that can't be read, which fastai's loader leaves out, so that all later ones move up"
+    def __getitem__(self, i):
+        if i == 50: raise SkipItemException
+        return super().__getitem__(i)
+
+def drops(items): return [torch.stack(o) for o in zip(*[o for o in items if o is not None])]
+class NoneAt50(Toy):
+    def __getitem__(self, i): return None if i == 50 else super().__getitem__(i)
+def torch_loaders(): return DataLoaders(*[torch.utils.data.DataLoader(o, batch_size=8, collate_fn=drops) for o in (NoneAt50(), Toy(N_VALID, 1))])
+
+@pytest.mark.parametrize('make', [lambda: loaders(8, Skips(), shuffle=False), torch_loaders], ids=['fastai', 'torch'])
+@methods({k: v for k, v in METHODS.items() if k not in ('group_dro', 'stale')})
+def test_rows_that_the_loader_skips(method, make, request):
+    "Where rows are needed an error by the batch it happens in; where not, the same items are trained on as if they had not been there, and the ledger says less"
+    learn = learner(make())
+    method(learn)
+    if request.node.callspec.id.split('-')[0] in NEED_NO_ROWS or request.node.callspec.id.split('-')[-1] in NEED_NO_ROWS:
+        with pytest.warns(UserWarning, match="rows aren't counted"): fit(learn, 1)
+        assert learn.selection.ledger.loaded.item() == N - 1 and learn.selection.seen[:48].sum() >= 32 and weights_of(learn).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match='row 50 was skipped|rows were drawn for it'): fit(learn, 1)
+
+def test_rows_skipped_in_a_worker():
+    loader = track_rows(DataLoader(Skips(), bs=24, num_workers=1))
+    with pytest.raises(ValueError, match='row 50 was skipped'): [loader.rows(i) for i, _ in enumerate(loader)]
+
+def test_where_rows_are_unknown_the_way_out_is_the_methods():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(Toy())
+        def __len__(self): return N
+    def learn(): return learner(DataLoaders(torch.utils.data.DataLoader(Stream(), batch_size=8), torch.utils.data.DataLoader(Toy(N_VALID, 1), batch_size=8)))
+    for method, way_out in ((METHODS['stale'], 'staleness=1'), (METHODS['rho'], 'il='), (METHODS['infobatch'], 'batch_loss_filter'),
+                            (METHODS['row_weights'], 'loss function'), (METHODS['group_dro'], 'map-style|one value a row|length')):
+        target = learn()
+        with pytest.raises((ValueError, TypeError), match=way_out) as error: method(target); fit(target, 1)
+        assert ('il=' in str(error.value)) == (way_out == 'il=')
+    fit(learn().batch_loss_filter(warmup_epochs=0), 1)
 
 @pytest.mark.parametrize('order', [-4, 0, 15])
 @methods(WEIGH)
@@ -340,6 +419,21 @@ def test_class_targets_in_a_column_of_any_type(score, dtype):
         learn = learner(loaders(train=Toy(targets=targets), valid=Toy(24, 1, targets))).select(score, 'top', frac=0.25)
         return weights_of(fit(learn, 2, seed=3))
     torch.testing.assert_close(run(lambda x, y: y[:, None].to(dtype)), run(lambda x, y: y))
+
+
+def test_log_probabilities_are_of_the_losses_classes():
+    "On the axis where the loss has them: for a tagger the last"
+    class Tagger(nn.Module):
+        def __init__(self): super().__init__(); self.body = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+        def forward(self, x): return self.body(x.view(-1, 3, 2))
+    def tags(x, y): return torch.stack([y]*3, 1)
+    sums = []
+    def uncertain(log_probs): sums.append(log_probs.exp().sum(-1)); return log_probs.amax(-1).mean((0, 2))
+    learn = learner(loaders(train=Toy(targets=tags), valid=Toy(24, 1, tags)), Tagger(), CrossEntropyLossFlat())
+    fit(learn.select(uncertain, 'top', frac=0.5, n_mc=2, precision=None), 1)
+    assert len(sums) == 3 and sums[0].shape == (2, 24, 3)
+    for o in sums: torch.testing.assert_close(o, torch.ones_like(o))
+    fit(learner(loaders(train=Toy(targets=tags), valid=Toy(24, 1, tags)), Tagger(), CrossEntropyLossFlat()).select('bald', 'top', frac=0.5, n_mc=2), 1)
 
 
 # 10. What will have no effect is said
