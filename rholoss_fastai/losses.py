@@ -285,7 +285,8 @@ def weighted(self:ItemLosses,
     pred,targs,bs = self._prepared(pred, targs)
     total,weighted,divisors = self._sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
-    name = self.divisors.get(how, 'mean' if how[0] == 'none' else None)
+    # what one's own loss divides by in this batch (no element was void, say) needn't be what it divides by in the next
+    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio'
     if name in divisors: return weighted/divisors[name]
     whole = plain(self.loss_func(pred, *targs)).reshape(())
     if name is None: # the one time that the host waits for the device
@@ -408,7 +409,7 @@ def check(self:ItemLosses,
         if not self._reproduced(losses, prepared, prepared_targs, bs, derivatives):
             whole = plain(self.loss_func(prepared, *prepared_targs)).item()
             raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' losses ({_say(losses)}): the loss is not "
-                             f"made of the items' own losses, so these mean nothing. {mend}")
+                             f"made of the items' own losses, so these mean nothing ({self._shapes(pred, targs)}). {mend}")
     self.checked = self.checked or weighting
     return losses
 

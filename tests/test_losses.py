@@ -506,6 +506,21 @@ def test_a_divisor_is_not_guessed():
             assert_close(losses.weighted(torch.ones(4), pred, targ), plain(loss_func(pred, targ)), rtol=1e-6, atol=1e-6)
         assert list(losses.divisors.values()) == ['class weights' if divides else 'mean']
 
+class OfCounted:
+    "Takes a reduction, and says nothing of what it leaves out"
+    reduction = 'mean'
+    def __call__(self, pred, targ):
+        elements = F.cross_entropy(pred, targ, ignore_index=255, reduction='none')
+        return elements if self.reduction == 'none' else elements.sum()/(targ != 255).sum()
+
+@pytest.mark.parametrize('loss_func', [own_void, OfCounted()], ids=['own_void', 'of_counted'])
+def test_the_first_batch_does_not_say_what_ones_own_loss_divides_by(loss_func):
+    "Nothing void in the first batch, where each item's mean counts alike"
+    losses = ItemLosses(loss_func)
+    for batch in (masks(4), void(masks)(4), masks(5), void(masks)(5)):
+        for weights in (torch.ones(len(batch[0])), torch.full((len(batch[0]),), 3.)):
+            assert_close(losses.weighted(weights, *batch), weights[0]*loss_func(*batch), rtol=1e-6, atol=1e-6)
+
 def test_weights_of_elements():
     pred,targ = void(sequences)(4)
     losses,element_weights = ItemLosses(CrossEntropyLossFlat(ignore_index=255)),torch.rand(4, 6)

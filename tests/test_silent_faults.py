@@ -14,8 +14,7 @@ from helpers import N, N_VALID, Toy, fit, learner, linear, loaders, rows_of, wei
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import (GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice,
-                                track_rows)
+from rholoss_fastai.all import (GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]
@@ -351,10 +350,6 @@ def test_rows_that_the_loader_skips(method, make, request):
     else:
         with pytest.raises(ValueError, match='row 50 was skipped|rows were drawn for it'): fit(learn, 1)
 
-def test_rows_skipped_in_a_worker():
-    loader = track_rows(DataLoader(Skips(), bs=24, num_workers=1))
-    with pytest.raises(ValueError, match='row 50 was skipped'): [loader.rows(i) for i, _ in enumerate(loader)]
-
 def test_where_rows_are_unknown_the_way_out_is_the_methods():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return iter(Toy())
@@ -540,3 +535,136 @@ def test_series_of_any_index_are_taken_by_position():
     mask = pd.Series((IL > 0.5).numpy(), index=range(100, 100 + N))
     learn = fit(learner().batch_loss_filter(track=dict(high=mask), warmup_epochs=0), 1)
     assert 0 < learn.selection.ledger.high.item() < 1
+
+
+# More of each kind, as a reader who wants to break it would try them
+
+class Within(Callback):
+    "Fits once more at the end of the first epoch"
+    def __init__(self, another): self.another, self.done = another, False
+    def after_train(self):
+        if self.done: return
+        self.done = True
+        fit(learner().batch_loss_filter(warmup_epochs=0) if self.another else self.learn, 1)
+
+@methods(METHODS)
+def test_a_fit_within_a_fit(method):
+    "Of another Learner it changes nothing; of the same it would end the selection, and is refused"
+    learn = learner()
+    method(learn)
+    fit(learn, 3, cbs=Within(True))
+    if hasattr(learn, 'selection'): assert len(learn.selection.ledger) == 3
+    with pytest.raises(ValueError, match='in the midst of a fit'): fit(learn, 2, cbs=Within(False))
+    assert weights_of(fit(learn, 1)).isfinite().all()
+
+class Output(dict):
+    def __getattr__(self, name):
+        try: return self[name]
+        except KeyError: raise AttributeError(name) from None
+
+class Named(nn.Module):
+    "Inputs in a dict, and an output object with a prediction beside others"
+    def __init__(self): super().__init__(); self.head, self.aside = linear(), linear()
+    def forward(self, x): x = x['x'] if isinstance(x, dict) else x; return Output(logits=self.head(x), aside=self.aside(x), n=torch.tensor(len(x)))
+
+class InDicts(Toy):
+    def __getitem__(self, i): return dict(x=self.x[i], mask=torch.ones(2)), self.y[i]
+
+def labels_and_class(x, y): return torch.cat([(x[:, :2] > 0).float(), y[:, None].float()], 1)
+def two_tasks(out, targ): return F.cross_entropy(out.logits, targ[:, 2].long()) + 0.3*F.binary_cross_entropy_with_logits(out.aside[:, :2], targ[:, :2])
+def masked(pred, targ): counted = (targ[:, :3] > 0).float(); return ((pred - 1)**2*counted).sum()/counted.sum().clamp(min=1)
+def normed(momentum): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=momentum), nn.ReLU(), nn.Linear(8, 3))
+def spectral(): return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)))
+
+TASKS = dict( # name -> targets, model, loss, data
+    output=(None, Named, lambda out, y: F.cross_entropy(out.logits, y), Toy), dict_inputs=(None, Named, lambda out, y: F.cross_entropy(out.logits, y), InDicts),
+    several_tasks=(labels_and_class, Named, two_tasks, Toy), column=(lambda x, y: y[:, None].to(torch.int8), linear, CrossEntropyLossFlat(), Toy),
+    labels=(labels, linear, BCEWithLogitsLossFlat(pos_weight=torch.tensor([1., 5., 9.])), Toy), own_labels=(labels, linear, F.binary_cross_entropy_with_logits, Toy),
+    numbers=(lambda x, y: x[:, 0], lambda: linear(1), MSELossFlat(), Toy), column_of_numbers=(numbers, lambda: linear(1), nn.HuberLoss(), Toy),
+    doubles=(lambda x, y: x[:, :1].double(), lambda: linear(1), lambda p, t: F.mse_loss(p, t.float()), Toy), masked=(labels, linear, masked, Toy),
+    summed=(numbers, lambda: linear(1), lambda p, t: ((p - t)**2).sum(), Toy), one_class=(lambda x, y: y*0, linear, nn.CrossEntropyLoss(weight=torch.tensor([2., 1., 0.])), Toy),
+    void=(lambda x, y: y.where(x[:, 0] > -0.5, -100), linear, F.cross_entropy, Toy), smoothed=(None, linear, nn.CrossEntropyLoss(label_smoothing=0.1), Toy),
+    cumulative_norm=(None, lambda: normed(None), CrossEntropyLossFlat(), Toy), spectral_norm=(None, spectral, CrossEntropyLossFlat(), Toy))
+def task_learner(name, **kwargs):
+    targets, model, loss, data = TASKS[name]
+    return learner(loaders(train=data(targets=targets), valid=data(24, 1, targets), **kwargs), model, loss)
+
+class TrainedOn(Callback):
+    "The loss that is trained on over the loss function's"
+    order, run_valid = 5, False
+    def before_fit(self): self.ratios = []
+    def after_loss(self): self.ratios.append((self.learn.loss_grad.double()/self.learn.loss_func(self.pred, *self.yb).double()).item())
+
+class Candidate(Callback):
+    order, run_valid = -6, False
+    def before_fit(self): self.shares = []
+    def before_batch(self):
+        training = [m.training for m in self.model.modules()]
+        self.model.eval()
+        with torch.no_grad(): pred = self.model(*self.xb)
+        for m, was in zip(self.model.modules(), training): m.training = was
+        def item(o, i): return type(o)({k: item(v, i) for k, v in o.items()}) if isinstance(o, dict) else o[i:i+1] if o.ndim else o
+        self.losses = torch.stack([self.learn.loss_func(item(pred, i), self.y[i:i+1]).nan_to_num() for i in range(len(self.y))]).squeeze()
+        self.x_of = self.first(self.xb[0])
+    def first(self, x): return x['x'] if isinstance(x, dict) else x
+    def after_pred(self):
+        mine = (self.x_of[None] == self.first(self.xb[0])[:, None]).all(2).int().argmax(1)
+        kept = self.losses[mine].sort().values
+        self.shares.append((kept - self.losses.topk(len(mine)).values.sort().values).abs().max().item())
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('method', [SELECT['top'], lambda l: l.select('loss', 'top', frac=0.25, forward='reuse')], ids=['own forward', 'shared'])
+def test_the_hardest_of_every_task(task, method):
+    "By one call of the loss function for each item alone"
+    if task == 'cumulative_norm' and method is not SELECT['top']: return # a shared forward is in training mode, by the user's choice
+    learn, candidate = task_learner(task), Candidate()
+    method(learn)
+    fit(learn, 2, cbs=candidate)
+    assert len(candidate.shares) == 6 and max(candidate.shares) < 1e-4
+
+@pytest.mark.parametrize('task', TASKS)
+def test_weights_of_one_of_every_task(task):
+    "To 1e-6, by RowWeights, by pruning that leaves nothing out, and by GroupDRO of two groups that stay alike, each half of every batch"
+    for add in (lambda l: l.add_cb(RowWeights(torch.full((N,), 7.))), lambda l: l.prune_epochs(ratio=0., delta=1.), lambda l: l.add_cb(GroupDRO(['a', 'b']*(N//2), eta=1e-12))):
+        learn, trained = task_learner(task, shuffle=False), TrainedOn()
+        add(learn)
+        fit(learn, 2, cbs=trained)
+        assert len(trained.ratios) == 6 and max(abs(o - 1) for o in trained.ratios) <= 1e-6
+
+@pytest.mark.parametrize('task', TASKS)
+@methods({k: METHODS[k] for k in ('filter', 'rho', 'backprop', 'queue', 'importance', 'infobatch', 'group_dro')})
+def test_every_method_trains_on_every_task(task, method):
+    learn = task_learner(task)
+    method(learn)
+    assert weights_of(fit(learn, 2)).isfinite().all()
+
+@methods(METHODS)
+def test_targets_that_broadcast_are_refused(method):
+    "`(bs, 1)` against `(bs,)`: every prediction with every target, of PyTorch's own and of one's own losses"
+    for loss in (nn.MSELoss(), lambda p, t: ((p - t)**2).mean()):
+        learn = learner(loaders(train=Toy(targets=lambda x, y: x[:, 0]), valid=Toy(24, 1, lambda x, y: x[:, 0])), lambda: linear(1), loss)
+        method(learn)
+        assert '(24, 1) float32, target (24,)' in refused(learn, 'combined every item|neither the sum nor a mean').replace('(72', '(24').replace('(48', '(24')
+
+@methods({k: METHODS[k] for k in ('top', 'filter', 'rho', 'backprop', 'importance')})
+def test_one_row_without_a_number_is_not_trained_on(method):
+    data = Toy()
+    data.x[5] = float('nan')
+    learn = learner(loaders(8, data))
+    method(learn)
+    fit(learn, 2)
+    assert weights_of(learn).isfinite().all() and learn.selection.selected[5] == 0
+
+class Later(Callback):
+    "A loss that compares items, from the second epoch on"
+    order, run_valid = -20, False
+    def before_epoch(self):
+        if self.epoch == 1: self.learn.loss_func = lambda p, t: F.cross_entropy(p, t) + p.mean(0).square().sum(); self.before = weights_of(self.learn)
+
+@methods({k: v for k, v in METHODS.items() if k != 'stale'})
+def test_a_loss_that_comes_later_is_looked_at_too(method):
+    "Before its first step"
+    learn, later = learner(), Later()
+    method(learn)
+    with pytest.raises(ValueError, match='neither the sum nor a mean'): fit(learn, 2, cbs=later)
+    assert torch.equal(later.before, weights_of(learn))
