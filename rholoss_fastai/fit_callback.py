@@ -72,6 +72,9 @@ class FitCallback(Callback):
         self._tidy()
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
+        if fits_now(learn):
+            raise ValueError(f"fit was called in the midst of a fit of the same Learner, which would end what {type(self).__name__} does in that one: call it after "
+                             "the fit, or fit another Learner.")
         check_loss_makers(learn)
         self._fit = SimpleNamespace(device=next(learn.model.parameters(), torch.empty(0)).device)
         try: self.begin_fit()

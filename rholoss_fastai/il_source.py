@@ -24,6 +24,7 @@ from .item_table import ItemTable
 from .probe import choose_features, probe_cost, probe_irreducible
 from .record import STEP_COST
 from .rows import own_rows, track_rows
+from .side_models import changers_in_training
 from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
 
 # %% ../nbs/16_il_source.ipynb #69b00319
@@ -157,6 +158,14 @@ def check_other_model(model, learn, role):
         raise ValueError(f"The model {role} shares parameters with the Learner's own: give another model.")
 
 # %% ../nbs/16_il_source.ipynb #6ec48b84
+def _check_inputs(learn):
+    "Raise where a callback changes what the model trains on, which copies of the Learner wouldn't see"
+    found = changers_in_training(learn, learn.dls.train)
+    if found:
+        raise ValueError("The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. "
+                         f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in found)} changes the inputs: do that in the DataLoaders' transforms "
+                         "(after_batch), or give irreducible losses made otherwise, il=...")
+
 class MadeIL(TableIL):
     "Irreducible losses that are made for the training set when a fit first needs them: subclass it and define `make`"
     def __init__(self): super().__init__()
@@ -179,6 +188,7 @@ class MadeIL(TableIL):
         if self.table is None:
             if self.exported: self.belonging(learn.dls.train)
             self.prepare(learn)
+            _check_inputs(learn)
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
         return super().begin(learn, device)
 

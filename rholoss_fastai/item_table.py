@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import Datasets, TfmdLists
+from fastai.data.load import SkipItemException
 from fastai.tabular.core import Tabular
 from fastai.text.data import LMDataLoader
 from fastcore.foundation import L
@@ -100,8 +101,11 @@ def _digest_targets(targets):
 
 def _digest_reads(read, n, k):
     "Digest of each part of `read(i)` for `k` values of i: '' for parts that are None, or that differ when read again"
-    rows = _evenly(n, k)
-    once,again = (['' if all(o is None for o in part) else _digest_values(part) for part in zip(*map(read, rows))] for _ in range(2))
+    def attempt(i):
+        try: return [read(i)]
+        except SkipItemException: return [] # as the loader leaves it out
+    def reads(): return zip(*[o for i in _evenly(n, k) for o in attempt(i)])
+    once,again = (['' if all(o is None for o in part) else _digest_values(part) for part in reads()] for _ in range(2))
     return [a if a == b else '' for a,b in zip(once, again)]
 
 def _first_transform(lists):

@@ -29,6 +29,7 @@ from .il_source import il_values
 from .loaders import restrict_rows, scoring_loader
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
+from .scores import training_loss
 from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress,
                                         with_train)
 
@@ -82,12 +83,13 @@ class _AtEpochs(Callback):
     def after_train(self):
         if self.epoch + 1 in self.epochs: self.found[self.epoch + 1] = self.find(self.learn)
 
-def _error_sets(make_learner, dls, epochs, lr, seed, earlier, progress, il, noise, wrong):
+def _error_sets(make_learner, dls, epochs, lr, seed, earlier, progress, il, noise, wrong, by):
     "The error set after each of `epochs` epochs of one model"
     with on_its_own():
         learn = new_learner(make_learner, _seeded(dls, seed), seed, earlier)
         if il is not None: il = il_values(il, dls.train, learn)
-        score_rows(learn, reader(dls.train), wrong, rows=own_rows(dls.train).sort().values[:2]) # what it can't judge is told before training
+        first = own_rows(dls.train).sort().values[:16]
+        for score in (wrong, *[training_loss][:by == 'loss']): score_rows(learn, reader(dls.train), score, rows=first) # what it can't judge is told before training
         total = max(epochs)*len(dls.train) + len(epochs)*len(scoring_loader(dls.train))
         with batch_progress(total, progress and shows_progress(learn)) as step:
             sets = _AtEpochs(epochs, partial(error_set, il=il, noise=noise, wrong=wrong, step=step))
@@ -136,7 +138,7 @@ def just_train_twice(
     _check(dls, n_epoch, [upweight], by, noise, seed)
     with preserve_rng():
         earlier = []
-        errors = _error_sets(make_learner, dls, [n_epoch_id], lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong)[n_epoch_id]
+        errors = _error_sets(make_learner, dls, [n_epoch_id], lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong, by=by)[n_epoch_id]
         problem = _problem(errors, dls.train, n_epoch_id, il)
         if problem: raise ValueError(problem)
         learn = _upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
@@ -183,7 +185,7 @@ def tune_just_train_twice(
     table,earlier = [],[]
     if executor is not None: check_new_learners(make_learner, dls)
     with preserve_rng():
-        sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong)
+        sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong, by=by)
         problems = {t: _problem(errors, dls.train, t, il) for t,errors in sets.items()}
         if all(problems.values()): raise ValueError(problems[n_epochs_id[0]])
         pairs = [(t, o) for t in n_epochs_id if not problems[t] for o in upweights] # an error set that is empty or total has nothing to try

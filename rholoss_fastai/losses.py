@@ -8,25 +8,24 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/losses.html.md"""
 __all__ = ['ItemLosses', 'item_losses']
 
 # %% ../nbs/02_losses.ipynb #ecbdd991
+from functools import partial
+
 import torch
 from collections.abc import Callable
 from copy import copy
-from functools import partial
-from inspect import signature
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from types import FunctionType
 from typing import Literal
 from torch import Tensor, nn
 from fastai.losses import BaseLoss
 from fastcore.basics import patch
 from torch.nn import functional as F
+from .loss_tasks import call_parameters, from_library, function_types, known_loss, loss_name, loss_task, takes_probabilities
 from .nested import check_no_item_lists, describe, map_tensors, plain, prediction, tensors
 
 # %% ../nbs/02_losses.ipynb #36738d2f
-_function_types = (FunctionType, BuiltinFunctionType, MethodType, partial, torch.jit.ScriptFunction)
-
 def _shallow(o):
     "A shallow copy of `o`, at a fifth of the time that `copy` takes"
-    if isinstance(o, _function_types): return o
+    if isinstance(o, function_types): return o
     try: res = object.__new__(type(o))
     except TypeError: return copy(o)
     if not hasattr(res, '__dict__'): return copy(o)
@@ -50,68 +49,9 @@ def _unreduced(loss_func):
     return res
 
 # %% ../nbs/02_losses.ipynb #9b878d7f
-def _parameters(loss_func):
-    "The named parameters of a loss function's call"
-    try: return signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).parameters
-    except (TypeError, ValueError): return {} # builtins have none
-
-def _from_library(loss_func):
-    "Whether this is a loss of PyTorch or fastai, which take one tensor"
-    if isinstance(loss_func, partial): return _from_library(loss_func.func)
-    module = getattr(loss_func if isinstance(loss_func, _function_types) else type(loss_func), '__module__', None) or ''
-    known = module.startswith(('torch.nn.', 'fastai.', 'torchvision.'))
-    return known and (_from_library(loss_func.func) if isinstance(loss_func, BaseLoss) else True)
-
-def _name(loss_func):
-    if isinstance(loss_func, partial): return f'partial of {_name(loss_func.func)}'
-    return getattr(loss_func, '__name__', None) or ' '.join(repr(loss_func).split())[:100]
-
 def _full(t):
     "Half precision to float32"
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-# %% ../nbs/02_losses.ipynb #5aaaa6fa
-_families = dict(
-    classes='CrossEntropyLoss NLLLoss MultiMarginLoss KLDivLoss LabelSmoothingCrossEntropy FocalLoss DiceLoss cross_entropy nll_loss '
-            'multi_margin_loss kl_div log_softmax softmax',
-    multilabel='BCEWithLogitsLoss BCELoss MultiLabelSoftMarginLoss binary_cross_entropy_with_logits binary_cross_entropy '
-               'multilabel_soft_margin_loss sigmoid logsigmoid sigmoid_focal_loss',
-    regression='MSELoss L1Loss SmoothL1Loss HuberLoss GaussianNLLLoss PoissonNLLLoss mse_loss l1_loss smooth_l1_loss huber_loss '
-               'gaussian_nll_loss poisson_nll_loss',
-    other='MultiLabelMarginLoss SoftMarginLoss HingeEmbeddingLoss CosineEmbeddingLoss MarginRankingLoss TripletMarginLoss '
-          'TripletMarginWithDistanceLoss multilabel_margin_loss soft_margin_loss hinge_embedding_loss cosine_embedding_loss margin_ranking_loss '
-          'triplet_margin_loss triplet_margin_with_distance_loss')
-_task_of_name = {name: task for task,names in _families.items() for name in names.split()}
-_give_probabilities = ('BCELoss', 'binary_cross_entropy') # their predictions went through a sigmoid already
-
-def _inner(loss_func):
-    "The loss beneath fastai's flattening and beneath `partial`"
-    while isinstance(loss_func, (BaseLoss, partial)): loss_func = loss_func.func
-    return loss_func
-
-def _known_name(loss_func):
-    "The name of a loss of PyTorch's or fastai's, of a subclass of one its parent's; None for any other"
-    if isinstance(loss_func, _function_types): names = [getattr(loss_func, '__name__', None)]
-    else: names = [o.__name__ for o in type(loss_func).__mro__]
-    return next((o for o in names if o in _task_of_name), None)
-
-def _mentioned(loss_func, depth=3):
-    "The names of losses that a loss function of one's own calls or holds, or those that it calls do"
-    is_function = isinstance(loss_func, _function_types)
-    function = loss_func if is_function else getattr(type(loss_func), 'forward', type(loss_func).__call__)
-    function = getattr(function, '__func__', function)
-    called = getattr(getattr(function, '__code__', None), 'co_names', ())
-    held = [] if is_function else [*getattr(loss_func, '__dict__', {}).values(), *getattr(loss_func, '_modules', {}).values()]
-    held += [o.cell_contents for o in getattr(function, '__closure__', None) or () if o != CellType()]
-    held += [getattr(function, '__globals__', {}).get(o) for o in called]
-    names = {o for o in called if o in _task_of_name}
-    for o in map(_inner, held):
-        if not callable(o) or isinstance(o, type) or o is loss_func: continue
-        if (name := _known_name(o)): names.add(name)
-        elif depth and _is_own(o): names |= _mentioned(o, depth-1)
-    return names
-
-def _is_own(o): return isinstance(o, (FunctionType, MethodType)) or isinstance(o, nn.Module) and not type(o).__module__.startswith('torch.')
 
 # %% ../nbs/02_losses.ipynb #a9598aba
 class ItemLosses:
@@ -128,35 +68,29 @@ class ItemLosses:
             raise ValueError("CTC loss has the batch in the second dimension of its input, so has no item losses as it is. Wrap it in "
                              "a function of (pred, *targs) whose pred is (bs, time, classes) and that transposes it.")
         self.loss_func = loss_func = getattr(loss_func, '_orig_mod', loss_func) # of a compiled module, the module
-        self.one_tensor,self.divisors,self.checked = _from_library(loss_func),{},False # how the loss is reduced, once it is known
-        params = _parameters(loss_func)
+        self.one_tensor,self.divisors,self.checked = from_library(loss_func),{},False # how the loss is reduced, once it is known
+        params = call_parameters(loss_func)
         self.params = {k: p.default for k,p in params.items() if k in ('reduction', 'ignore_index', 'weight')}
         self.n_args = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in params.values())
-        if not isinstance(loss_func, _function_types) and _has_reduction(loss_func): self.route = 'attribute'
+        if not isinstance(loss_func, function_types) and _has_reduction(loss_func): self.route = 'attribute'
         else: self.route = 'argument' if 'reduction' in self.params else 'vmap'
 
     @property
     def task(self)->Literal['classes','multilabel','regression','other',None]: # None: not known
         "What the loss function has the model predict"
-        name = _known_name(_inner(self.loss_func))
-        if name: return _task_of_name[name]
-        if self.n_args > 2: return 'other' # several targets
-        tasks = {_task_of_name[o] for o in _mentioned(_inner(self.loss_func))}
-        return tasks.pop() if len(tasks) == 1 else None
+        return loss_task(self.loss_func, several=self.n_args > 2)
 
     @property
     def activated(self)->bool:
         "Are the predictions of a multi-label loss probabilities already?"
-        inner = _inner(self.loss_func)
-        names = {_known_name(inner)} if _known_name(inner) else _mentioned(inner)
-        return bool(names) and names <= set(_give_probabilities)
+        return takes_probabilities(self.loss_func)
 
     @property
     def axis(self)->int: # None: not known
         "The class axis of the predictions"
         axis = getattr(self.loss_func, 'axis', None)
         if isinstance(axis, int): return axis
-        return 1 if self.one_tensor and _known_name(_inner(self.loss_func)) else None
+        return 1 if self.one_tensor and known_loss(self.loss_func) else None
 
     @property
     def ignore_index(self)->int: # None: all count
@@ -181,7 +115,7 @@ class ItemLosses:
         pred,targs,bs = self._prepared(pred, targs)
         elements = self._elements(pred, targs, bs)
         if elements is None:
-            raise ValueError(f"{_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
+            raise ValueError(f"{loss_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
                              "a loss that takes reduction='none', such as CrossEntropyLossFlat().")
         elements = self._laid_out(elements, targs, bs)
         counted = self._counted(elements, targs)
@@ -237,7 +171,7 @@ class ItemLosses:
         if elements.shape == (bs,): return True
         shapes = [t.shape for t in tensors((pred, targs))]
         if elements.numel() > max(s.numel() for s in shapes) and len({len(s) for s in shapes}) > 1:
-            raise ValueError(f"{_name(self.loss_func)} combined every item's prediction with every item's target: "
+            raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: "
                              f"{self._shapes(pred, targs)}. Give both the same shape: a missing or an extra dimension in the model's "
                              "output or in the targets makes PyTorch broadcast them.")
         return elements.shape[0] == bs or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs])
@@ -263,7 +197,7 @@ class ItemLosses:
 
     def _own(self, name):
         "The loss function's own `name`, as it is now"
-        if self.route == 'argument' or self.route != 'attribute' and isinstance(self.loss_func, _function_types): return self.params.get(name)
+        if self.route == 'argument' or self.route != 'attribute' and isinstance(self.loss_func, function_types): return self.params.get(name)
         return getattr(self.loss_func.func if isinstance(self.loss_func, BaseLoss) else self.loss_func, name, None)
 
     def _one_by_one(self, pred, targs, bs):
@@ -288,7 +222,7 @@ class ItemLosses:
         except torch.cuda.OutOfMemoryError: raise
         except Exception as e:
             self._whole_batch(pred, targs, e)
-            raise ValueError(f"{_name(self.loss_func)} has no loss for each item: it does not give one number for an item alone "
+            raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for an item alone "
                              f"({self._shapes(pred, targs)}; {type(e).__name__}: {e}). Give a loss that takes reduction='none', or a "
                              "function of (pred, targ) that also works on a batch of one item.") from e
         self.route = 'loop'
@@ -298,11 +232,11 @@ class ItemLosses:
         "Raise where the loss fails as it is, for then the fault is not in asking for items"
         try: _shallow(self.loss_func)(pred, *targs)
         except Exception:
-            raise ValueError(f"{_name(self.loss_func)} failed on {self._shapes(pred, targs)} ({type(error).__name__}: {error}). Check that "
+            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} ({type(error).__name__}: {error}). Check that "
                              "the model's output and the targets have the shapes and types that this loss expects.") from error
 
     def _shapes(self, pred, targs): return f"prediction {describe(pred)}, target {', '.join(map(describe, targs))}"
-    def __repr__(self): return f'ItemLosses({_name(self.loss_func)}, by {self.route})'
+    def __repr__(self): return f'ItemLosses({loss_name(self.loss_func)}, by {self.route})'
 
 # %% ../nbs/02_losses.ipynb #2ff8bd7b
 _own_loss_mend = ("Where the model computes its loss itself, give the Learner a loss_func of its logits: "
@@ -360,7 +294,8 @@ def weighted(self:ItemLosses,
     pred,targs,bs = self._prepared(pred, targs)
     total,weighted,divisors = self._sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
-    name = self.divisors.get(how, 'mean' if how[0] == 'none' else None)
+    # what one's own loss divides by in this batch (no element was void, say) needn't be what it divides by in the next
+    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio'
     if name in divisors: return weighted/divisors[name]
     whole = plain(self.loss_func(pred, *targs)).reshape(())
     if name is None: # the one time that the host waits for the device
@@ -398,20 +333,52 @@ def _adds_up(whole, losses, of_items, of_batch):
     known = finite & (length > 0)
     if not known.any(): return True # nothing is left to be learnt
     along = (of_items*of_batch).sum(1)[known]
-    alike = along > 0.9*length[known]*of_batch.norm(dim=1)[known]
+    alike = along > 0.7*length[known]*of_batch.norm(dim=1)[known] # of several means with shares of their own, not quite
     shares,rest = along/length[known].square(),finite & ~known
     left = (1 - shares.sum())/rest.sum().clamp(min=1)
     expected = (shares*losses[known]).sum() + left*losses[rest].sum()
     near = (whole - expected).abs() <= 0.15*(whole.abs() + losses[finite].abs().mean())
     return bool(near & (alike.float().mean() >= 0.9) & (shares.sum() > 0.5) & (shares.sum() < 2))
 
+def _with_others(pred, bs, generator):
+    "`pred` with other predictions for every item, for a random half of them, and for the other half"
+    def other(t):
+        by = torch.rand(t.shape, generator=generator).to(t)*0.8 + 0.1
+        return t*by/t.abs().max().clamp(max=1) if t.any() else -by # probabilities stay probabilities
+    both = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred)
+    half = torch.randperm(bs, generator=generator) < bs//2
+    for chosen in (half | ~half, half, ~half):
+        others = iter(tensors(both))
+        def mixed(t):
+            new = next(others)
+            return new if new is t else torch.where(chosen.to(t.device).view(-1, *[1]*(t.ndim - 1)), new, t)
+        yield map_tensors(mixed, pred)
+
+@patch
+def _separates(self:ItemLosses, pred, targs, bs):
+    "Does an item add as much to the batch's loss, whatever the model predicts for the others?"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        preds = [pred, *_with_others(pred, bs, generator)]
+        whole,both,first,second = (plain(self.loss_func(o, *targs)).reshape(()) for o in preds)
+        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9) # in part it may compute in single precision
+        slack = eps**0.5*(values - whole).abs().sum() + 100*eps*values.abs().sum()
+        if (first + second - whole - both).abs() > slack: return False # not so where one is NaN
+    return True
+
 @patch
 def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
     "Is the batch's loss made of the item losses: their sum, a mean of them, or as PyTorch reduces?"
     whole,again = (plain(self.loss_func(pred, *targs)) for _ in range(2))
-    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again): return True # not to be told: diverged, or random
+    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again) or self.one_tensor: return True # not to be told: diverged, or random
+    for to in (torch.Tensor.double, torch.Tensor.float): # in double precision, unless the loss has class weights, say, in single
+        try: separates = self._separates(*map_tensors(lambda t: to(t) if t.is_floating_point() else t, (pred, targs)), bs)
+        except torch.cuda.OutOfMemoryError: raise
+        except Exception: continue
+        if not separates: return False
+        break
     total,_,divisors = self._sums(torch.ones_like(losses), pred, targs, bs)
-    if self.one_tensor or _dividing(total, whole, divisors): return True
+    if _dividing(total, whole, divisors): return True
     if derivatives is None or any(o is None for o in derivatives): return bool(losses.amin() <= whole <= losses.amax())
     return _adds_up(whole, losses, *derivatives)
 
@@ -425,7 +392,7 @@ def check(self:ItemLosses,
 )->Tensor: # `losses`
     "Raise unless the item losses mean something: for the first batch, since it waits for the device"
     if losses is None: losses = self(pred, *targs)
-    bs,device,name = len(losses),losses.device,_name(self.loss_func)
+    bs,device,name = len(losses),losses.device,loss_name(self.loss_func)
     if bs == 1: return losses
     mend = _own_loss_mend if not isinstance(pred, Tensor) else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
                                                                 "learn.select(pick='uniform').")
@@ -451,7 +418,7 @@ def check(self:ItemLosses,
         if not self._reproduced(losses, prepared, prepared_targs, bs, derivatives):
             whole = plain(self.loss_func(prepared, *prepared_targs)).item()
             raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' losses ({_say(losses)}): the loss is not "
-                             f"made of the items' own losses, so these mean nothing. {mend}")
+                             f"made of the items' own losses, so these mean nothing ({self._shapes(pred, targs)}). {mend}")
     self.checked = self.checked or weighting
     return losses
 

@@ -66,7 +66,8 @@ class RowLoss(FitCallback):
         "Raise where rows can't be known"
         mix = self.learn._grab_cbs(MixHandler)
         if mix: raise ValueError(f"{type(mix[0]).__name__} makes one item of two, which {type(self).__name__} has no row for: use one or the other.")
-        track_rows(self.learn.dls.train)
+        track_rows(self.learn.dls.train, way_out=f'{type(self).__name__} must know the row of each item: give the Learner a map-style data set in a DataLoader that '
+                   'goes through rows in an order of its own, or weigh the items in the loss function.')
 
     def before_train(self):
         "A loader that knows its rows; `learn.dls` stays as it is"

@@ -156,6 +156,8 @@ class RowTracker:
     ):
         self.loader,self.source,self.bs = loader,source,bs
         self.order = self.uploaded = self.device = None
+        self.skipped = torch.zeros((), dtype=torch.int64) # 1 + the row that was skipped; a worker's word reaches this process
+        if getattr(loader.fake_l, 'num_workers', 0): self.skipped.share_memory_()
         self.reader,self.generator = reader(loader),untracked(reader(source))[0]
         self.own_get_idxs,self.own_do_item = vars(loader).get('get_idxs'),type(self.reader).do_item
         loader.__dict__.update(tracker=self, rows=self.rows, get_idxs=self.get_idxs)
@@ -178,15 +180,13 @@ class RowTracker:
             raise _unknown(self.source, f'its `get_idxs` does not return row numbers ({e})') from e
         if isinstance(dataset, RowSubset): order = dataset.row_numbers[order]
         self.order,self.uploaded = torch.from_numpy(order),None
+        self.skipped.zero_()
         return idxs
 
     def do_item(self, idx):
-        "The loader's own item, which may not be skipped"
+        "The loader's own item; where it is skipped, no later row is known"
         item = self.own_do_item(self.reader, idx)
-        if item is None:
-            row = self.reader.dataset.row_numbers[idx or 0] if isinstance(self.reader.dataset, RowSubset) else idx
-            raise _unknown(self.source, f'row {row} was skipped (SkipItemException, or an item that is None) and all later items '
-                           'moved up. Leave such rows out of the data set')
+        if item is None and idx is not None: self.skipped.fill_(int(idx) + 1)
         return item
 
     def rows(self,
@@ -195,6 +195,10 @@ class RowTracker:
     ) -> Tensor: # `(bs_i,)` int64
         "Rows of the data set in the `i`-th batch of the epoch that began last"
         if self.order is None: raise ValueError(_not_begun)
+        if skipped := int(self.skipped.numpy()): # no device is asked
+            row,dataset = skipped - 1,self.reader.dataset
+            raise _unknown(self.source, f'row {dataset.row_numbers[row] if isinstance(dataset, RowSubset) else row} was skipped (SkipItemException, or an item '
+                           'that is None) and all later items moved up. Leave such rows out of the data set')
         bs,n = self.reader.bs,len(self.order)
         n_batches = n//bs if self.reader.drop_last else -(-n//bs)
         if not 0 <= i < n_batches: raise ValueError(f'There is no batch {i}: the epoch has {n_batches} batches, counted from 0.')

@@ -138,8 +138,10 @@ class SeparateForward(Scorer):
         "Log-probabilities `(n_mc, n_B, n_classes)` with dropout, and nothing else, as in training (Gal and Ghahramani 2016)"
         if not self.dropouts:
             raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add one, or use another score.")
+        axis = getattr(c.item_losses, 'axis', None)
+        axis = 1 if axis is None else axis # where the loss has its classes
         with modules_in_mode(self.dropouts, True), _without_fused_attention():
-            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(1) for _ in range(self.n_mc)])
+            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis) for _ in range(self.n_mc)])
                      for xb,_ in c.chunks(self.score_bs)]
         c.scored += c.n*self.n_mc
         return torch.cat(parts, 1)

@@ -29,8 +29,8 @@ from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size
 from .scores import find_score, for_loss, score_inputs, training_loss
 from .scoring import unwrapped
-from .selection_checks import (check_epoch, check_first_batch, check_inputs_unchanged, check_learner, check_rows, check_scores, check_sentence,
-                                             check_state, explained, say_what_will_happen)
+from .selection_checks import (check_epoch, check_first_batch, check_inputs_unchanged, check_learner, check_scores, check_sentence, check_state,
+                                             explained, rows_of_candidates, say_what_will_happen)
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .scorers import Scorer, find_scorer
 
@@ -167,9 +167,8 @@ class BatchSelector(AnySelector):
         learn,fit = self.learn,self._fit
         fit.weights,self.delivered_rows = None,None
         fit.state.widen(seen=False)
-        rows = None if fit.loader is None else fit.loader.rows(learn.iter, fit.device)
-        candidates = Candidates(plain(learn.xb), plain(learn.yb), rows, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
-        check_rows(candidates)
+        candidates = Candidates(plain(learn.xb), plain(learn.yb), None, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
+        candidates.rows = rows_of_candidates(self, candidates)
         if fit.first:
             check_first_batch(candidates, fit.scorer, fit.device)
             with explained(self, 'scored'): fit.state.look(candidates)

@@ -96,7 +96,7 @@ class LossHistory(FitCallback):
         track_rows(learn.dls.train) # raises where rows can't be known
         marks = fingerprint(learn.dls.train)
         if marks != self.fingerprint: self.fingerprint,self.kept,self.valid = marks,[],[]
-        n,fit.checked = marks['n'],False
+        n = marks['n']
         fit.now,fit.valid = torch.full((2, n), torch.nan, device=fit.device),torch.zeros(2, device=fit.device)
         if not rank_distrib(): learn.logger(f"LossHistory: {n:,} rows x {min(self.k, len(self.kept) + learn.n_epoch)} epochs x 4 bytes = "
                                             f"{4e-6*n*min(self.k, len(self.kept) + learn.n_epoch):.3g} MB")
@@ -114,10 +114,9 @@ class LossHistory(FitCallback):
         if not learn.training:
             fit.valid += torch.stack([learn.loss.detach()*batch_size(learn.yb), learn.loss.new_tensor(batch_size(learn.yb))]).to(fit.valid)
             return
-        rows,item_losses = batch_rows(learn, fit.device),self.item_losses()
+        rows,item_losses = batch_rows(learn, fit.device),self.checked_item_losses(weighting=False)
         with torch.no_grad():
             losses = item_losses(learn.pred, *learn.yb)
-            if not fit.checked: fit.checked = item_losses.check(losses, plain(learn.pred), *plain(learn.yb)) is not None
             fit.now[0,rows] = losses
             margins = label_margins(plain(learn.pred), *plain(learn.yb))
             if margins is not None: fit.now[1,rows] = margins

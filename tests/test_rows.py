@@ -161,9 +161,9 @@ class Skips(Rows):
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_skipped_item(num_workers):
-    loader = DataLoader(Skips(), bs=8, num_workers=num_workers, shuffle=True)
-    with pytest.raises(ValueError, match='row 17 was skipped'): list(track_rows(loader))
-    with pytest.raises(ValueError, match='row 17 was skipped'): list(track_rows(restrict_rows(loader, [4,17,20])))
+    source = DataLoader(Skips(), bs=8, num_workers=num_workers, shuffle=True)
+    for loader in (track_rows(source), track_rows(restrict_rows(source, [4,17,20]))):
+        with pytest.raises(ValueError, match='row 17 was skipped'): [loader.rows(i) for i,_ in enumerate(loader)]
 
 def test_unshuffled_language_model():
     def make_lm(): return LMDataLoader([torch.arange(20), torch.arange(20,53)], bs=4, seq_len=5)

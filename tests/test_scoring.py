@@ -2,9 +2,7 @@
 import pytest
 import torch
 from fastai.text.models import AWD_LSTM
-from hypothesis import given, strategies as st
 from torch import nn
-from helpers import examples
 
 from rholoss_fastai.scoring import carried_state, carries_state, copy_state, merge_state, scoring_mode, select_state
 
@@ -20,7 +18,7 @@ class Recurrent(nn.Module):
         return out
 
 class Awd(nn.Module):
-    def __init__(self): super().__init__(); self.body = AWD_LSTM(9, 4, 5, 2, pad_token=0)
+    def __init__(self, emb=4, hidden=5, layers=2, **kwargs): super().__init__(); self.body = AWD_LSTM(9, emb, hidden, layers, pad_token=0, **kwargs)
     def reset(self): self.body.reset()
     def forward(self, x): return self.body(x)
 
@@ -103,19 +101,17 @@ def test_state_is_told(make_model, make_batch, names):
     with scoring_mode(model, cpu): model(make_batch())
     assert carried_state(model) == names
 
-@examples(10)
-@given(rows=st.sets(st.integers(0, 3), min_size=1, max_size=4), seed=st.integers(0, 99))
-@pytest.mark.parametrize('make_model, make_batch', models[:4])
-def test_rows_keep_their_state(make_model, make_batch, rows, seed):
-    if make_model.__name__ == 'Awd': pytest.xfail("the state of fastai's AWD-LSTM isn't yet put together again in every case")
+@pytest.mark.parametrize('rows', [([0], [3], [1]), ([0, 1, 2, 3], [2, 0], [1, 3, 2]), ([3, 1], [0, 1, 2], [0, 1, 2, 3])])
+@pytest.mark.parametrize('make_model, make_batch', models[:4] + [(lambda: Awd(4, 4, 1), tokens), (lambda: Awd(6, 4, 2, bidir=True), tokens)])
+def test_rows_keep_their_state(make_model, make_batch, rows):
     "Three batches, of each some rows: every row is where it would be had all gone on"
-    torch.manual_seed(seed)
-    model, batches, idxs = make_model().eval(), [make_batch() for _ in range(3)], torch.tensor(sorted(rows))
+    torch.manual_seed(0)
+    model, batches = make_model().eval(), [make_batch() for _ in range(3)]
     last = lambda o: o[0] if isinstance(o, tuple) else o
     with torch.no_grad():
         expected = [last(model(b)) for b in batches]
         model.reset()
-        for i, batch in enumerate(batches):
+        for i, (batch, idxs) in enumerate(zip(batches, map(torch.tensor, rows))):
             with scoring_mode(model, cpu):
                 torch.testing.assert_close(last(model(batch)), expected[i])
                 state = copy_state(model)

@@ -7,14 +7,14 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, SkipItemException
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.text.data import LMDataLoader
-from helpers import N, Toy, fit, learner, linear, loaders, rows_of, weights_of
+from helpers import N, N_VALID, Toy, fit, learner, linear, loaders, rows_of, weights_of
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import GroupDRO, Pick, RowWeights, Selection, TopFraction
+from rholoss_fastai.all import (GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]
@@ -67,6 +67,19 @@ def test_a_loss_that_is_not_made_of_its_items_is_named(loss, method):
     learn = learner(loaders(train=Toy(targets=survival), valid=Toy(24, 1, survival)), loss_func=loss)
     method(learn)
     assert loss.__name__ in refused(learn, loss.__name__)
+
+
+def test_losses_that_are_kept_or_weighed_later_are_looked_at_first():
+    "By a history of losses, and before the first of two trainings"
+    dls = loaders(train=Toy(targets=survival), valid=Toy(24, 1, survival))
+    refused(learner(dls, loss_func=cox, cbs=LossHistory()), 'cox')
+    trained = []
+    class Trains(Callback):
+        def after_step(self): trained.append(1)
+    def make(dls): return learner(dls, loss_func=cox, cbs=Trains())
+    def wrong(pred, targ): return (pred[:, 0] > 0).float()
+    with pytest.raises(ValueError, match='cox'): just_train_twice(make, dls, 1, 1, 3., by='loss', wrong=wrong, progress=False)
+    assert not trained
 
 
 class OwnLoss(nn.Module):
@@ -267,6 +280,30 @@ def test_inputs_that_a_callback_changes_in_cross_fitting():
     learn = learner(loaders(train=Changed(INPUTS['flattened'][0]), valid=Changed(INPUTS['flattened'][0], 24, 1)))
     refused(learn.rho_loss(il_epochs=1, frac=0.5), 'il=', cbs=Changes(flattened, -9))
 
+class Watches(Callback):
+    "Looks at what there is, and changes nothing"
+    order = -8
+    def __init__(self): self.seen = []
+    def before_batch(self): self.seen.append(self.x.mean())
+
+@pytest.mark.parametrize('change', ['normalised', 'cast'])
+def test_what_is_scored_outside_of_training_is_as_the_model_knows_it(change):
+    "A callback that acts before selection acts in no copy of the Learner, and in no forward outside of training"
+    data, how = INPUTS[change]
+    def learn(): return learner(loaders(train=Changed(data), valid=Changed(data, 24, 1)), cbs=[Changes(how, -9), Watches()])
+    for method in (lambda l: l.rho_loss(frac=0.5), lambda l: l.rho_loss(il='crossfit', frac=0.5), lambda l: l.select('reducible', il='auto')):
+        target = learn()
+        method(target)
+        assert 'Changes (order -9)' in refused(target, 'il=', 20)
+    fitted = fit(learn(), 1)
+    for ask in (lambda: irreducible_losses(fitted, fitted.dls.train), lambda: el2n(fitted, fitted.dls.train), lambda: error_set(fitted)):
+        with pytest.raises(ValueError, match='Changes .order -9. changes the inputs in before_batch'): ask()
+
+def test_who_watches_is_no_changer():
+    learn, watches = learner(), Watches()
+    fit(learn.rho_loss(il_epochs=1, frac=0.5, enlarge=False), 1, cbs=watches)
+    assert len(watches.seen) == 3 + 1 # of the batches, none of what was tried; the last is the validation's
+
 def test_what_is_not_scored_may_change():
     learn = learner(loaders(train=Changed(INPUTS['cast'][0]), valid=Changed(INPUTS['cast'][0], 24, 1))).select('loss', 'uniform', frac=0.5)
     assert weights_of(fit(learn, 1, cbs=Changes(cast, 3))).isfinite().all()
@@ -281,12 +318,49 @@ class Loses(Callback):
     def before_batch(self):
         if self.iter == 1: self.learn.xb, self.learn.yb = (self.x[1:],), (self.y[1:],)
 
+NEED_NO_ROWS = ('top', 'enlarged', 'filter', 'backprop', 'importance')
+
 @pytest.mark.parametrize('order', [-10, -7])
-@methods(METHODS)
+@methods({k: v for k, v in METHODS.items() if k not in NEED_NO_ROWS})
 def test_rows_lost_before(method, order):
     learn = learner(loaders(8))
     method(learn)
     with pytest.raises(ValueError, match='rows were drawn for it'): fit(learn, 1, cbs=Loses(order))
+
+class Skips(Toy):
+    "An item that can't be read, which fastai's loader leaves out, so that all later ones move up"
+    def __getitem__(self, i):
+        if i == 50: raise SkipItemException
+        return super().__getitem__(i)
+
+def drops(items): return [torch.stack(o) for o in zip(*[o for o in items if o is not None])]
+class NoneAt50(Toy):
+    def __getitem__(self, i): return None if i == 50 else super().__getitem__(i)
+def torch_loaders(): return DataLoaders(*[torch.utils.data.DataLoader(o, batch_size=8, collate_fn=drops) for o in (NoneAt50(), Toy(N_VALID, 1))])
+
+@pytest.mark.parametrize('make', [lambda: loaders(8, Skips(), shuffle=False), torch_loaders], ids=['fastai', 'torch'])
+@methods({k: v for k, v in METHODS.items() if k not in ('group_dro', 'stale')})
+def test_rows_that_the_loader_skips(method, make, request):
+    "Where rows are needed an error by the batch it happens in; where not, the same items are trained on as if they had not been there, and the ledger says less"
+    learn = learner(make())
+    method(learn)
+    if request.node.callspec.id.split('-')[0] in NEED_NO_ROWS or request.node.callspec.id.split('-')[-1] in NEED_NO_ROWS:
+        with pytest.warns(UserWarning, match="rows aren't counted"): fit(learn, 1)
+        assert learn.selection.ledger.loaded.item() == N - 1 and learn.selection.seen[:48].sum() >= 32 and weights_of(learn).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match='row 50 was skipped|rows were drawn for it'): fit(learn, 1)
+
+def test_where_rows_are_unknown_the_way_out_is_the_methods():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(Toy())
+        def __len__(self): return N
+    def learn(): return learner(DataLoaders(torch.utils.data.DataLoader(Stream(), batch_size=8), torch.utils.data.DataLoader(Toy(N_VALID, 1), batch_size=8)))
+    for method, way_out in ((METHODS['stale'], 'staleness=1'), (METHODS['rho'], 'il='), (METHODS['infobatch'], 'batch_loss_filter'),
+                            (METHODS['row_weights'], 'loss function'), (METHODS['group_dro'], 'map-style|one value a row|length')):
+        target = learn()
+        with pytest.raises((ValueError, TypeError), match=way_out) as error: method(target); fit(target, 1)
+        assert ('il=' in str(error.value)) == (way_out == 'il=')
+    fit(learn().batch_loss_filter(warmup_epochs=0), 1)
 
 @pytest.mark.parametrize('order', [-4, 0, 15])
 @methods(WEIGH)
@@ -340,6 +414,21 @@ def test_class_targets_in_a_column_of_any_type(score, dtype):
         learn = learner(loaders(train=Toy(targets=targets), valid=Toy(24, 1, targets))).select(score, 'top', frac=0.25)
         return weights_of(fit(learn, 2, seed=3))
     torch.testing.assert_close(run(lambda x, y: y[:, None].to(dtype)), run(lambda x, y: y))
+
+
+def test_log_probabilities_are_of_the_losses_classes():
+    "On the axis where the loss has them: for a tagger the last"
+    class Tagger(nn.Module):
+        def __init__(self): super().__init__(); self.body = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+        def forward(self, x): return self.body(x.view(-1, 3, 2))
+    def tags(x, y): return torch.stack([y]*3, 1)
+    sums = []
+    def uncertain(log_probs): sums.append(log_probs.exp().sum(-1)); return log_probs.amax(-1).mean((0, 2))
+    learn = learner(loaders(train=Toy(targets=tags), valid=Toy(24, 1, tags)), Tagger(), CrossEntropyLossFlat())
+    fit(learn.select(uncertain, 'top', frac=0.5, n_mc=2, precision=None), 1)
+    assert len(sums) == 3 and sums[0].shape == (2, 24, 3)
+    for o in sums: torch.testing.assert_close(o, torch.ones_like(o))
+    fit(learner(loaders(train=Toy(targets=tags), valid=Toy(24, 1, tags)), Tagger(), CrossEntropyLossFlat()).select('bald', 'top', frac=0.5, n_mc=2), 1)
 
 
 # 10. What will have no effect is said
@@ -446,3 +535,136 @@ def test_series_of_any_index_are_taken_by_position():
     mask = pd.Series((IL > 0.5).numpy(), index=range(100, 100 + N))
     learn = fit(learner().batch_loss_filter(track=dict(high=mask), warmup_epochs=0), 1)
     assert 0 < learn.selection.ledger.high.item() < 1
+
+
+# More of each kind, as a reader who wants to break it would try them
+
+class Within(Callback):
+    "Fits once more at the end of the first epoch"
+    def __init__(self, another): self.another, self.done = another, False
+    def after_train(self):
+        if self.done: return
+        self.done = True
+        fit(learner().batch_loss_filter(warmup_epochs=0) if self.another else self.learn, 1)
+
+@methods(METHODS)
+def test_a_fit_within_a_fit(method):
+    "Of another Learner it changes nothing; of the same it would end the selection, and is refused"
+    learn = learner()
+    method(learn)
+    fit(learn, 3, cbs=Within(True))
+    if hasattr(learn, 'selection'): assert len(learn.selection.ledger) == 3
+    with pytest.raises(ValueError, match='in the midst of a fit'): fit(learn, 2, cbs=Within(False))
+    assert weights_of(fit(learn, 1)).isfinite().all()
+
+class Output(dict):
+    def __getattr__(self, name):
+        try: return self[name]
+        except KeyError: raise AttributeError(name) from None
+
+class Named(nn.Module):
+    "Inputs in a dict, and an output object with a prediction beside others"
+    def __init__(self): super().__init__(); self.head, self.aside = linear(), linear()
+    def forward(self, x): x = x['x'] if isinstance(x, dict) else x; return Output(logits=self.head(x), aside=self.aside(x), n=torch.tensor(len(x)))
+
+class InDicts(Toy):
+    def __getitem__(self, i): return dict(x=self.x[i], mask=torch.ones(2)), self.y[i]
+
+def labels_and_class(x, y): return torch.cat([(x[:, :2] > 0).float(), y[:, None].float()], 1)
+def two_tasks(out, targ): return F.cross_entropy(out.logits, targ[:, 2].long()) + 0.3*F.binary_cross_entropy_with_logits(out.aside[:, :2], targ[:, :2])
+def masked(pred, targ): counted = (targ[:, :3] > 0).float(); return ((pred - 1)**2*counted).sum()/counted.sum().clamp(min=1)
+def normed(momentum): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=momentum), nn.ReLU(), nn.Linear(8, 3))
+def spectral(): return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)))
+
+TASKS = dict( # name -> targets, model, loss, data
+    output=(None, Named, lambda out, y: F.cross_entropy(out.logits, y), Toy), dict_inputs=(None, Named, lambda out, y: F.cross_entropy(out.logits, y), InDicts),
+    several_tasks=(labels_and_class, Named, two_tasks, Toy), column=(lambda x, y: y[:, None].to(torch.int8), linear, CrossEntropyLossFlat(), Toy),
+    labels=(labels, linear, BCEWithLogitsLossFlat(pos_weight=torch.tensor([1., 5., 9.])), Toy), own_labels=(labels, linear, F.binary_cross_entropy_with_logits, Toy),
+    numbers=(lambda x, y: x[:, 0], lambda: linear(1), MSELossFlat(), Toy), column_of_numbers=(numbers, lambda: linear(1), nn.HuberLoss(), Toy),
+    doubles=(lambda x, y: x[:, :1].double(), lambda: linear(1), lambda p, t: F.mse_loss(p, t.float()), Toy), masked=(labels, linear, masked, Toy),
+    summed=(numbers, lambda: linear(1), lambda p, t: ((p - t)**2).sum(), Toy), one_class=(lambda x, y: y*0, linear, nn.CrossEntropyLoss(weight=torch.tensor([2., 1., 0.])), Toy),
+    void=(lambda x, y: y.where(x[:, 0] > -0.5, -100), linear, F.cross_entropy, Toy), smoothed=(None, linear, nn.CrossEntropyLoss(label_smoothing=0.1), Toy),
+    cumulative_norm=(None, lambda: normed(None), CrossEntropyLossFlat(), Toy), spectral_norm=(None, spectral, CrossEntropyLossFlat(), Toy))
+def task_learner(name, **kwargs):
+    targets, model, loss, data = TASKS[name]
+    return learner(loaders(train=data(targets=targets), valid=data(24, 1, targets), **kwargs), model, loss)
+
+class TrainedOn(Callback):
+    "The loss that is trained on over the loss function's"
+    order, run_valid = 5, False
+    def before_fit(self): self.ratios = []
+    def after_loss(self): self.ratios.append((self.learn.loss_grad.double()/self.learn.loss_func(self.pred, *self.yb).double()).item())
+
+class Candidate(Callback):
+    order, run_valid = -6, False
+    def before_fit(self): self.shares = []
+    def before_batch(self):
+        training = [m.training for m in self.model.modules()]
+        self.model.eval()
+        with torch.no_grad(): pred = self.model(*self.xb)
+        for m, was in zip(self.model.modules(), training): m.training = was
+        def item(o, i): return type(o)({k: item(v, i) for k, v in o.items()}) if isinstance(o, dict) else o[i:i+1] if o.ndim else o
+        self.losses = torch.stack([self.learn.loss_func(item(pred, i), self.y[i:i+1]).nan_to_num() for i in range(len(self.y))]).squeeze()
+        self.x_of = self.first(self.xb[0])
+    def first(self, x): return x['x'] if isinstance(x, dict) else x
+    def after_pred(self):
+        mine = (self.x_of[None] == self.first(self.xb[0])[:, None]).all(2).int().argmax(1)
+        kept = self.losses[mine].sort().values
+        self.shares.append((kept - self.losses.topk(len(mine)).values.sort().values).abs().max().item())
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('method', [SELECT['top'], lambda l: l.select('loss', 'top', frac=0.25, forward='reuse')], ids=['own forward', 'shared'])
+def test_the_hardest_of_every_task(task, method):
+    "By one call of the loss function for each item alone"
+    if task == 'cumulative_norm' and method is not SELECT['top']: return # a shared forward is in training mode, by the user's choice
+    learn, candidate = task_learner(task), Candidate()
+    method(learn)
+    fit(learn, 2, cbs=candidate)
+    assert len(candidate.shares) == 6 and max(candidate.shares) < 1e-4
+
+@pytest.mark.parametrize('task', TASKS)
+def test_weights_of_one_of_every_task(task):
+    "To 1e-6, by RowWeights, by pruning that leaves nothing out, and by GroupDRO of two groups that stay alike, each half of every batch"
+    for add in (lambda l: l.add_cb(RowWeights(torch.full((N,), 7.))), lambda l: l.prune_epochs(ratio=0., delta=1.), lambda l: l.add_cb(GroupDRO(['a', 'b']*(N//2), eta=1e-12))):
+        learn, trained = task_learner(task, shuffle=False), TrainedOn()
+        add(learn)
+        fit(learn, 2, cbs=trained)
+        assert len(trained.ratios) == 6 and max(abs(o - 1) for o in trained.ratios) <= 1e-6
+
+@pytest.mark.parametrize('task', TASKS)
+@methods({k: METHODS[k] for k in ('filter', 'rho', 'backprop', 'queue', 'importance', 'infobatch', 'group_dro')})
+def test_every_method_trains_on_every_task(task, method):
+    learn = task_learner(task)
+    method(learn)
+    assert weights_of(fit(learn, 2)).isfinite().all()
+
+@methods(METHODS)
+def test_targets_that_broadcast_are_refused(method):
+    "`(bs, 1)` against `(bs,)`: every prediction with every target, of PyTorch's own and of one's own losses"
+    for loss in (nn.MSELoss(), lambda p, t: ((p - t)**2).mean()):
+        learn = learner(loaders(train=Toy(targets=lambda x, y: x[:, 0]), valid=Toy(24, 1, lambda x, y: x[:, 0])), lambda: linear(1), loss)
+        method(learn)
+        assert '(24, 1) float32, target (24,)' in refused(learn, 'combined every item|neither the sum nor a mean').replace('(72', '(24').replace('(48', '(24')
+
+@methods({k: METHODS[k] for k in ('top', 'filter', 'rho', 'backprop', 'importance')})
+def test_one_row_without_a_number_is_not_trained_on(method):
+    data = Toy()
+    data.x[5] = float('nan')
+    learn = learner(loaders(8, data))
+    method(learn)
+    fit(learn, 2)
+    assert weights_of(learn).isfinite().all() and learn.selection.selected[5] == 0
+
+class Later(Callback):
+    "A loss that compares items, from the second epoch on"
+    order, run_valid = -20, False
+    def before_epoch(self):
+        if self.epoch == 1: self.learn.loss_func = lambda p, t: F.cross_entropy(p, t) + p.mean(0).square().sum(); self.before = weights_of(self.learn)
+
+@methods({k: v for k, v in METHODS.items() if k != 'stale'})
+def test_a_loss_that_comes_later_is_looked_at_too(method):
+    "Before its first step"
+    learn, later = learner(), Later()
+    method(learn)
+    with pytest.raises(ValueError, match='neither the sum nor a mean'): fit(learn, 2, cbs=later)
+    assert torch.equal(later.before, weights_of(learn))
