@@ -3,7 +3,7 @@
 python benchmarks/tokens_sst2.py --path <folder> --out benchmarks/results/tokens_sst2.json
 
 The folder holds `sst2_train.tsv`, `sst2_dev.tsv` and `sst2_test.tsv` (github.com/clairett/pytorch-sentiment-classification). The reference reads the
-test split as it is, the models the training split with errors, and perplexity is that of the dev split as it is.
+test split and the first sentences of the training split as they are, the models the other ones with errors; perplexity is that of the dev split as it is.
 """
 import csv
 import json
@@ -94,12 +94,13 @@ def fit(learn, n_epoch, lr=3e-3):
     with learn.no_bar(): loss = learn.validate()[0]
     return dict(perplexity=round(math.exp(loss), 1), replaced=round(replaced, 4), seconds=round(seconds, 1))
 
-def compare(path, seed, methods, share, frac, epochs, il_epochs, width, bs, n_vocab):
+def compare(path, seed, methods, share, frac, n_reference, epochs, il_epochs, width, bs, n_vocab):
     "Plain training, a random share of the tokens, and those whose loss exceeds the reference's the most"
     words = read_words(path, 'train')
     vocab = {word: i + 2 for i,(word,_) in enumerate(Counter(o for s in words for o in s).most_common(n_vocab))}
     n_words = len(vocab) + 2
     train,valid,clean = (numbered(o, vocab) for o in (words, read_words(path, 'dev'), read_words(path, 'test')))
+    clean,train = clean + train[:n_reference],train[n_reference:]
     noisy,wrong = with_errors(train, share, n_words, seed)
     reference = learner(clean, [torch.zeros(len(o)) for o in clean], valid, n_words, width, bs, seed)
     res = [dict(method='reference', **fit(reference, il_epochs))]
@@ -122,6 +123,7 @@ def main(
     methods:str='plain,random,tokens', # What is compared, with commas
     share:float=0.3, # Share of the training tokens that is replaced
     frac:float=0.6, # Share of the tokens that is trained on
+    n_reference:int=3500, # Sentences of the training split that the reference reads, and the models don't
     epochs:int=4, # Epochs of the models
     il_epochs:int=6, # Epochs of the reference
     width:int=96, # Of embedding and GRU
@@ -131,7 +133,7 @@ def main(
 ):
     "Held-out perplexity, and the share of replaced tokens among those trained on, at equal steps"
     if path is None: raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this file say.')
-    settings = dict(methods=methods, share=share, frac=frac, epochs=epochs, il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
+    settings = dict(methods=methods, share=share, frac=frac, n_reference=n_reference, epochs=epochs, il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
     rows = [row for seed in seeds.split(',') for row in compare(path, int(seed), **settings)]
     print_table(list(rows[0]), [list(o.values()) for o in rows])
     if out:

@@ -167,3 +167,39 @@ def test_importance_cost(tmp_path):
     script('importance_cost').main(rows=16, repeats=1, archs='small_cnn', out=out)
     model, = json.loads(out.read_text())['models']
     assert model['arch'] == 'small_cnn' and math.isclose(model['ratio'], model['grand_ms']/model['el2n_ms'], rel_tol=0.05)
+
+
+# divbs_cost
+
+def test_divbs_cost(tmp_path):
+    out = tmp_path/'divbs_cost.json'
+    script('divbs_cost').main(n_candidates=20, n_classes=5, n_features=8, image_size=32, fracs='0.2,0.5', repeats=1, out=out)
+    rows = json.loads(out.read_text())['rows']
+    assert [o['taken'] for o in rows] == [4, 10]
+    for o in rows: assert o['share'] == pytest.approx((o['products_ms'] + o['recursion_ms'])/o['step_ms'], abs=2e-3) and o['step_ms'] > 0
+
+
+# tokens_sst2
+
+def test_tokens_sst2(tmp_path):
+    rng = np.random.default_rng(0)
+    for split,n in (('train', 60), ('dev', 8), ('test', 8)):
+        lines = [' '.join(rng.choice(list('abcdefghij'), rng.integers(3, 9))) + '\t1' for _ in range(n)]
+        (tmp_path/f'sst2_{split}.tsv').write_text('\n'.join(lines) + '\n')
+    out = tmp_path/'tokens.json'
+    script('tokens_sst2').main(path=tmp_path, epochs=2, il_epochs=1, width=8, bs=10, n_vocab=10, n_reference=20, out=out)
+    rows = {o['method']: o for o in json.loads(out.read_text())['rows']}
+    assert list(rows) == ['reference', 'plain', 'random', 'tokens'] and all(1 < o['perplexity'] < 100 for o in rows.values())
+    assert rows['reference']['replaced'] == 0 and all(0.15 < rows[o]['replaced'] < 0.45 for o in ('plain', 'random'))
+
+def test_errors_in_sentences_and_their_marks():
+    benchmark = script('tokens_sst2')
+    sentences = [torch.full((n,), 5) for n in (4000, 2000)]
+    noisy,wrong = benchmark.with_errors(sentences, 0.3, 50, 0)
+    assert abs(torch.cat(wrong).float().mean() - 0.3) < 0.02 and all((o[~w] == 5).all() for o,w in zip(noisy, wrong))
+    x,y = benchmark.batched(list(zip(noisy, wrong)))
+    marks = benchmark.Marks()
+    marks.learn = type('Fake', (), dict(yb=(y,)))()
+    marks.before_batch()
+    assert torch.equal(marks.replaced[1,:2000], wrong[1]) and not marks.replaced[1,2000:].any()
+    assert torch.equal(marks.learn.yb[0][0], noisy[0]) and (marks.learn.yb[0][1,2000:] == benchmark.PAD).all() and torch.equal(x[0,1:], noisy[0][:-1])
