@@ -366,7 +366,8 @@ def test_tables_that_do_not_fit(make, message):
 @pytest.mark.parametrize('argument,why', [
     (dict(forward='twice'), 'forward that training makes'), (dict(staleness=2), 'forward that training makes'), (dict(scale_factor=0.5), 'forward that training makes'),
     (dict(proxy=object()), 'forward that training makes'), (dict(enlarge=True), 'no item leaves the batch'), (dict(min_items=4), 'no item leaves the batch'),
-    (dict(track=dict(a=torch.ones(40).bool())), 'counts elements'), (dict(fallback='uniform'), 'counts elements'), (dict(il_budget=0.5), 'made beforehand')], ids=str)
+    (dict(track=dict(a=torch.ones(40).bool())), 'counts elements'), (dict(fallback='uniform'), 'counts elements'), (dict(il_budget=0.5), 'made beforehand')],
+    ids=lambda o: o if isinstance(o, str) else next(iter(o)))
 def test_arguments_that_say_nothing_of_tokens(method, argument, why):
     kwargs = dict(il=LM(), **(dict(score='reducible') if method == 'select' else {}))
     with pytest.raises(ValueError, match=f"says nothing of tokens: .*{why}.* Leave it out"): getattr(learner(), method)(unit='token', **kwargs, **argument)
