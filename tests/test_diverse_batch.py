@@ -250,7 +250,8 @@ def test_many_predictions_of_an_item(task):
         taken = by_the_rule(R[first:first+12], torch.ones(12, 1), 3)
         assert torch.equal(chosen, x[first:first+12][taken])
 
-@pytest.mark.parametrize('loss,targets', [(BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (nn.L1Loss(), multi), (nn.HuberLoss(reduction='sum'), multi)], ids=lambda o: getattr(o, '__name__', None) or str(o))
+@pytest.mark.parametrize('loss,targets', [(BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (nn.L1Loss(), multi), (nn.HuberLoss(reduction='sum'), multi)],
+                         ids=lambda o: getattr(o, '__name__', None) or str(o))
 def test_other_losses_train(loss, targets):
     set_seed(0)
     x = torch.randn(48, 5)
