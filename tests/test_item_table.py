@@ -163,7 +163,7 @@ def test_table(tmp_path):
     same = ItemTable.load(str(path))
     assert torch.equal(same.values, table.values) and same.fingerprint == table.fingerprint and same.info == table.info
     assert [o.name for o in path.parent.iterdir()] == ['il.safetensors']
-    bad = ((torch.zeros(3), '3 values for a data set of 9'), (torch.zeros(9,1), 'one value per row'), (tensor(1.), 'one value a row'))
+    bad = ((torch.zeros(3), '3 values for a data set of 9'), (torch.zeros(9,1), 'one value per row'), (tensor(1.), 'one value per row'))
     for values,error in bad:
         with pytest.raises(ValueError, match=error): ItemTable(values, dict(n=9, targets='', items=''))
     with pytest.raises(TypeError, match="can't be kept in a file"): ItemTable(torch.zeros(9), dict(n=9), dict(model=object()))
