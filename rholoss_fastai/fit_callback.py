@@ -111,6 +111,7 @@ class FitCallback(Callback):
 
     def _tidy(self):
         "Undo what a fit added, also one that was interrupted"
+        if self._fit is not None: self.learn.loss_func = loss_in_force(self.learn) # an interrupted MixUp leaves its own, which the next one would wrap again
         columns,self._columns = self.__dict__.get('_columns') or [],[]
         if columns: self.learn._metrics = FitMetrics([o for o in self.learn.metrics if not any(o is c for c in columns)])
         if not any(isinstance(o, FitColumn) for o in self.learn.metrics) and type(self.learn.metrics) is FitMetrics:

@@ -8,11 +8,10 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/losses.html.md"""
 __all__ = ['ItemLosses', 'item_losses']
 
 # %% ../nbs/02_losses.ipynb #ecbdd991
-from functools import partial
-
 import torch
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from types import FunctionType
 from typing import Literal
 from torch import Tensor, nn
@@ -117,18 +116,9 @@ class ItemLosses:
         if elements is None:
             raise ValueError(f"{loss_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
                              "a loss that takes reduction='none', such as CrossEntropyLossFlat().")
-        elements = self._laid_out(elements, targs, bs)
+        elements = _laid_out(self.loss_func, elements, targs, bs)
         counted = self._counted(elements, targs)
         return elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None else counted.reshape(elements.shape)
-
-    def _laid_out(self, elements, targs, bs):
-        "Elements in the shape of the targets, where the loss function flattened them"
-        if elements.shape[0] == bs: return elements
-        shape,func = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1)),self.loss_func
-        while isinstance(func, partial): func = func.func
-        if not isinstance(func, BaseLoss) or len(shape) < 3: return elements.reshape(shape)
-        order = torch.empty(shape, device='meta').transpose(func.axis, -1) # fastai's losses put this axis last before they flatten, in the targets too
-        return elements.reshape(order.shape).transpose(func.axis, -1)
 
     def _prepared(self, pred, targs):
         "What the loss function gets, in float32 at least, and the number of items"
@@ -139,8 +129,7 @@ class ItemLosses:
     def _batch_size(self, pred, targs):
         "The number of items, where prediction and targets agree on it"
         sizes = [t.shape[0] for t in tensors(targs) if t.ndim]
-        if not sizes: raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}, so there is no loss "
-                                       "to select by. Check that the DataLoaders give targets, and their n_inp.")
+        if not sizes: raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}. Check that the DataLoaders give targets, and their n_inp.")
         if 0 in sizes: raise ValueError(f"The batch is empty: {self._shapes(pred, targs)}. Give at least one item.")
         check_no_item_lists(targs)
         in_pred = [t.shape[0] for t in tensors(pred) if t.ndim]
@@ -171,9 +160,8 @@ class ItemLosses:
         if elements.shape == (bs,): return True
         shapes = [t.shape for t in tensors((pred, targs))]
         if elements.numel() > max(s.numel() for s in shapes) and len({len(s) for s in shapes}) > 1:
-            raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: "
-                             f"{self._shapes(pred, targs)}. Give both the same shape: a missing or an extra dimension in the model's "
-                             "output or in the targets makes PyTorch broadcast them.")
+            raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: {self._shapes(pred, targs)}. Give both "
+                             "the same shape: a missing or an extra dimension in the model's output or in the targets makes PyTorch broadcast them.")
         return elements.shape[0] == bs or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs])
 
     def _reduced(self, elements, targs, bs):
@@ -222,9 +210,8 @@ class ItemLosses:
         except torch.cuda.OutOfMemoryError: raise
         except Exception as e:
             self._whole_batch(pred, targs, e)
-            raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for an item alone "
-                             f"({self._shapes(pred, targs)}; {type(e).__name__}: {e}). Give a loss that takes reduction='none', or a "
-                             "function of (pred, targ) that also works on a batch of one item.") from e
+            raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for an item alone ({self._shapes(pred, targs)}; "
+                             f"{type(e).__name__}: {e}). Give a loss that takes reduction='none', or a function of (pred, targ) that works on a batch of one item.") from e
         self.route = 'loop'
         return res
 
@@ -232,8 +219,8 @@ class ItemLosses:
         "Raise where the loss fails as it is, for then the fault is not in asking for items"
         try: _shallow(self.loss_func)(pred, *targs)
         except Exception:
-            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} ({type(error).__name__}: {error}). Check that "
-                             "the model's output and the targets have the shapes and types that this loss expects.") from error
+            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} ({type(error).__name__}: {error}). Check that the model's output and "
+                             "the targets have the shapes and types that this loss expects.") from error
 
     def _shapes(self, pred, targs): return f"prediction {describe(pred)}, target {', '.join(map(describe, targs))}"
     def __repr__(self): return f'ItemLosses({loss_name(self.loss_func)}, by {self.route})'
@@ -241,6 +228,15 @@ class ItemLosses:
 # %% ../nbs/02_losses.ipynb #2ff8bd7b
 _own_loss_mend = ("Where the model computes its loss itself, give the Learner a loss_func of its logits: "
                   "loss_func=lambda out, y: F.cross_entropy(out['logits'], y), say.")
+
+def _laid_out(func, elements, targs, bs):
+    "Elements in the shape of the targets, where the loss function flattened them"
+    if elements.shape[0] == bs: return elements
+    shape = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1))
+    while isinstance(func, partial): func = func.func
+    if not isinstance(func, BaseLoss) or len(shape) < 3: return elements.reshape(shape)
+    order = torch.empty(shape, device='meta').transpose(func.axis, -1) # fastai's losses put this axis last before they flatten, in the targets too
+    return elements.reshape(order.shape).transpose(func.axis, -1)
 
 def _has_rows(t, bs): return t.ndim > 0 and t.shape[0] == bs
 def _rows_of(items, rows, bs): return map_tensors(lambda t: t[rows] if _has_rows(t, bs) else t, items)
@@ -263,7 +259,7 @@ def _sums(self:ItemLosses, weights, pred, targs, bs):
         if weights.numel() != bs: raise ValueError(f"weights of shape {tuple(weights.shape)} for a loss without elements: expected ({bs},), one an item.")
         items = self._one_by_one(pred, targs, bs)
         return items.sum(), (weights*items).sum(), dict(mean=bs, sum=1)
-    elements = self._laid_out(elements, targs, bs).reshape(bs, -1)
+    elements = _laid_out(self.loss_func, elements, targs, bs).reshape(bs, -1)
     if weights.numel() not in (bs, elements.numel()):
         raise ValueError(f"weights of shape {tuple(weights.shape)}: expected ({bs},), one an item, or the {elements.numel()} of the loss's elements.")
     return elements.sum(), (weights.reshape(bs, -1)*elements).sum(), self._possible_divisors(elements, targs, bs)
@@ -294,8 +290,7 @@ def weighted(self:ItemLosses,
     pred,targs,bs = self._prepared(pred, targs)
     total,weighted,divisors = self._sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
-    # what one's own loss divides by in this batch (no element was void, say) needn't be what it divides by in the next
-    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio'
+    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio' # one's own divides by what is not void, say
     if name in divisors: return weighted/divisors[name]
     whole = plain(self.loss_func(pred, *targs)).reshape(())
     if name is None: # the one time that the host waits for the device
@@ -345,8 +340,7 @@ def _with_others(pred, bs, generator):
     def other(t):
         by = torch.rand(t.shape, generator=generator).to(t)*0.8 + 0.1
         return t*by/t.abs().max().clamp(max=1) if t.any() else -by # probabilities stay probabilities
-    both = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred)
-    half = torch.randperm(bs, generator=generator) < bs//2
+    both,half = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred),torch.randperm(bs, generator=generator) < bs//2
     for chosen in (half | ~half, half, ~half):
         others = iter(tensors(both))
         def mixed(t):
@@ -359,9 +353,8 @@ def _separates(self:ItemLosses, pred, targs, bs):
     "Does an item add as much to the batch's loss, whatever the model predicts for the others?"
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        preds = [pred, *_with_others(pred, bs, generator)]
-        whole,both,first,second = (plain(self.loss_func(o, *targs)).reshape(()) for o in preds)
-        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9) # in part it may compute in single precision
+        whole,both,first,second = (plain(self.loss_func(o, *targs)).reshape(()) for o in (pred, *_with_others(pred, bs, generator)))
+        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9) # a part of it may be in single precision
         slack = eps**0.5*(values - whole).abs().sum() + 100*eps*values.abs().sum()
         if (first + second - whole - both).abs() > slack: return False # not so where one is NaN
     return True
@@ -401,8 +394,7 @@ def check(self:ItemLosses,
         except torch.cuda.OutOfMemoryError: raise
         except Exception: derivatives = None # it can't be differentiated, for example since it leaves PyTorch
         if derivatives is not None:
-            of_items,of_batch = derivatives
-            if of_items is None and of_batch is None:
+            if all(o is None for o in derivatives):
                 raise ValueError(f"{name} does not depend on the predictions of the items ({self._shapes(pred, targs)}), so an item's loss means nothing: "
                                  f"it is {losses[0].item():.4g} whatever the model says. {_own_loss_mend}")
             steepest = [0. if o is None else o.abs().max().item() for o in derivatives]

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_choice, check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
-from .fit_callback import FitCallback, loss_in_force, weigh_loss
+from .fit_callback import FitCallback, weigh_loss
 from .il_source import il_source
 from .nested import plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
@@ -240,7 +240,6 @@ class BatchSelector(AnySelector):
     def _tidy(self):
         if self._fit is not None:
             self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
-            self.learn.loss_func = loss_in_force(self.learn) # an interrupted MixUp leaves its own, which the next one would wrap again
         self.delivered_rows = None
         super()._tidy()
 
