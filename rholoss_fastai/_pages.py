@@ -44,3 +44,21 @@ def comparison_rows(
         if not np.isnan(row.wrong_labels): line['wrong labels trained on'] = f'{row.wrong_labels:.0%}'
         res.append(line)
     return res
+
+_SETTINGS = dict(scratch='small network from scratch', finetune='pretrained body') # of `benchmarks/rho_epochs.py`
+
+def rho_epochs_rows(
+    result:dict # What `benchmarks/rho_epochs.py` wrote
+)->list: # A dict per setting, of text
+    "`rho_epochs` beside plain training of the same seeds, where there is such"
+    def key(line): return line['setting'],line['noise'],line['budget']
+    plain,res = {key(o): o['mean'] for o in result['table'] if o['run'] == 'plain'},[]
+    for line in result['table']:
+        if 'points' not in line: continue
+        setting,_,kind = line['setting'].partition('_')
+        rows = ', one pass over the chosen rows' if 'rows' in line['run'] else ''
+        res.append({'trained': f"{_SETTINGS.get(setting, setting)}{f' ({kind})' if kind else ''}{rows}", 'labels redrawn': f"{line['noise']:.0%}",
+                    'budget': f"{line['budget']} {'epochs' if setting == 'finetune' else 'steps'}", 'plain': f'{plain[key(line)]:.1%}',
+                    '`rho_epochs`': f"{line['mean']:.1%}", 'points, by seed': ', '.join(f'{o:+.1f}' for o in line['points']),
+                    'processor seconds, plain = 1': f"{np.mean(line['cost']):.2f}"})
+    return sorted(res, key=lambda o: (o['trained'].startswith('pretrained'), o['labels redrawn'] == '0%'))
