@@ -25,6 +25,7 @@ from scipy import stats
 
 import rholoss_fastai
 from .budget import greater_is_better
+from .interpret import name_lines
 from .scoring import native_bfloat16
 
 # %% ../nbs/51_comparison.ipynb #02bc20c9
@@ -232,15 +233,6 @@ def load(cls:Comparison,
     return cls(**json.loads(path.read_text()))
 
 # %% ../nbs/51_comparison.ipynb #de90ad8b
-def _apart(values, gap):
-    "Heights of labels: near `values`, at least `gap` from one another"
-    order,res = np.argsort(values),np.array(values, dtype=float)
-    for _ in range(50):
-        for a,b in zip(order, order[1:]):
-            lack = gap - (res[b] - res[a])
-            if lack > 0: res[a],res[b] = res[a] - lack/2,res[b] + lack/2
-    return res
-
 def _curve(runs, key, before):
     "Mean over runs of where each evaluation stands, and of the metric"
     n = min(len(o['history']) for o in runs)
@@ -263,13 +255,12 @@ def plot(self:Comparison,
     ticks = {**(dict(seconds='seconds') if clock else dict(cost='cost, in epochs of plain training')), 'step': 'training steps'}
     for ax,key,before in zip(axs, ticks, ('seconds_il' if clock else 'cost_il', '')):
         curves = {o: _curve(list(self.of(o).values()), key, before) for o in methods}
-        for i,(label,(x,y)) in enumerate(curves.items()): ax.plot(x, y, color='0.3' if label == 'plain' else f'C{i-1}', lw=2 if label == 'plain' else 1.5)
+        for i,(label,(x,y)) in enumerate(curves.items()):
+            ax.plot(x, y, label=label, color='0.3' if label == 'plain' else f'C{i-1}', lw=2 if label == 'plain' else 1.5)
         ax.set(xlabel=ticks[key], ylabel=self.metric if ax is axs[0] else '')
         ax.spines[['top', 'right']].set_visible(False)
         late = [v for _,y in curves.values() for v in y[len(y)//3:]] # where a curve begins says little, and may lie far off
         low,high = min(late) - 0.1*(max(late) - min(late)),max(late) + 0.1*(max(late) - min(late))
         if high > low: ax.set_ylim(low, high)
-        ends = _apart([y[-1] for _,y in curves.values()], 0.06*(high - low))
-        for i,((label,(x,_)),end) in enumerate(zip(curves.items(), ends)):
-            ax.annotate(label, (x[-1], end), xytext=(4, 0), textcoords='offset points', va='center', fontsize=9, color='0.3' if label == 'plain' else f'C{i-1}')
+        name_lines(ax, 0.06)
     return axs

@@ -28,7 +28,7 @@ from torch.func import functional_call, grad, vmap
 
 from .il_source import il_values
 from .item_table import ItemTable, fingerprint, spread
-from .loaders import restrict_rows, scoring_loader
+from .loaders import restrict_rows, scoring_loader, with_loaders
 from .nested import batch_size, class_targets, describe, subset_batch
 from .rows import is_distributed, own_rows, preserve_rng
 from .rows import track_rows
@@ -40,7 +40,7 @@ from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
 from .executors import run_in_order
 from .side_models import (batch_progress, check_new_learners, fit_quietly, map_rows, new_learner, on_its_own, score_rows,
-                                        shows_progress, with_train)
+                                        shows_progress)
 
 # %% ../nbs/30_importance.ipynb #bb2106d5
 class DatasetScores(ItemTable):
@@ -317,7 +317,7 @@ def score_dataset(
         if path: table.save(path)
     shared = dict(make_learner=make_learner, dl=dl, score=score, function=function, il=il, epochs=epochs, lr=lr, one_cycle=one_cycle, max_bytes=max_bytes,
                   earlier=[])
-    tasks = [dict(shared, seed=o, dls=with_train(dls, restrict_rows(dl, rows, seed=o))) for o in seeds[done:]] # its order is of a run alone
+    tasks = [dict(shared, seed=o, dls=with_loaders(dls, [restrict_rows(dl, rows, seed=o)])) for o in seeds[done:]] # its order is of a run alone
     with preserve_rng(), on_its_own(), batch_progress(total, progress and done < n_runs) as step:
         run_in_order(_scores_of_run, tasks, take, executor, step=step, n_steps=total)
     return table

@@ -26,15 +26,14 @@ from fastcore.basics import noop, patch, store_attr
 
 from .item_table import ItemTable, fingerprint
 
-from .loaders import restrict_rows, scoring_loader
+from .loaders import restrict_rows, scoring_loader, with_loaders
 
 from .rows import is_distributed, own_rows, preserve_rng
 from .losses import ItemLosses
 from .checks import check_count, check_number, short_name
 from .nested import class_targets
 from .executors import run_in_order
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress,
-                                        with_train)
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress)
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -217,7 +216,7 @@ def crossfit_irreducible(
     total = sum(_n_batches(fold_dl, dl, n_epoch, rows) for rows,fold_dl in folds.values())
     if executor is not None: check_new_learners(make_learner, dls)
     shared = dict(make_learner=make_learner, dl=dl, n_epoch=n_epoch, lr=lr, one_cycle=one_cycle, earlier=[])
-    tasks = [dict(shared, rows=rows, dls=with_train(dls, fold_dl), seed=seeds[k]) for k,(rows,fold_dl) in folds.items()]
+    tasks = [dict(shared, rows=rows, dls=with_loaders(dls, [fold_dl]), seed=seeds[k]) for k,(rows,fold_dl) in folds.items()]
     with preserve_rng(), on_its_own(), batch_progress(total, progress and rank==0) as step:
         run_in_order(_score_fold, tasks, found.append, executor, step=step, n_steps=total)
     for (rows,_),(judged,*_) in zip(folds.values(), found): values[rows] = judged

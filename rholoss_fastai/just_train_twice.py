@@ -26,12 +26,11 @@ from .checks import check_count, check_number
 from .executors import run_in_order
 from .groups import WorstGroup, row_groups
 from .il_source import il_values
-from .loaders import restrict_rows, scoring_loader
+from .loaders import restrict_rows, scoring_loader, with_loaders
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
 from .scores import training_loss
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress,
-                                        with_train)
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress)
 
 # %% ../nbs/37_just_train_twice.ipynb #08fe3385
 def misclassified(
@@ -73,7 +72,7 @@ def _check(dls, n_epoch, upweights, by, noise, seed):
 
 def _seeded(dls, seed):
     "A copy of `dls` whose training loader has a random generator of its own"
-    return with_train(dls, restrict_rows(dls.train, own_rows(dls.train), seed=seed))
+    return with_loaders(dls, [restrict_rows(dls.train, own_rows(dls.train), seed=seed)])
 
 # %% ../nbs/37_just_train_twice.ipynb #29a8b5b2
 class _AtEpochs(Callback):

@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor
 
-from .loaders import replace_dataset, restrict_rows
+from .loaders import replace_dataset, restrict_rows, with_loaders
 
 from .rows import whole_dataset
 from .checks import check_count, check_number
@@ -186,13 +186,6 @@ def _by_number(confusion, names):
     if not isinstance(confusion, Mapping): return confusion
     return dict(zip(_class_numbers(confusion, names), _class_numbers(confusion.values(), names)))
 
-def _with_loaders(dls, loaders, **masks):
-    "A copy of `dls` with other loaders, and `masks`"
-    res = copy(dls)
-    res.loaders = [*loaders, *dls.loaders[len(loaders):]]
-    for name,mask in masks.items(): setattr(res, name, mask)
-    return res
-
 def _check_dls(dls):
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders; got {type(dls).__name__}.")
 
@@ -210,7 +203,7 @@ def noisy_labels(
     for i,name in enumerate(('noisy', 'noisy_valid')[:1+valid]):
         labels,masks[name] = redraw_labels(row_targets(dls[i]), share, _by_number(confusion, names), n_classes, seed+i)
         loaders.append(relabel(dls[i], labels))
-    return _with_loaders(dls, loaders, **masks)
+    return with_loaders(dls, loaders, **masks)
 
 # %% ../nbs/12_noise.ipynb #9cc9d27a
 class _Noise:
@@ -273,7 +266,7 @@ def noisy_inputs(
         res = copy(dataset)
         res.tls = L(_Rows(dataset.tls[0], noise), *dataset.tls[1:])
     else: res = _Rows(dataset, noise)
-    return _with_loaders(dls, [replace_dataset(dls.train, res)], noisy_inputs=rows)
+    return with_loaders(dls, [replace_dataset(dls.train, res)], noisy_inputs=rows)
 
 # %% ../nbs/12_noise.ipynb #4b48fbdb
 def relevant_classes(
@@ -286,7 +279,7 @@ def relevant_classes(
     masks = [torch.isin(_check_classes(row_targets(dl)), numbers) for dl in dls.loaders[:2]]
     for part,mask in zip(('training', 'validation'), masks):
         if not mask.any(): raise ValueError(f"The {part} set has no row of the classes {list(classes)}.")
-    return _with_loaders(dls, [dls.train, restrict_rows(dls.valid, masks[1].nonzero().flatten())], relevant=masks[0])
+    return with_loaders(dls, [dls.train, restrict_rows(dls.valid, masks[1].nonzero().flatten())], relevant=masks[0])
 
 # %% ../nbs/12_noise.ipynb #63b6e37d
 def long_tail_rows(
@@ -313,4 +306,4 @@ def long_tail(
     _check_dls(dls)
     rows = long_tail_rows(row_targets(dls.train), ratio, seed)
     kept = torch.zeros(len(whole_dataset(dls.train)), dtype=torch.bool).index_fill_(0, rows, True)
-    return _with_loaders(dls, [restrict_rows(dls.train, rows)], kept=kept)
+    return with_loaders(dls, [restrict_rows(dls.train, rows)], kept=kept)

@@ -9,7 +9,6 @@ __all__ = ['row_classes', 'prune']
 
 # %% ../nbs/31_pruning.ipynb #fdacac88
 from collections.abc import Mapping
-from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from .checks import check_choice, check_count, check_number
 from .importance import DatasetScores
 from .il_source import il_values
 from .item_table import ItemTable
-from .loaders import restrict_rows
+from .loaders import restrict_rows, with_loaders
 from .noise import row_targets
 from .rows import own_rows, whole_dataset
 
@@ -109,8 +108,7 @@ def prune(
     if gone:
         raise ValueError(f"No row of class {', '.join(map(str, gone[:5]))} would be left of {(classes[:,None] == torch.tensor(gone)).sum()}: "
                          "keep more, use per_class=True, or another strategy.")
-    res = copy(dls)
-    res.loaders = [restrict_rows(dl, rows[kept]), *dls.loaders[1:]]
+    res = with_loaders(dls, [restrict_rows(dl, rows[kept])])
     if not len(res.train):
         raise ValueError(f"{len(kept)} rows are left, fewer than a batch, and drop_last is on: an epoch would have no batches. Keep more, or use a smaller "
                          "batch size or drop_last=False.")

@@ -10,7 +10,6 @@ __all__ = ['weighted_loaders', 'RowLoss', 'RowWeights', 'GroupDRO']
 # %% ../nbs/36_row_weights.ipynb #abdbc109
 import math
 from collections.abc import Callable
-from copy import copy
 from types import MethodType
 
 import pandas as pd
@@ -25,7 +24,7 @@ from torch import Tensor
 from .checks import check_number
 from .fit_callback import FitCallback, batch_rows, weigh_loss
 from .groups import row_groups
-from .loaders import restrict_rows
+from .loaders import restrict_rows, with_loaders
 from .nested import as_tensor
 from .rows import dataset_size, is_distributed, own_rows, track_rows
 
@@ -46,7 +45,7 @@ def weighted_loaders(
 )->DataLoaders: # A copy, with the same transforms, batch size, workers and validation set
     "DataLoaders that draw the training rows in proportion to `weights`, with replacement"
     if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is weighted; got {type(dls).__name__}.")
-    dl,res = dls.train,copy(dls)
+    dl = dls.train
     if not isinstance(dl, DataLoader) or is_distributed(dl):
         raise TypeError(f"Weighted sampling needs a fastai DataLoader in one process; got {type(dl).__name__}. Weight the loss: by='loss', or RowWeights.")
     own = own_rows(dl)
@@ -54,8 +53,7 @@ def weighted_loaders(
     drawn = vars(train).get('wgts', 1)*_checked_weights(weights, dl)[own].numpy() # it may be weighted already
     train.wgts,train.shuffle = drawn/drawn.sum(),True
     train.get_idxs = MethodType(WeightedDL.get_idxs, train)
-    res.loaders = [train, *dls.loaders[1:]]
-    return res
+    return with_loaders(dls, [train])
 
 # %% ../nbs/36_row_weights.ipynb #85a98fb9
 class RowLoss(FitCallback):

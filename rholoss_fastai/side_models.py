@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/side_models.html.md"""
 
 # %% auto #0
 __all__ = ['input_changers', 'split_batch', 'changers_in_training', 'map_rows', 'score_rows', 'shows_progress', 'batch_progress',
-           'new_learner', 'with_train', 'check_new_learners', 'on_its_own', 'fit_quietly', 'Companion']
+           'new_learner', 'check_new_learners', 'on_its_own', 'fit_quietly', 'Companion']
 
 # %% ../nbs/11_side_models.ipynb #b73d505a
 import os, sys, weakref
@@ -189,15 +189,6 @@ def new_learner(
                          "earlier call, which was trained already. Make the model inside of make_learner.")
     earlier += map(weakref.ref, params)
     return learn
-
-def with_train(
-    dls, # `DataLoaders`
-    train # A loader
-): # `DataLoaders`
-    "A copy of `dls` with another training loader"
-    res = copy(dls)
-    res.loaders = [train, *dls.loaders[1:]]
-    return res
 
 def check_new_learners(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them
