@@ -23,6 +23,8 @@ def children(
     o # Anything
 )->list: # None where `o` holds nothing: a tensor, a number, a string
     "What a container holds, in order: a mapping's values, a sequence's items, the fields of an output object"
+    if isinstance(o, Tensor): return # the most frequent kinds first: this is asked many times per step
+    if type(o) in (tuple, list): return list(o)
     if isinstance(o, Mapping): return list(o.values())
     if isinstance(o, (list, tuple, L)): return list(o)
     if is_dataclass(o) and not isinstance(o, type): return [getattr(o, f.name) for f in fields(o) if f.init]
@@ -127,7 +129,8 @@ def check_no_item_lists(
         if len(held) > 1 and isinstance(held[0], Mapping) and all(isinstance(o, Mapping) and o.keys() == held[0].keys() for o in held) and tensors(held):
             raise _item_list(held)
         if isinstance(held[0], Tensor) and len({o.shape[:1] for o in held if isinstance(o, Tensor) and o.ndim}) > 1: raise _item_list(held)
-    for o in held: check_no_item_lists(o)
+    for o in held:
+        if not isinstance(o, Tensor): check_no_item_lists(o)
 
 def _item_list(o):
     return ValueError(f"a list of {len(o)} {'dicts' if isinstance(o[0], Mapping) else 'tensors'}, one an item ({', '.join(map(describe, o[:2]))}, ...): which "
