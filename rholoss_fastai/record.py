@@ -94,7 +94,7 @@ def _reference(o):
 # %% ../nbs/10_record.ipynb #6166c01f
 class RowCounts:
     "How often each row of a data set was a candidate, and how often it was trained on"
-    def __init__(self): self.counts,self._epoch,self._dataset = None,None,None
+    def __init__(self): self.counts,self._epoch,self._dataset,self.missed = None,None,None,False # missed: were the rows of a batch not known?
 
     def begin(self,
         device:torch.device, # Where they are kept
@@ -103,7 +103,7 @@ class RowCounts:
     ):
         "Begin an epoch; of another data set all counts are 0"
         known = self.counts is not None and self.counts.shape[1] == n_rows and self._dataset() is dataset
-        if not known: self.counts,self._dataset = torch.zeros(2, n_rows, dtype=torch.int32, device=device),_reference(dataset)
+        if not known: self.counts,self._dataset,self.missed = torch.zeros(2, n_rows, dtype=torch.int32, device=device),_reference(dataset),False
         self.counts = self.counts.to(device)
         self._epoch = self.counts if _n_processes() == 1 else torch.zeros_like(self.counts)
 
@@ -203,7 +203,8 @@ class EpochSums:
 
     def _count_rows(self, group):
         "Which rows batches hold"
-        if group[0].rows is not None: self.rows.add(0, torch.cat([b.rows for b in group]))
+        if group[0].rows is None: self.rows.missed |= group[0].loaded > 0
+        else: self.rows.add(0, torch.cat([b.rows for b in group]))
         if group[0].trained_rows is None: return
         rows = torch.cat([b.trained_rows for b in group])
         self.rows.add(1, rows)
@@ -363,7 +364,7 @@ class SelectionRecord:
 
     def _counted(self, which):
         if self._epoch is not None: self._epoch.sum_up()
-        return None if self._rows.counts is None else self._rows.counts[which]
+        return None if self._rows.counts is None or self._rows.missed else self._rows.counts[which]
 
     def total(self,
         column:str # 'loaded', 'scored' or 'trained'

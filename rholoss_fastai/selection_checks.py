@@ -119,7 +119,7 @@ def rows_of_candidates(
     selector, # A `BatchSelector` in a fit
     candidates:Candidates
 )->Tensor: # `(n_B,)`; None where they can't be known
-    "Rows of the data set; where they can't be known and nothing needs them, they are no longer counted in this epoch"
+    "Rows of the data set; where they can't be known and nothing needs them, they are counted no longer"
     fit = selector._fit
     if fit.loader is None: return
     try:
@@ -129,7 +129,7 @@ def rows_of_candidates(
     except RowsUnknown as e:
         if selector.needs_rows or selector.delivery.waits: raise # items that wait keep theirs
         fit.loader = None
-        warnings.warn(f"From here to the end of the epoch, rows aren't counted in learn.selection: {e.why}")
+        warnings.warn(f"It isn't known which rows are trained on, so they aren't counted, and learn.selection.seen and selected are None: {e.why}")
 
 # %% ../nbs/19_selection_checks.ipynb #bb2149a4
 def check_scores(

@@ -343,12 +343,12 @@ def torch_loaders(): return DataLoaders(*[torch.utils.data.DataLoader(o, batch_s
 @pytest.mark.parametrize('make', [lambda: loaders(8, Skips(), shuffle=False), torch_loaders], ids=['fastai', 'torch'])
 @methods({k: v for k, v in METHODS.items() if k not in ('group_dro', 'stale')})
 def test_rows_that_the_loader_skips(method, make, request):
-    "Where rows are needed an error by the batch it happens in; where not, the same items are trained on as if they had not been there, and the ledger says less"
+    "Where rows are needed an error by the batch it happens in; where not, the same items are trained on as if they had not been there, and the counts of rows are unknown"
     learn = learner(make())
     method(learn)
     if request.node.callspec.id.split('-')[0] in NEED_NO_ROWS or request.node.callspec.id.split('-')[-1] in NEED_NO_ROWS:
         with pytest.warns(UserWarning, match="aren't counted"): fit(learn, 1)
-        assert learn.selection.ledger.loaded.item() == N - 1 and learn.selection.seen[:48].sum() >= 32 and weights_of(learn).isfinite().all()
+        assert learn.selection.ledger.loaded.item() == N - 1 and learn.selection.seen is None and learn.selection.selected is None and weights_of(learn).isfinite().all()
     else:
         with pytest.raises(ValueError, match='row 50 was skipped|rows were drawn for it'): fit(learn, 1)
 
