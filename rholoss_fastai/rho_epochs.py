@@ -175,7 +175,7 @@ class RhoEpochs(Reducible):
 
     def _judge(self, learn, dl):
         "How many labels are wrong, and is that enough?"
-        self.seconds,self.wrong,self._to_book = 0.,None,0.
+        self.seconds,self.wrong,self._to_book,self.chosen_features = 0.,None,0.,self.features
         n,began = len(own_rows(dl)),time.perf_counter()
         self.plain,self._made_now,self.own_cost = self._dear(learn, dl),True,0.
         if self.plain: self.drop = 0.; return
@@ -211,11 +211,12 @@ class RhoEpochs(Reducible):
     def _estimate(self, learn, dl, n_rows):
         "The share of wrong labels, and the predictions that it comes from, of `n_rows` rows or of all"
         folds = 5 if (n_rows or len(own_rows(dl))) > 50_000 else None # leave-one-out is exact, and the cheaper where rows are few
-        try: found = probe_predictions(learn, dl, self.features, folds, n_rows, verbose=n_rows is None and learn.logger is not noop)
+        try: found = probe_predictions(learn, dl, self.chosen_features, folds, n_rows, verbose=n_rows is None and learn.logger is not noop)
         except ValueError as e:
             mend = "pass the share to leave out, drop=..., and gate=False." if self.il is not None else ("pass features=..., a function of the inputs; or "
                    "il='crossfit', drop=... and gate=False.")
             raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: {mend}") from e
+        if isinstance(self.features, str): self.chosen_features = found.info['features'] # a trial of several is not run twice
         return estimated_wrong(found),found
 
     def prepare(self, learn, dl, epoch, memory):
