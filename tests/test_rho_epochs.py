@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from helpers import examples
 
 from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, estimated_wrong, is_log_loss, label_probability, probe_predictions
+from rholoss_fastai.rho_epochs import learnable_rows
 
 NOISE = torch.rand(N, generator=torch.Generator().manual_seed(5)) < 0.3
 
@@ -49,7 +50,7 @@ def test_the_rule_against_lists(items, drop, keep, explore):
     # what is left out: the highest il, of no class more than half; ties at the edge may go either way
     edge = sorted(il, reverse=True)[:round(drop*n)]
     surely_left = [i for i in range(n) if not edge or il[i] < edge[-1]]
-    pool = rule.not_dropped(torch.tensor(il), EpochInfo(rows, classes=torch.tensor(classes)), torch.Generator().manual_seed(0)).tolist()
+    pool = learnable_rows(torch.tensor(il), drop, torch.tensor(classes), torch.Generator().manual_seed(0)).tolist()
     assert set(surely_left) <= set(pool)
     for c in set(classes):
         own = [i for i in range(n) if classes[i] == c]
