@@ -202,7 +202,8 @@ class EpochSums:
             self._sum_values(group)
 
     def _count_rows(self, group):
-        "Which rows batches hold"
+        "Which rows batches hold, where these are counted"
+        if self.rows is None: return
         if group[0].rows is None: self.rows.missed |= group[0].loaded > 0
         else: self.rows.add(0, torch.cat([b.rows for b in group]))
         if group[0].trained_rows is None: return
