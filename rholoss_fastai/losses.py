@@ -373,6 +373,19 @@ def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
     total,_,divisors = self._sums(torch.ones_like(losses), pred, targs, bs)
     if _dividing(total, whole, divisors): return True
     if derivatives is None or any(o is None for o in derivatives): return bool(losses.amin() <= whole <= losses.amax())
+    if not _adds_up(whole, losses, *derivatives): return False
+    others = next(_with_others(pred, bs, torch.Generator().manual_seed(1))) # far from all targets, what these are compared with hardly shows
+    return all(self._adds_up_for(map_tensors(lambda t: t*size if t.is_floating_point() and _has_rows(t, bs) else t, others), targs, bs) for size in (1., 0.05))
+
+@patch
+def _adds_up_for(self:ItemLosses, pred, targs, bs):
+    "`_adds_up`, had the model predicted `pred`"
+    try:
+        with torch.enable_grad(): derivatives = self._derivatives(pred, targs, bs)
+        whole,losses = plain(self.loss_func(pred, *targs)).reshape(()),self(pred, *targs)
+    except torch.cuda.OutOfMemoryError: raise
+    except Exception: return True # predictions that it doesn't take
+    if any(o is None for o in derivatives) or not whole.isfinite(): return True
     return _adds_up(whole, losses, *derivatives)
 
 # %% ../nbs/02_losses.ipynb #997b277c

@@ -604,6 +604,22 @@ def test_losses_that_compare_items_are_refused(loss_func):
         losses,pred = ItemLosses(loss_func),scale*pred
         with pytest.raises(ValueError, match=loss_func.__name__): losses.check(losses(pred, targ), pred, targ)
 
+def centred(pred, targ): return (pred - targ + targ.mean(0)).square().mean()
+def z_scored(pred, targ): return (pred - (targ - targ.mean(0))/(targ.std(0, correction=0) + 1e-6)).square().mean()
+def between_extremes(pred, targ): return (pred - (targ - targ.amin(0))/(targ.amax(0) - targ.amin(0) + 1e-6)).abs().mean()
+def ranked(pred, targ): return (pred - targ.argsort(0).argsort(0)/len(targ)).square().mean()
+def with_covariance(pred, targ): return (pred - targ).square().mean() - 2*(pred*(targ - targ.mean(0))).mean()
+def above_mean(pred, targ): return F.binary_cross_entropy_with_logits(pred, (targ > targ.mean(0)).float())
+def advantage(pred, targ): return -(pred.log_softmax(1)[:,0]*(targ[:,0] - targ[:,0].mean())).mean()
+
+@pytest.mark.parametrize('loss_func', [centred, z_scored, between_extremes, ranked, with_covariance, above_mean, advantage])
+def test_losses_that_compare_targets_are_refused(loss_func):
+    "Of a model that hardly says anything yet, and of one that is far from all targets"
+    for seed,(bs,scale,offset) in enumerate([(4, 1., 3.), (24, 0.05, 0.), (24, 0.05, 3.), (24, 1., 3.)]):
+        torch.manual_seed(seed)
+        pred,targ = two_columns(bs)
+        with pytest.raises(ValueError, match=loss_func.__name__): ItemLosses(loss_func).check(None, scale*pred + offset, targ)
+
 def by_targets(pred, targ): return (pred - targ).abs().sum()/targ.abs().sum() # what it divides by is no matter of predictions
 def masked(pred, targ): counted = (targ > .3).float(); return ((pred - targ).square()*counted).sum()/counted.sum().clamp(min=1)
 def focal(pred, targ): loss = F.cross_entropy(pred, targ.argmax(1), reduction='none'); return ((1 - (-loss).exp())**2*loss).mean()

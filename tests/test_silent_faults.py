@@ -13,10 +13,11 @@ from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.text.data import LMDataLoader
 from helpers import N, N_VALID, Interrupt, Toy, fit, learner, linear, loaders, rows_of, weights_of
+from test_losses import cases, weighable
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import (GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice)
+from rholoss_fastai.all import (EpochRule, GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]
@@ -34,6 +35,16 @@ DRAW = dict(backprop=lambda l: l.selective_backprop(warmup_epochs=0), queue=lamb
 WEIGH = dict(infobatch=lambda l: l.prune_epochs(delta=1.), row_weights=lambda l: l.add_cb(RowWeights(torch.ones(N))),
              group_dro=lambda l: l.add_cb(GroupDRO((torch.arange(N) % 2).tolist())))
 METHODS = {**SELECT, **DRAW, **WEIGH}
+
+class Ones(EpochRule):
+    "Every row, each weighed by 1"
+    weighs, last = True, 0
+    def __call__(self, remembered, epoch, generator): return epoch.rows, torch.ones(len(epoch.rows))
+
+def alike(loss): return torch.ones_like(loss)
+# the routes on which the loss is made of weighed item losses, with weights of 1; of GroupDRO in batches that hold as many of each group
+ONES = dict(row_weights=lambda l: l.add_cb(RowWeights(torch.full((l.dls.train.n,), 7.))), pruning=lambda l: l.prune_epochs(Ones()),
+            group_dro=lambda l: l.add_cb(GroupDRO(['a', 'b']*(l.dls.train.n//2), eta=1e-12)), importance=lambda l: l.select(alike, 'importance', frac=0.5))
 def methods(of): return pytest.mark.parametrize('method', of.values(), ids=list(of))
 
 def refused(learn, match, n_epoch=1, **kwargs):
@@ -204,13 +215,43 @@ class Ratio(Callback):
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), CrossEntropyLossFlat(reduction='sum'), CrossEntropyLossFlat(weight=CLASS_WEIGHTS), nn.CrossEntropyLoss(label_smoothing=0.2)],
                          ids=['mean', 'sum', 'class weights', 'smoothed'])
-def test_weights_of_one_train_on_the_loss_in_force(loss, order):
-    "3, 4: also with class weights, `reduction='sum'` and smoothing; RowWeights, and pruning that leaves nothing out"
-    for add in (lambda l: l.add_cb(RowWeights(torch.ones(N))), lambda l: l.prune_epochs(ratio=0., delta=1.)):
-        learn, ratio = learner(loss_func=loss), Ratio()
-        add(learn)
-        fit(learn, 2, cbs=[Replaces(order), ratio])
-        assert max(abs(o - 1) for o in ratio.ratios) < 1e-5
+@methods({k: v for k, v in ONES.items() if k != 'group_dro'}) # whose groups differ in a batch that is shuffled
+def test_weights_of_one_train_on_the_loss_in_force(method, loss, order):
+    "3, 4: also with class weights, `reduction='sum'` and smoothing"
+    learn, ratio = learner(loss_func=loss), Ratio()
+    method(learn)
+    fit(learn, 2, cbs=[Replaces(order), ratio])
+    assert max(abs(o - 1) for o in ratio.ratios) < 1e-5
+
+class Scaled(nn.Module):
+    "Says what it is given, so that any loss can be trained on"
+    def __init__(self): super().__init__(); self.by = nn.Parameter(torch.ones(1))
+    def forward(self, x): return x*self.by
+
+class TrainedOn(Callback):
+    "The loss that is trained on, and the loss function's of the same items"
+    order, run_valid = 5, False
+    def before_fit(self): self.losses = []
+    def after_loss(self): self.losses.append((self.learn.loss_grad.detach().clone(), self.learn.loss_func(self.pred, *self.yb).detach()))
+
+@pytest.mark.filterwarnings('ignore') # PyTorch's on KL divergence's mean and on broadcasting
+@pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
+def test_weights_of_one_of_every_loss(make_loss, make_batch):
+    "4: to 1e-6, by every route; train twice by='loss' is by row weights"
+    torch.manual_seed(3)
+    data = list(zip(*make_batch(8)))
+    def dls():
+        dls = DataLoaders(*[DataLoader(data, bs=4) for _ in range(2)])
+        dls.n_inp = 1
+        return dls
+    def make(dls): return learner(dls, Scaled, make_loss(), lr=0., cbs=TrainedOn())
+    learns = [make(dls()) for _ in ONES]
+    for add, learn in zip(ONES.values(), learns): add(learn); fit(learn, 1)
+    def every_second(pred, targ): return torch.arange(len(pred)) % 2
+    learns.append(just_train_twice(make, dls(), 1, 1, 1., by='loss', wrong=every_second, progress=False))
+    for learn in learns:
+        assert len(learn.trained_on.losses) == 2
+        for ours, own in learn.trained_on.losses: torch.testing.assert_close(ours, own.as_subclass(torch.Tensor), rtol=1e-6, atol=1e-6)
 
 
 # 5. Two makers of the loss
@@ -591,12 +632,6 @@ def task_learner(name, **kwargs):
     targets, model, loss, data = TASKS[name]
     return learner(loaders(train=data(targets=targets), valid=data(24, 1, targets), **kwargs), model, loss)
 
-class TrainedOn(Callback):
-    "The loss that is trained on over the loss function's"
-    order, run_valid = 5, False
-    def before_fit(self): self.ratios = []
-    def after_loss(self): self.ratios.append((self.learn.loss_grad.double()/self.learn.loss_func(self.pred, *self.yb).double()).item())
-
 class Candidate(Callback):
     order, run_valid = -6, False
     def before_fit(self): self.shares = []
@@ -625,13 +660,13 @@ def test_the_hardest_of_every_task(task, method):
     assert len(candidate.shares) == 6 and max(candidate.shares) < 1e-4
 
 @pytest.mark.parametrize('task', TASKS)
-def test_weights_of_one_of_every_task(task):
-    "To 1e-6, by RowWeights, by pruning that leaves nothing out, and by GroupDRO of two groups that stay alike, each half of every batch"
-    for add in (lambda l: l.add_cb(RowWeights(torch.full((N,), 7.))), lambda l: l.prune_epochs(ratio=0., delta=1.), lambda l: l.add_cb(GroupDRO(['a', 'b']*(N//2), eta=1e-12))):
-        learn, trained = task_learner(task, shuffle=False), TrainedOn()
-        add(learn)
-        fit(learn, 2, cbs=trained)
-        assert len(trained.ratios) == 6 and max(abs(o - 1) for o in trained.ratios) <= 1e-6
+@methods(ONES)
+def test_weights_of_one_of_every_task(task, method):
+    learn, trained = task_learner(task, shuffle=False), TrainedOn()
+    method(learn)
+    fit(learn, 2, cbs=trained)
+    assert len(trained.losses) == 6
+    for ours, own in trained.losses: torch.testing.assert_close(ours, own.as_subclass(torch.Tensor), rtol=1e-6, atol=0., equal_nan=True)
 
 @pytest.mark.parametrize('task', TASKS)
 @methods({k: METHODS[k] for k in ('filter', 'rho', 'backprop', 'queue', 'importance', 'infobatch', 'group_dro')})
