@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .nested import plain
 from .rows import dataset_size, own_rows
 from .scoring import modules_in_mode
+from .side_models import changers_in_training
 
 # %% ../nbs/13_features.ipynb #7a08bf62
 def _whitened(patches, eps):
@@ -229,6 +230,10 @@ def _tokens(xb, pads):
 # Each returns a function of `(model, xb, rows)` that says the features of a batch, and what becomes of these once all are there, or None
 
 def _read_body(learn, dl, xb):
+    if changers := changers_in_training(learn, dl):
+        raise ValueError("features='body' are what the model makes of the inputs as the DataLoaders give them, and "
+                         f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in changers)} changes them in training: do that in the DataLoaders' transforms "
+                         "(after_batch), pass a function of the inputs as features=..., or irreducible losses that are made already, il=...")
     inputs = BodyInputs(get_model(learn.model))
     return lambda model, xb, rows: inputs(model, xb), None
 

@@ -17,7 +17,7 @@ from test_losses import cases, weighable
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import (EpochRule, GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice)
+from rholoss_fastai.all import (EpochRule, GroupDRO, LossHistory, Pick, RowWeights, Selection, TopFraction, el2n, error_set, irreducible_losses, just_train_twice, probe_predictions)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 ORDERS = [-10, -7, -4, 0, 3, 9, 15]
@@ -341,6 +341,16 @@ def test_what_is_scored_outside_of_training_is_as_the_model_knows_it(change):
     fitted = fit(learn(), 1)
     for ask in (lambda: irreducible_losses(fitted, fitted.dls.train), lambda: el2n(fitted, fitted.dls.train), lambda: error_set(fitted)):
         with pytest.raises(ValueError, match='Changes .order -9. changes the inputs in before_batch'): ask()
+
+@pytest.mark.parametrize('how', [normalised, noisy])
+@methods(dict(probe=lambda l: probe_predictions(l, features='body'), epochs=lambda l: l.rho_epochs(features='body', gate=False), anew=lambda l: l.rho_epochs(IL, 0.3, gate=False, refresh=True),
+              auto=lambda l: l.rho_loss(il='auto', frac=0.5)))
+def test_the_body_is_asked_as_it_was_trained(method, how):
+    "By the probe, also where rho_epochs asks it, before the first step: a callback of training alone is no less a change"
+    change = Changes(how, -9)
+    change.run_valid = False
+    learn = learner(cbs=change)
+    with pytest.raises(ValueError, match='Changes .order -9.*il='): method(learn); fit(learn, 8)
 
 def test_who_watches_is_no_changer():
     learn, watches = learner(), Watches()
