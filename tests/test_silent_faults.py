@@ -343,8 +343,8 @@ def test_what_is_scored_outside_of_training_is_as_the_model_knows_it(change):
         with pytest.raises(ValueError, match='Changes .order -9. changes the inputs in before_batch'): ask()
 
 @pytest.mark.parametrize('how', [normalised, noisy])
-@methods(dict(probe=lambda l: probe_predictions(l, features='body'), epochs=lambda l: l.rho_epochs(features='body', gate=False), anew=lambda l: l.rho_epochs(IL, 0.3, gate=False, refresh=True),
-              auto=lambda l: l.rho_loss(il='auto', frac=0.5)))
+@methods(dict(probe=lambda l: probe_predictions(l, features='body'), epochs=lambda l: l.rho_epochs(features='body', gate=False),
+              anew=lambda l: l.rho_epochs(IL, 0.3, gate=False, refresh=True), auto=lambda l: l.rho_loss(il='auto', frac=0.5)))
 def test_the_body_is_asked_as_it_was_trained(method, how):
     "By the probe, also where rho_epochs asks it, before the first step: a callback of training alone is no less a change"
     change = Changes(how, -9)
