@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from fastai.learner import Learner
 from torch import Tensor
-from .checks import check_count, check_number
+from .checks import NotSaved, check_count, check_number
 from .losses import ItemLosses
 from .nested import batch_size, prediction, subset_batch
 from .scores import FIGURES
@@ -149,8 +149,9 @@ def what_is_asked(
     return tuple(dict.fromkeys((*names, *(('pred', 'loss', *['il'][:with_il]) if others else ()))))
 
 # %% ../nbs/09_candidates.ipynb #08a1de59
-class LossMemory:
+class LossMemory(NotSaved):
     "Each row's loss is scored every so many epochs, and remembered in between (Stale-SB, Jiang et al. 2019)"
+    _not_saved = dict(values=None, source=None, epochs=0)
     def __init__(self,
         staleness:int=1 # Epochs from one scoring to the next
     ):
@@ -179,7 +180,6 @@ class LossMemory:
         self.values[c.rows] = losses
         return losses
 
-    def __getstate__(self): return dict(self.__dict__, values=None, source=None, epochs=0)
 
 # %% ../nbs/09_candidates.ipynb #d87973e0
 class When:

@@ -17,7 +17,7 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import GetAttr, noop
 from torch import Tensor, nn
 from .candidates import Candidates
-from .checks import check_choice
+from .checks import NotSaved, check_choice
 from .nested import batch_size, join_batches, subset_batch, tensors
 from .picks import Pick, Selection
 from .record import STEP_COST
@@ -119,9 +119,9 @@ class CarriedState:
         self._idxs = None
 
 # %% ../nbs/19_delivery.ipynb #1cb53f8c
-class Queue(Narrow):
+class Queue(NotSaved, Narrow):
     "Selected items wait until they fill a batch of the DataLoader's size, so that every step has as many"
-    waits = True
+    waits,_not_saved = True,dict(items=None, waits_for=None)
     def __init__(self): self.items,self.waits_for = None,None
 
     @property
@@ -179,7 +179,6 @@ class Queue(Narrow):
         self.items = rest
         return self.full,rows
 
-    def __getstate__(self): return dict(items=None, waits_for=None)
 
 # %% ../nbs/19_delivery.ipynb #df5d6d44
 class BatchStream(GetAttr):
@@ -213,8 +212,9 @@ class BatchStream(GetAttr):
 # %% ../nbs/19_delivery.ipynb #b8d0f5cc
 EPOCHS = ('candidates', 'steps', 'cost')
 
-class Enlarge:
+class Enlarge(NotSaved):
     "Keep the batch size as n_b and draw candidate batches of n_b/frac"
+    _not_saved = dict(stream=None)
     def __init__(self,
         epoch:str='candidates' # 'candidates': one pass over them; 'steps': as many steps as plain training; 'cost': as many as cost what a plain epoch costs
     ): self.epoch,self.stream = check_choice('epoch', epoch, EPOCHS),None
@@ -251,7 +251,6 @@ class Enlarge:
         self.stream[1].n_batches = n_batches
         return self.stream[1],n_b,n_candidates
 
-    def __getstate__(self): return dict(epoch=self.epoch, stream=None)
     def __repr__(self): return f"Enlarge({self.epoch!r})"
 
 # %% ../nbs/19_delivery.ipynb #75cd313d

@@ -127,7 +127,7 @@ def check_alone(learn, rule=None):
 class EpochPruner(FitCallback):
     "Train each epoch on the rows that a rule chooses by what is remembered of them"
     order = TrainEvalCallback.order + 5 # after the mode is set, before GradientAccumulation (6) divides the loss
-    _not_saved = ('memory', 'source', 'il_values', 'rows', 'classes')
+    _not_saved = dict.fromkeys(('memory', 'source', 'il_values', 'rows', 'classes'))
 
     def __init__(self,
         rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`

@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .checks import by_name, check_count, check_number, short_name
+from .checks import NotSaved, by_name, check_count, check_number, short_name
 from .side_models import score_rows
 
 # %% ../nbs/31_epoch_rules.ipynb #f6061393
@@ -53,7 +53,7 @@ class EpochInfo:
         return self.epoch >= int(share*self.n_epoch + 1e-6) # 17 of 20 for 0.875
 
 # %% ../nbs/31_epoch_rules.ipynb #2eb96e1c
-class EpochRule:
+class EpochRule(NotSaved):
     "Chooses the rows of an epoch: a subclass defines `__call__`"
     score = 'loss' # what is remembered of a row's training step: a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`
     last = 1 # steps of each row that are remembered; 0: none

@@ -19,6 +19,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, ValueMetric
 from fastcore.foundation import L
 from torch import Tensor
+from .checks import NotSaved
 from .losses import ItemLosses
 from .nested import batch_size, plain
 
@@ -44,12 +45,12 @@ class FitMetrics(L):
         return deepcopy(L([o for o in self if not isinstance(o, FitColumn)]), memo)
 
 # %% ../nbs/09_fit_callback.ipynb #87a616b8
-class FitCallback(Callback):
+class FitCallback(NotSaved, Callback):
     "Acts in fits alone, not in `validate`, `get_preds` and `lr_find`; what it put into the Learner goes with it"
     run_valid = False
     makes_loss = None # how it changes the training loss: None, 'weights' of the items, or a 'whole' other loss
     _fit = None # state of a fit, made in `before_fit`
-    _not_saved = () # attributes that are None in copies and exports
+    _not_saved = dict(_fit=None, _columns=None)
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after an interruption
     @property
@@ -118,9 +119,6 @@ class FitCallback(Callback):
             self.learn._metrics = L(list(self.learn.metrics))
         self._fit = None
 
-    def __getstate__(self):
-        left_out = {o: None for o in self._not_saved if o in self.__dict__}
-        return {k: v for k,v in {**self.__dict__, **left_out}.items() if k not in ('_fit', '_columns')}
 
 # %% ../nbs/09_fit_callback.ipynb #cb1b0138
 def loss_in_force(

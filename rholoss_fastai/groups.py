@@ -21,6 +21,7 @@ from fastai.learner import Learner, Metric, mk_metric
 from fastai.torch_core import to_detach
 from torch import Tensor
 
+from .checks import NotSaved
 from .nested import plain, prediction
 from .rows import dataset_size, is_distributed, own_rows, track_rows, whole_dataset
 
@@ -91,8 +92,9 @@ def _metric_value(metric, pred, targs):
     return float(own.value)
 
 # %% ../nbs/35_groups.ipynb #0d2f7f28
-class WorstGroup(Metric):
+class WorstGroup(NotSaved, Metric):
     "The worst of the groups' values of a metric"
+    _not_saved = dict(dl=None, batches=[])
     def __init__(self,
         metric:Callable, # A function of `(pred, targ)`, or a `Metric`
         groups:str|tuple|Callable|list, # Of the validation rows, as `row_groups` takes them
@@ -138,4 +140,3 @@ class WorstGroup(Metric):
         "Every group's value, a line for each validation"
         return pd.DataFrame(self.history).rename_axis('validation')
 
-    def __getstate__(self): return dict(self.__dict__, dl=None, batches=[])

@@ -34,7 +34,7 @@ from .rows import is_distributed, own_rows, preserve_rng
 from .rows import track_rows
 from .losses import ItemLosses
 from .nested import prediction
-from .checks import check_count, short_name
+from .checks import NotSaved, check_count, short_name
 from .checks import by_name
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
@@ -163,8 +163,9 @@ def _is_right(pred, *targs):
     return pred.argmax(1) == targ
 
 # %% ../nbs/30_importance.ipynb #1d99e9bc
-class ForgettingTracker(Callback):
+class ForgettingTracker(NotSaved, Callback):
     "Counts for every row how often the model forgets it, while it trains (Toneva et al. 2019)"
+    _not_saved = dict(source=None)
     order,run_valid = TrainEvalCallback.order + 6,False # after what narrows the epoch (-5), before MixUp (0)
 
     def __init__(self,
@@ -242,7 +243,6 @@ class ForgettingTracker(Callback):
             values,info = values.masked_fill(foreign, float('nan')),dict(info, n_known=len(self.own))
         return DatasetScores(values, self.fingerprint, info)
 
-    def __getstate__(self): return dict(self.__dict__, source=None)
 
 # %% ../nbs/30_importance.ipynb #bff80025
 class _LossVariance(Callback):

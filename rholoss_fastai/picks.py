@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from .checks import by_name, check_count, check_number, scheduled
+from .checks import NotSaved, by_name, check_count, check_number, scheduled
 
 # %% ../nbs/04_picks.ipynb #3491100d
 class Selection(NamedTuple):
@@ -37,12 +37,13 @@ def top_items(
     return rank_key(scores).topk(size, sorted=False).indices.sort().values
 
 # %% ../nbs/04_picks.ipynb #29cfb352
-class Pick:
+class Pick(NotSaved):
     "A rule `scores -> Selection`; subclass it and define `__call__`, and `fraction` if the size is known beforehand"
     needs_scores = True # False: the selector doesn't score at all
     weighted = False # True: `Selection.weights` is given
     needs = () # What `__call__` asks for beside the scores, as keyword arguments named as the inputs of a score are: `targ`
     seed,_generator = 0,None
+    _not_saved = dict(_generator=None)
 
     def fraction(self,
         pct_train:float=0. # Share of training done
@@ -85,7 +86,6 @@ class Pick:
         if self._generator is None or self._generator.device != device: self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
 
-    def __getstate__(self): return dict(self.__dict__, _generator=None)
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.__dict__.items() if k[0]!='_')})"
 
 # %% ../nbs/04_picks.ipynb #93d60694
@@ -180,6 +180,7 @@ class LossShare(Pick):
 # %% ../nbs/04_picks.ipynb #223c42c3
 class PercentileSample(Pick):
     "Items drawn with probability `percentile ** beta` among the last losses (Jiang et al. 2019, equation 1)"
+    _not_saved = dict(_losses=None, _n=0)
     def __init__(self,
         beta:float=3., # Selectivity, at least 0, or a schedule; of a steady stream of losses a share of 1/(beta+1) is drawn
         history:int=1024, # Number of losses remembered
@@ -221,7 +222,6 @@ class PercentileSample(Pick):
         drawn = torch.rand(len(scores), generator=self.generator(scores.device), device=scores.device) < self.probabilities(scores, pct_train)
         return Selection(drawn.nonzero().flatten())
 
-    def __getstate__(self): return dict(super().__getstate__(), _losses=None, _n=0)
 
 # %% ../nbs/04_picks.ipynb #42d2eaa1
 class RankSample(RankedPick):

@@ -118,6 +118,7 @@ def class_il(c):
 class ClassWeights(Pick):
     "Items whose loss is reducible for the classes that go worst (Bankes et al. 2024); the scores aren't looked at"
     needs = ('loss', 'class_il')
+    _not_saved = dict(_sums=0., _held_out=0.)
     def __init__(self,
         frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
         eta:float=1., # How fast the weights change
@@ -151,7 +152,6 @@ class ClassWeights(Pick):
         self._sums = self._sums.to(reducible.device) + (reducible[selection.idxs] - self._held_out).nan_to_num(0.).sum(0)
         return selection
 
-    def __getstate__(self): return dict(super().__getstate__(), _sums=0., _held_out=0.)
 
 # %% ../nbs/26_reducr.ipynb #17480ce6
 class ClassHoldout(FitCallback):

@@ -148,6 +148,7 @@ def estimated_wrong(
 # %% ../nbs/33_rho_epochs.ipynb #9edc90be
 class RhoEpochs(Reducible):
     "`Reducible` with irreducible losses of its own making, as much of it as the labels and the length of the fit call for"
+    _not_saved = dict(_source=None, table=None) # an export leaves the irreducible losses out
     short = 8 # a fine-tune of fewer epochs leaves out and does not choose
     long = 4 # a fit from scratch of so many epochs refreshes the irreducible losses
     def __init__(self,
@@ -215,8 +216,6 @@ class RhoEpochs(Reducible):
         cost = probe_cost(learn, dl, self.features)
         self.share = cost.steps/(learn.n_epoch*len(dl)) if cost is not None and cost.steps else None
         return self.share is not None and self.share > self.il_budget
-
-    def __getstate__(self): return dict(self.__dict__, _source=None, table=None) # an export leaves the irreducible losses out
 
     def _clean(self): return self.gate and self.wrong is not None and self.wrong < self.threshold
 

@@ -80,7 +80,7 @@ class RowLoss(FitCallback):
 class RowWeights(RowLoss):
     "Weight each training row's loss; the weights' mean over the training set is brought to 1"
     makes_loss = 'weights'
-    _not_saved = ('scaled',) # as long as the data set, and made anew in each fit
+    _not_saved = dict(scaled=None) # as long as the data set, and made anew in each fit
     def __init__(self,
         weights:Tensor|list # `(n,)`, how much more than with weight 1 a row's loss counts
     ): self.weights,self.scaled = weights,None
@@ -98,7 +98,7 @@ class RowWeights(RowLoss):
 class GroupDRO(RowLoss):
     "Minimise the worst group's loss: weights of the groups grow with their losses (Sagawa et al. 2020, algorithm 1)"
     makes_loss = 'whole' # its weights depend on the losses: those of another would make them mean something else
-    _not_saved = ('source',)
+    _not_saved = dict(source=None)
     def __init__(self,
         groups:str|tuple|Callable|list, # Of the training rows, as `row_groups` takes them
         eta:float=0.01, # Step size of the groups' weights

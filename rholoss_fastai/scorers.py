@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from .candidates import Candidates, own_forward
-from .checks import check_choice, check_count, check_number
+from .checks import NotSaved, check_choice, check_count, check_number
 from .nested import batch_size, prediction, subset_batch
 from .record import STEP_COST
 from .scores import FIGURES
 from .scoring import ScoringForward, forward_operations, learner_precision, modules_in_mode, scoring_mode, unwrapped
 
 # %% ../nbs/18_scorers.ipynb #564ac970
-class Scorer:
+class Scorer(NotSaved):
     "How predictions of the candidates are had: subclass it and define `__call__`"
     forward = 'twice' # as the ledger names it
     relative_cost = 1. # of its forward, in units of a forward as in training
@@ -80,6 +80,7 @@ def _without_fused_attention():
 # %% ../nbs/18_scorers.ipynb #c21b36e9
 class SeparateForward(Scorer):
     "A forward of its own, without gradients, before the training forward, which then sees the selected items alone"
+    _not_saved = dict.fromkeys(('_run', 'model', 'modules', 'dropouts', 'device'))
     def __init__(self,
         precision='auto', # 'auto', bfloat16 where the hardware has it; None, exactly as the Learner trains; or a dtype
         mode:str='eval', # Mode of the model: 'eval', or 'train', as it trains, which some papers' code does
@@ -152,7 +153,6 @@ class SeparateForward(Scorer):
             raise ValueError("scale_factor needs batches of one image tensor (bs, channels, height, width) of floating point; got "
                              f"{', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)}. Use scale_factor=1.")
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_run', 'model', 'modules', 'dropouts', 'device')} | dict(_run=None)
 
 # %% ../nbs/18_scorers.ipynb #5f359738
 PROXY_EVERY = 20 # batches between two comparisons of the proxy with the target
@@ -172,6 +172,7 @@ def _flops(model, device, xb):
 # %% ../nbs/18_scorers.ipynb #686170b2
 class ProxyForward(SeparateForward):
     "A forward of a smaller model, which is trained beside the target (selection via proxy, Coleman et al. 2020)"
+    _not_saved = dict(proxy=None, target=None, own=None, correlations=[])
     def __init__(self,
         proxy:Learner, # Its model, loss function and optimiser are used
         **kwargs # Of `SeparateForward`
@@ -211,8 +212,6 @@ class ProxyForward(SeparateForward):
 
     def figures(self): return dict(spearman=torch.stack(self.correlations).nanmean().item() if self.correlations else math.nan)
 
-    def __getstate__(self):
-        return dict(super().__getstate__(), proxy=None, target=None, own=None, correlations=[])
     def __deepcopy__(self, memo): return self
 
 # %% ../nbs/18_scorers.ipynb #2114a08a

@@ -143,6 +143,7 @@ class TokenSelector(AnySelector):
     "Train on the elements of the loss (tokens, pixels, labels) that `pick` takes by their `score`, among all of a batch (Lin et al. 2024)"
     order = TrainEvalCallback.order + 5 # before what adds to the loss (AWD-LSTM's regularisation) or divides it (GradientAccumulation)
     name,makes_loss = 'token_selector','whole'
+    _not_saved = dict(mask=None)
     mask = None # `(bs, ...)` bool, the elements of the last batch that were trained on
 
     def __init__(self,
@@ -242,7 +243,6 @@ class TokenSelector(AnySelector):
         self.record.figures = None
         super()._tidy()
 
-    def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k != 'mask'}
     def __repr__(self): return f"TokenSelector(score={short_name(self.score)}, pick={self.pick!r})"
 
 # %% ../nbs/24_tokens.ipynb #e3b544f9

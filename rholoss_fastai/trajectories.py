@@ -80,6 +80,7 @@ _of_margins = ('aum', 'first_learnt', 'forgetting')
 
 class LossHistory(FitCallback):
     "Keeps each row's last `k` training losses and margins, in half precision"
+    _not_saved = dict(kept=[], valid=[], fingerprint=None)
     order,run_valid = TrainEvalCallback.order + 6,True # after what narrows the epoch (-5), before MixUp (0)
 
     def __init__(self,
@@ -182,7 +183,6 @@ class LossHistory(FitCallback):
         label = [names[int(o)] for o in targets] if names is not None and targets.ndim == 1 else targets.tolist()
         return pd.DataFrame(dict(row=rows.tolist(), **row_names(dl, rows), label=label, **{reading: values[rows].numpy()}))
 
-    def __getstate__(self): return dict(super().__getstate__(), kept=[], valid=[], fingerprint=None)
 
 # %% ../nbs/34_trajectories.ipynb #71a49760
 def label_margins(
