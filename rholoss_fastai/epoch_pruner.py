@@ -24,7 +24,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import GetAttr, patch
 from torch import Tensor
 
-from .checks import by_name, check_choice, check_count
+from .checks import by_name, check_choice, check_count, short_name
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
 from .fit_callback import FitCallback, batch_rows, weigh_loss
 from .il_source import il_source, il_values
@@ -33,7 +33,7 @@ from .nested import plain, prediction
 from .pruning import row_classes
 from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
-from .scores import find_score, for_loss, score_inputs
+from .scores import check_known_outside, find_score, for_loss, score_inputs
 from .selector import AnySelector
 
 # %% ../nbs/32_epoch_pruner.ipynb #5a7abd23
@@ -140,8 +140,7 @@ class EpochPruner(FitCallback):
         self.rule,self.per_epoch,self.refresh,self.called = find_rule(rule),check_choice('epoch', epoch, ('rows', 'steps', 'cost')),refresh,called
         self.score,self.random = find_score(self.rule.score),random.Random(check_count('seed', seed, 0))
         self.inputs = score_inputs(self.score)
-        if 'log_probs' in self.inputs:
-            raise ValueError(f"score={self.rule.score!r} needs several passes with dropout; training makes one: use another score.")
+        check_known_outside(self.inputs, short_name(self.rule.score))
         if 'il' in self.inputs and self.rule.il is None:
             raise ValueError("This score needs irreducible losses: pass il=..., for example probe_irreducible(learn), or "
                              "crossfit_irreducible(learner_copies(learn), learn.dls, 5).")

@@ -11,7 +11,7 @@ __all__ = ['target_kind', 'choose_features', 'ProbePredictions', 'ProbeCost', 'p
 # %% ../nbs/14_probe.ipynb #761d4d51
 import time
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .checks import check_choice, check_count, short_name
 from .features import FEATURES, feature_reader, input_kind, is_trained
 from .irreducible import IrreducibleLosses, _was_fitted
 from .item_table import fingerprint
+from .learnable import estimated_wrong
 from .loaders import scoring_loader
 from .losses import ItemLosses
 from .nested import batch_size, subset_batch
@@ -148,6 +149,11 @@ class ProbePredictions:
         if self.kind == 'numbers': raise ValueError("The targets are numbers: there are predictions (`logits`), but no probabilities.")
         return self.logits.softmax(1) if self.kind == 'classes' else self.logits.sigmoid()
 
+    @cached_property
+    def wrong(self)->float: # Share of the rows
+        "About how many labels are wrong, too many rather than too few (see `learnable`)"
+        return estimated_wrong(self.logits, self.targets, self.kind)
+
     @property
     def p_label(self)->Tensor: # `(m,)`
         "Held-out probability of the given label; of several labels, the geometric mean"
@@ -172,7 +178,7 @@ class ProbePredictions:
         "The losses as a table for the whole data set"
         losses = self.losses(loss_func).cpu()
         values = torch.full((self.fingerprint['n'],), losses.mean().item()).index_copy_(0, self.rows, losses)
-        return IrreducibleLosses(values, self.fingerprint, dict(self.info, mean=losses.mean().item()))
+        return IrreducibleLosses(values, self.fingerprint, dict(self.info, mean=losses.mean().item(), wrong=self.wrong))
 
     @property
     def said(self)->str:

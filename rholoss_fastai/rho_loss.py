@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from .il_source import CrossFitIL, ModelIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .beside import TrainBeside
-from .scores import learnable_error, reducible_loss
+from .scores import reducible_loss, worth_learning
 from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
@@ -47,7 +47,7 @@ class RhoLossCallback(BatchSelector):
     def __init__(self,
         il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
         frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
-        score:str|Callable=None, # How much an item is wanted, a function or a name; default 'reducible', and with a probe's irreducible losses 'learnable'
+        score:str|Callable=None, # How much an item is wanted, a function or a name; default 'reducible', and with a probe's irreducible losses 'worth_learning'
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
         enlarge:bool=True, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
         epoch:str='cost', # As many steps as 'cost' what plain training's epoch costs, as many 'steps' as it, or one pass over the 'candidates', as published
@@ -61,7 +61,7 @@ class RhoLossCallback(BatchSelector):
     ):
         source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
         parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
-        if score is None: score = learnable_error if source.by_probe else reducible_loss
+        if score is None: score = worth_learning if source.by_probe else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
         super().__init__(score, _pick(pick, frac), **parts)
 

@@ -32,7 +32,7 @@ from .loaders import scoring_loader
 from .rows import own_rows, preserve_rng, track_rows
 from .losses import ItemLosses
 from .nested import map_tensors, plain, prediction, tensors
-from .scores import for_loss, score_inputs, training_loss
+from .scores import check_known_outside, for_loss, score_inputs, training_loss
 from .scoring import autocast, learner_precision, scoring_mode
 
 # %% ../nbs/11_side_models.ipynb #9c36e5a7
@@ -122,7 +122,7 @@ def score_rows(
 )->Tensor: # `(k,)`, on the model's device, in the order of the data set; `spread` makes it `(n,)` where `dl` is restricted
     "The score of every row that `dl` goes through"
     inputs,name = score_inputs(score),short_name(score)
-    if 'log_probs' in inputs: raise ValueError(f"The score {name} needs several passes with dropout; here one is made, without.")
+    check_known_outside(inputs, name)
     if 'il' in inputs and il is None: raise ValueError(f"The score {name} needs irreducible losses: pass il=..., one a row.")
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
     score,checked = for_loss(score, item_losses),False

@@ -14,7 +14,8 @@ from fastai.vision.core import PILImage
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from rholoss_fastai.label_noise import LabelNoise, label_noise, row_names, share_of_wrong_labels
+from rholoss_fastai.label_noise import LabelNoise, label_noise, row_names
+from rholoss_fastai.learnable import share_of_wrong_labels
 from rholoss_fastai.loaders import restrict_rows
 from rholoss_fastai.noise import redraw_labels
 from rholoss_fastai.probe import probe_predictions

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from helpers import examples
 
-from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, estimated_wrong, is_log_loss, label_probability, probe_predictions
-from rholoss_fastai.rho_epochs import learnable_rows
+from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, is_log_loss, label_probability, probe_predictions
+from rholoss_fastai.learnable import learnable_rows
 
 NOISE = torch.rand(N, generator=torch.Generator().manual_seed(5)) < 0.3
 
@@ -179,8 +179,8 @@ def test_export_and_start_epoch(tmp_path):
 
 def test_the_estimate():
     found = probe_predictions(noisy_learner(), features=features, verbose=False)
-    assert abs(estimated_wrong(found) - NOISE.float().mean()) < 0.08
-    assert estimated_wrong(probe_predictions(clean_learner(), features=features, verbose=False)) < 0.05
+    assert abs(found.wrong - NOISE.float().mean()) < 0.08
+    assert probe_predictions(clean_learner(), features=features, verbose=False).wrong < 0.05
 
 
 def test_remembering_costs_no_pass():

@@ -571,13 +571,46 @@ def test_nothing_is_copied_to_the_host(settings):
 
 def test_the_score_follows_the_kind_of_irreducible_losses(tmp_path):
     "A probe's differences say little, its probabilities much; a model's losses are subtracted, as published. However they are given"
-    from rholoss_fastai.all import IrreducibleLosses, learnable_error, probe_irreducible, reducible_loss
+    from rholoss_fastai.all import IrreducibleLosses, probe_irreducible, reducible_loss, worth_learning
     learn = learner()
     features = torch.randn(len(learn.dls.train.dataset), 4, generator=torch.Generator().manual_seed(0))
     probe = probe_irreducible(learn, features=features, progress=False, verbose=False)
     probe.save(tmp_path/'il.safetensors')
     for il in (probe, tmp_path/'il.safetensors', str(tmp_path/'il.safetensors'), 'probe', 'auto'):
-        assert learn.rho_loss(il).selector.score is learnable_error, il
+        assert learn.rho_loss(il).selector.score is worth_learning, il
     other = IrreducibleLosses.of(probe.values, learn.dls.train)
     for il in (other, probe.values, learner().model): assert learn.rho_loss(il).selector.score is reducible_loss
     assert learn.rho_loss(probe, score='reducible').selector.score is reducible_loss
+
+
+def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
+    "Rows of highest irreducible loss, as many as labels look wrong, of no class more than half; the score wants them least, the ledger still tells them"
+    from rholoss_fastai.all import IrreducibleLosses, il_source, worth_learning
+    from rholoss_fastai.candidates import Candidates
+    from rholoss_fastai.side_models import score_rows
+    dl,n = learner().dls.train,len(learner().dls.train.dataset)
+    labels = torch.tensor([int(dl.dataset[i][-1]) for i in range(n)])
+    il = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    il[labels == 0] += 5 # a class that is hard for all
+    for wrong,share in ((0.23, 0.2), (0.02, 0), (None, 0)):
+        table = IrreducibleLosses.of(il, dl, model='ridge', **({} if wrong is None else dict(wrong=wrong)))
+        source = il_source(table)
+        source.begin(learner(), torch.device('cpu'))
+        found = source.hopeless(Candidates((labels,), (), torch.arange(n)))
+        left_out = sorted(range(n), key=lambda i: -il[i])[:round(share*n)]
+        for c in range(2): # the lowest of a class come back until half of it stays
+            own = [i for i in left_out if labels[i] == c]
+            left_out = [i for i in left_out if i not in own[int((labels == c).sum())//2:]]
+        assert found.nonzero().flatten().tolist() == sorted(left_out)
+        rows = torch.arange(0, n, 2)
+        assert torch.equal(source.hopeless(Candidates((labels[rows],), (), rows)), found[rows])
+    learn = learner()
+    table = IrreducibleLosses.of(il, learn.dls.train, model='ridge', wrong=0.23)
+    learn.rho_loss(table, frac=0.5, score=worth_learning)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    chosen = learn.selection.selected.bool()
+    source = il_source(table); source.begin(learn, torch.device('cpu'))
+    assert not (chosen & source.hopeless(Candidates((labels,), (), torch.arange(n)))).any() and chosen.any()
+    for bad in (lambda: score_rows(learn, learn.dls.train, worth_learning, il), lambda: learn.prune_epochs(score='worth_learning', il=table)):
+        with pytest.raises(ValueError, match='only a selector knows'): bad()
+    with pytest.raises(ValueError, match='needs irreducible losses'): learner().select(lambda hopeless: hopeless.float())
