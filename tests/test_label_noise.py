@@ -65,7 +65,7 @@ def test_the_likelihood_is_highest_at_the_estimate():
     "A grid of all three numbers finds none better, and the gradient is that of the likelihood"
     from scipy.optimize import check_grad
 
-    from rholoss_fastai.label_noise import _Agreement
+    from rholoss_fastai.learnable import _Agreement
     logits,truth = calibrated(3000, 4, 3)
     labels,_ = redraw_labels(truth, 0.2, n_classes=4, seed=1)
     top = logits.topk(2, 1).values

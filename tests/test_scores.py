@@ -26,9 +26,9 @@ MC = (mc_entropy, conditional_entropy, bald)
 def inputs(score, n=6, n_classes=4, n_mc=3, dtype=torch.float32, seed=0):
     "What `score` asks for, made up"
     g = torch.Generator().manual_seed(seed)
-    made = dict(loss=torch.rand(n, generator=g), il=torch.rand(n, generator=g), pred=torch.randn(n, n_classes, generator=g),
+    made = dict(loss=torch.rand(n, generator=g), il=torch.rand(n, generator=g), hopeless=torch.arange(n) % 3 == 1, pred=torch.randn(n, n_classes, generator=g),
                 targ=torch.randint(n_classes, (n,), generator=g), log_probs=torch.randn(n_mc, n, n_classes, generator=g).log_softmax(2))
-    return {name: made[name] if name == 'targ' else made[name].to(dtype) for name in score_inputs(score)}
+    return {name: made[name].to(dtype) if made[name].is_floating_point() else made[name] for name in score_inputs(score)}
 
 
 # Against independent results
@@ -124,7 +124,7 @@ def test_nan_stays_with_its_item(score):
     odd = inputs(score)
     for name, o in odd.items():
         if name == 'log_probs': o[1, 3, 0] = math.nan
-        elif name != 'targ': o[3] = math.nan
+        elif o.is_floating_point(): o[3] = math.nan
     res = score(**odd)
     assert res.isnan().tolist() == [False]*3 + [True] + [False]*2
 
@@ -162,7 +162,7 @@ def test_gradient_norm_is_that_of_cross_entropy():
 def test_every_name_is_found_and_names_what_it_needs():
     for name, score in SCORES.items():
         assert find_score(name) is score
-        assert set(score_inputs(score)) <= {'loss', 'il', 'pred', 'targ', 'log_probs'}
+        assert set(score_inputs(score)) <= {'loss', 'il', 'hopeless', 'pred', 'targ', 'log_probs'}
 
 def test_functions_are_handed_back():
     def own(loss, pred, sharpness=2.): return loss
