@@ -39,7 +39,7 @@ class ScaleRate(FitCallback):
     def before_step(self):
         "Follow the share of the items in this step, which gradient accumulation makes of several batches"
         fit = self._fit
-        n_b,n_B = fit.items = tuple(a+b for a,b in zip(fit.items, self.learn.selector.sizes))
+        n_b,n_B = fit.items = tuple(a+b for a,b in zip(fit.items, self.learn.selector._fit.sizes))
         if n_b == n_B: return
         factor = n_b/n_B if self.how == 'linear' else (n_b/n_B)**0.5
         fit.rates = [hyper['lr'] for hyper in self.opt.hypers]

@@ -73,8 +73,8 @@ class Candidates:
     def forward(self, name):
         "The figure of that name, from the predictions of the candidates"
         with ExitStack() as stack:
-            watches = [watch for o in self.asked if (watch := getattr(FIGURES[o], 'watch', None))]
-            self._watching = [stack.enter_context(watch(self)) for watch in watches]
+            self._watching = [stack.enter_context(watch(self)) for o in self.asked
+                              if (watch := getattr(FIGURES[o], 'watch', None))]
             self.scorer(self)
         return self._known[name]
 
@@ -100,11 +100,11 @@ class Candidates:
             if right is not None: correct.append(right)
             for see in self._watching: see(pred, yb)
             del pred # before the next part is computed
-        self.note(**{k: torch.cat(v) for k,v in dict(loss=losses, pred=preds, correct=correct).items() if v})
+        self._known.update({k: torch.cat(v) for k,v in dict(loss=losses, pred=preds, correct=correct).items() if v})
 
 def _right(pred, yb):
     "Is each item's class right? None where the target isn't one class per item"
-    if len(yb) != 1 or not isinstance(pred := prediction(pred), Tensor) or pred.ndim != 2 or pred.shape[1] == 1: return
+    if len(yb) != 1 or (pred := prediction(pred)).ndim != 2 or pred.shape[1] == 1: return
     targ = yb[0]
     if not isinstance(targ, Tensor) or targ.is_floating_point(): return
     if targ.ndim == 2 and targ.shape[1] == 1: targ = targ[:,0] # fastai's tabular targets

@@ -49,7 +49,7 @@ class Narrow:
         "Put the selected items in the batch's place"
         if idxs is None: return c.n,c.rows
         learn.xb,learn.yb = subset_batch(learn.xb, idxs),subset_batch(learn.yb, idxs)
-        return len(idxs),None if c.rows is None else c.rows[idxs]
+        return idxs.numel(),None if c.rows is None else c.rows[idxs]
 
     def __repr__(self): return f"{type(self).__name__}()"
 

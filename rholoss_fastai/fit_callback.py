@@ -10,6 +10,7 @@ __all__ = ['fits_now', 'FitColumn', 'FitMetrics', 'FitCallback', 'loss_in_force'
 # %% ../nbs/09_fit_callback.ipynb #e8854d97
 import sys
 from copy import deepcopy
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
@@ -49,16 +50,15 @@ class FitCallback(NotSaved, Callback):
     "Acts in fits alone, not in `validate`, `get_preds` and `lr_find`; what it put into the Learner goes with it"
     run_valid = False
     makes_loss = None # how it changes the training loss: None, 'weights' of the items, or a 'whole' other loss
+    _learn = None
     _fit = None # state of a fit, made in `before_fit`
     _not_saved = dict(_fit=None, _columns=None)
 
     # fastai sets `learn` to None when it removes a callback: what a fit added goes with it, also after an interruption
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-    @learn.setter
-    def learn(self, learn):
+    def _set_learn(self, learn):
         if learn is None and self.learn is not None: self._tidy()
         self.__dict__['_learn'] = learn
+    learn = property(attrgetter('_learn'), _set_learn) # read dozens of times per step
 
     def __call__(self, event_name):
         "Events outside a fit that it acts in pass by"
@@ -77,7 +77,7 @@ class FitCallback(NotSaved, Callback):
             raise ValueError(f"fit was called in the midst of a fit of the same Learner, which would end what {type(self).__name__} does in that one: call it after "
                              "the fit, or fit another Learner.")
         check_loss_makers(learn)
-        self._fit = SimpleNamespace(device=next(learn.model.parameters(), torch.empty(0)).device)
+        self._fit = SimpleNamespace(device=next(learn.model.parameters(), torch.empty(0)).device, losses_of=None, checked=None)
         try: self.begin_fit()
         except BaseException: self._tidy(); raise
 
@@ -92,16 +92,16 @@ class FitCallback(NotSaved, Callback):
 
     def item_losses(self)->ItemLosses:
         "One loss per item, by the loss function in force"
-        func = loss_in_force(self.learn)
-        if getattr(self._fit, 'losses_of', None) is not func: self._fit.losses_of,self._fit.item_losses = func,ItemLosses(func)
-        return self._fit.item_losses
+        fit,func = self._fit,loss_in_force(self.learn)
+        if fit.losses_of is not func: fit.losses_of,fit.item_losses = func,ItemLosses(func)
+        return fit.item_losses
 
     def checked_item_losses(self,
         weighting:bool=True # Is the model to be trained on them? Then each must be a number
     )->ItemLosses:
         "`item_losses`, known to mean something: looked at in the first batch under each loss function, before its step"
         item_losses,learn,fit = self.item_losses(),self.learn,self._fit
-        if getattr(fit, 'checked', None) is not item_losses and batch_size(learn.yb) > 1:
+        if fit.checked is not item_losses and batch_size(learn.yb) > 1:
             with torch.no_grad(): item_losses.check(None, plain(learn.pred), *plain(learn.yb), weighting=weighting)
             fit.checked = item_losses
         return item_losses

@@ -34,6 +34,7 @@ def rebuilt(
     values:list # What it is to hold, as `children` gives it
 ): # A container of the same type, with what else it knows
     "A shallow copy of the container `o` that holds `values`"
+    if type(o) in (tuple, list): return type(o)(values)
     if isinstance(o, Mapping):
         if type(o) is dict: return dict(zip(o, values))
         res = copy(o) # keeps what else an output object holds
@@ -55,6 +56,7 @@ def map_tensors(
 ): # The same nesting of what `func` returns
     "A copy of `o` with `func` applied to every tensor in it, in the order of `tensors`"
     if isinstance(o, Tensor): return func(o)
+    if type(o) in (tuple, list): return type(o)([map_tensors(func, v) for v in o])
     held = children(o)
     return o if held is None else rebuilt(o, [map_tensors(func, v) for v in held])
 
@@ -90,7 +92,8 @@ def describe(o):
 def _size(o):
     "First dimension of the first tensor in `o` that has one, None without"
     if isinstance(o, Tensor): return o.shape[0] if o.ndim else None
-    return next((n for n in map(_size, children(o) or ()) if n is not None), None)
+    for held in children(o) or ():
+        if (n := _size(held)) is not None: return n
 
 def _subset_tensor(o, idxs, bs):
     if not o.ndim: return o

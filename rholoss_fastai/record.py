@@ -188,7 +188,7 @@ class EpochSums:
         counts = self.counts
         counts['loaded'] += batch.loaded; counts['scored'] += scored; counts['trained'] += trained
         if batch.trained_rows is not None: counts['known'] += trained
-        if batch.correct is not None: counts['judged'] += batch.loaded if batch.idxs is None else len(batch.idxs)
+        if batch.correct is not None: counts['judged'] += batch.loaded if batch.idxs is None else batch.idxs.numel()
         self.pending.append(batch)
         self.n_pending += batch.loaded
         if self.n_pending >= 2**14 or len(self.pending) >= 256: self.sum_up()

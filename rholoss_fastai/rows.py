@@ -199,7 +199,7 @@ class RowTracker:
             row,dataset = skipped - 1,self.reader.dataset
             raise _unknown(self.source, f'row {dataset.row_numbers[row] if isinstance(dataset, RowSubset) else row} was skipped (SkipItemException, or an item '
                            'that is None) and all later items moved up. Leave such rows out of the data set')
-        bs,n = self.reader.bs,len(self.order)
+        bs,n = self.reader.bs,self.order.numel()
         n_batches = n//bs if self.reader.drop_last else -(-n//bs)
         if not 0 <= i < n_batches: raise ValueError(f'There is no batch {i}: the epoch has {n_batches} batches, counted from 0.')
         order = self.order

@@ -58,10 +58,12 @@ def _names_watched(module):
     return [k for k,v in module.__dict__.items() if k not in _every_module_has and not callable(v)
             and (not _from_torch(module) or tensors(v) or k == '_flat_weight_refs')] # which a recurrent layer keeps beside its weights
 
+def _sizes(modules): return list(map(len, map(vars, modules))) # numbers of attributes
+
 def _plan(modules):
     "Positions in `modules` of those that have attributes to look at, and these; found again when one has more attributes than it had"
     # no module is referred to: this is kept as long as the model is
-    ids,sizes = [id(m) for m in modules],[len(m.__dict__) for m in modules]
+    ids,sizes = list(map(id, modules)),_sizes(modules)
     known = _watched.get(modules[0])
     if known is None or known[0] != ids or known[1] != sizes:
         known = _watched[modules[0]] = ids,sizes,[(i, names) for i,m in enumerate(modules) if (names := _names_watched(m))]
@@ -94,8 +96,9 @@ def _attributes_kept(
     kept = [(modules[i].__dict__, name, o := modules[i].__dict__[name], _contents(o)) for i,names in watched for name in names]
     try: yield
     finally:
-        for m,size in zip(modules, sizes):
-            for name in list(m.__dict__)[size:] if len(m.__dict__) != size else (): del m.__dict__[name] # the last ones are the new ones
+        if _sizes(modules) != sizes:
+            for m,size in zip(modules, sizes):
+                for name in list(m.__dict__)[size:]: del m.__dict__[name] # the last ones are the new ones
         owners = [modules[i] for i,names in watched for name in names]
         for module,(held,name,value,contents) in zip(owners, kept):
             changed = held.get(name) is not value

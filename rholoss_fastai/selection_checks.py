@@ -12,7 +12,6 @@ __all__ = ['check_sentence', 'check_learner', 'check_epoch', 'say_what_will_happ
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 from fastai.callback.fp16 import NonNativeMixedPrecision
@@ -107,7 +106,7 @@ def say_what_will_happen(
 # %% ../nbs/19_selection_checks.ipynb #0b2f5eb1
 def _check_count(candidates, rows):
     "Raise where a batch holds another number of items than rows were drawn for it"
-    if len(rows) == candidates.n: return
+    if rows.numel() == candidates.n: return
     check_no_item_lists(candidates.yb) # in a list of images the first dimension is none of items
     if any(isinstance(o, (list, L)) and len(o) == len(rows) for o in candidates.xb):
         raise ValueError(f"The inputs are a list of {len(rows)} items: some can be told from others in tensors only. Collate them into tensors with "
@@ -200,17 +199,20 @@ def check_inputs_unchanged(
     raise ValueError(f"The model saw other inputs than those that were scored: a callback changes the batch after selection, one of {names or 'yours'}. {mend}.")
 
 # %% ../nbs/19_selection_checks.ipynb #3164c231
-@contextmanager
-def explained(
-    selector, # A `BatchSelector` in a fit
-    what:str # What is done with the batch: it is 'scored', or irreducible losses are 'made'
-):
-    "Where the model can't be run on a batch that callbacks change later, or that copies of the Learner don't have changed, say so"
-    try: yield
-    except torch.cuda.OutOfMemoryError: raise
-    except (RuntimeError, TypeError, IndexError) as e:
-        changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf) if not type(cb).__module__.startswith('fastai.')]
-        if not changers or not selector._fit.first: raise
+class explained:
+    "A context: where the model can't be run on a batch as it is before callbacks change it, say so"
+    def __init__(self,
+        selector, # A `BatchSelector` in a fit
+        what:str # What is done with the batch: it is 'scored', or irreducible losses are 'made'
+    ): self.selector,self.what = selector,what
+
+    def __enter__(self): pass
+    def __exit__(self, kind, e, traceback):
+        if not isinstance(e, (RuntimeError, TypeError, IndexError)) or isinstance(e, torch.cuda.OutOfMemoryError): return
+        selector,what = self.selector,self.what
+        changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf)
+                    if not type(cb).__module__.startswith('fastai.')]
+        if not changers or not selector._fit.first: return
         names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
         say = (f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in "
                "cb.order = -6") if what == 'scored' else (

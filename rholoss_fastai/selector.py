@@ -51,7 +51,6 @@ class BatchSelector(AnySelector):
     order = TrainEvalCallback.order + 5 # after the mode is set, before MixUp and CutMix (0): what is mixed is what was selected
     name = 'selector' # whatever the class: fastai's default would shadow the patched methods of the same name
     columns = dict(selected='selected') # name in the training table -> column of the ledger
-    delivered_rows = None # `(bs,)`, rows of the items in the batch
 
     def __init__(self,
         score:Callable=training_loss, # How much an item is wanted: a function of figures such as `loss`, `pred`, `targ`, `il`, or its name
@@ -81,6 +80,11 @@ class BatchSelector(AnySelector):
         return self.il_source and (self.il_source.module or self.il_source.table)
 
     @property
+    def delivered_rows(self): # `(bs,)`
+        "Rows of the items in the batch"
+        return getattr(self._fit, 'rows', None)
+
+    @property
     def makes_loss(self): return 'weights' if self.pick.weighted else None
 
     @property
@@ -89,9 +93,7 @@ class BatchSelector(AnySelector):
         return self.memory is not None or 'il' in self.asked and self.il_source.needs_rows or any(getattr(o, 'needs_rows', False) for o in self.beside)
 
     # fastai sets `learn` when it adds or removes a callback: those beside it come and go with it
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-    @learn.setter
+    @FitCallback.learn.setter
     def learn(self, learn):
         old = self.learn
         FitCallback.learn.fset(self, learn)
@@ -141,7 +143,7 @@ class BatchSelector(AnySelector):
         fit = self._fit
         self.record.watch.start()
         candidates = self._candidates()
-        if not self._selects(): return self._deliver(candidates, spread(candidates.n, fit.n_b, fit.device))
+        if not self._selects(): return self._deliver(candidates, spread(candidates.n, fit.n_b, fit.device), Narrow())
         if fit.scorer.forward == 'reuse' and (self.pick.now(self.learn.pct_train).needs_scores or fit.state.possible):
             fit.pending = candidates # the training forward is the scoring forward: goes on in `after_pred`
             return self.record.watch.lap('scoring')
@@ -165,7 +167,7 @@ class BatchSelector(AnySelector):
     def _candidates(self):
         "The batch as the loader delivered it"
         learn,fit = self.learn,self._fit
-        fit.weights,self.delivered_rows = None,None
+        fit.weights,fit.rows = None,None
         fit.state.widen(seen=False)
         candidates = Candidates(plain(learn.xb), plain(learn.yb), None, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
         candidates.rows = rows_of_candidates(self, candidates)
@@ -188,30 +190,30 @@ class BatchSelector(AnySelector):
         fit.selecting = True
         # between a forward and its backward no buffer may be written, and the scores run nothing forward then
         with explained(self, 'scored'), fit.scorer.context():
-            if pick.needs_scores: candidates.scores = check_scores(self._score_in_force()(*[candidates[o] for o in self.inputs]), n, self.score)
+            if pick.needs_scores: candidates.scores = check_scores(self._score_in_force(candidates.item_losses)(*[candidates[o] for o in self.inputs]), n, self.score)
             needed = {o: candidates[o] for o in pick.needs}
             if fit.scorer.forward != 'reuse': fit.state.note(candidates)
         scores = candidates.scores if pick.needs_scores else torch.empty(n, device=fit.device)
         idxs,weights = pick(scores, pct_train, size, **needed)
-        if len(idxs) < fit.min_items <= n:
+        if idxs.numel() < fit.min_items <= n:
             idxs,weights = top_items(scores, fit.min_items),None if weights is None else torch.ones(fit.min_items, device=fit.device)
-        return None if len(idxs) == n and weights is None else Selection(idxs, weights)
+        return None if idxs.numel() == n and weights is None else Selection(idxs, weights)
 
-    def _score_in_force(self):
+    def _score_in_force(self, item_losses):
         "The score, in the form that the loss function in force calls for"
-        fit,item_losses = self._fit,self.item_losses()
+        fit = self._fit
         if fit.score_of is not item_losses: fit.score_of,fit.score = item_losses,for_loss(self.score, item_losses)
         return fit.score
 
-    def _deliver(self, candidates, selection):
+    def _deliver(self, candidates, selection, deliver=None):
         "Put the selected in the batch's place, and count them"
-        idxs,self._fit.weights = (None, None) if selection is None else selection
-        deliver = self.delivery if self._selects() else Narrow()
-        n_trained,self.delivered_rows = deliver(self.learn, candidates, idxs)
-        self.sizes = n_trained,candidates.n
-        self.record.batch(candidates.n, candidates.scored, n_trained, candidates.rows, self.delivered_rows, idxs, candidates.scores,
+        fit = self._fit
+        idxs,fit.weights = (None, None) if selection is None else selection
+        n_trained,fit.rows = (deliver or self.delivery)(self.learn, candidates, idxs)
+        fit.sizes = n_trained,candidates.n
+        self.record.batch(candidates.n, candidates.scored, n_trained, candidates.rows, fit.rows, idxs, candidates.scores,
                           candidates.get('loss'), candidates.get('il'), candidates.get('correct'))
-        if self._fit.first and self._fit.pending is None: self._fit.delivered = [t.clone() for t in tensors(plain(self.learn.xb))]
+        if fit.first and fit.pending is None: fit.delivered = [t.clone() for t in tensors(plain(self.learn.xb))]
         self.record.watch.lap('scoring')
         if not n_trained: raise CancelBatchException # nothing to train on yet
 
@@ -240,7 +242,6 @@ class BatchSelector(AnySelector):
     def _tidy(self):
         if self._fit is not None:
             self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
-        self.delivered_rows = None
         super()._tidy()
 
     def __repr__(self): return f"{type(self).__name__}(score={short_name(self.score)}, pick={self.pick!r})"
