@@ -8,7 +8,8 @@ settings = ConfigParser(delimiters=['='])
 settings.read('settings.ini', encoding='utf-8')
 settings = settings['DEFAULT']
 lib = settings['lib_path']
-statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature',
+            '7 - Inactive']
 
 setup(
     name=lib,

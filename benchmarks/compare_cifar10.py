@@ -29,16 +29,19 @@ from rholoss_fastai.all import redraw_labels  # noqa: E402
 
 # height and width of the images, training rows, epochs, highest learning rate
 SETTINGS = dict(small_cnn=(32, 25_000, 5., 3e-3), resnet18=(32, 50_000, 10., 3e-3), efficientnet=(64, 6_000, 4., 1e-3))
-METHODS = ('random rs2 infobatch seta ies batch_loss_filter selective_backprop select:pick=divbs,frac=0.1 select:pick=divbs,frac=0.2 select:pick=divbs,frac=0.3 '
-           'rho_loss rho_loss_published rho_epochs')
+METHODS = ('random rs2 infobatch seta ies batch_loss_filter selective_backprop select:pick=divbs,frac=0.1 '
+           'select:pick=divbs,frac=0.2 select:pick=divbs,frac=0.3 rho_loss rho_loss_published rho_epochs')
 RESULTS = Path(__file__).parent/'results'
 
 
 def learner_of(arch, lr, size):
     "A function of loaders that makes a Learner"
     def make(dls):
-        if arch != 'efficientnet': learn = make_learner(dls, arch, lr, **(dict(size=size) if arch == 'small_cnn' else {}))
-        else: learn = Learner(dls, pretrained_body().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), lr=lr)
+        if arch != 'efficientnet':
+            learn = make_learner(dls, arch, lr, **(dict(size=size) if arch == 'small_cnn' else {}))
+        else:
+            learn = Learner(dls, pretrained_body().to(memory_format=torch.channels_last),
+                            loss_func=CrossEntropyLossFlat(), lr=lr)
         learn.metrics = [accuracy]
         return learn
     return make
@@ -75,7 +78,8 @@ def main(
 ):
     "Methods at equal cost on CIFAR-10: a table, a figure, a verdict"
     if arch not in SETTINGS: raise SystemExit(f"--arch must be one of {', '.join(SETTINGS)}; got {arch!r}.")
-    if path is None: raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
+    if path is None:
+        raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
     default_size,n_rows,n_epoch,highest = SETTINGS[arch]
     size = size or default_size
     name = f"compare_{arch}_noise{noise:g}{'_confused' if confusion else ''}{f'_size{size}' if size != default_size else ''}"
@@ -84,9 +88,12 @@ def main(
     stats = LITE_STATS if arch == 'efficientnet' else CIFAR_STATS
     train = some(ImageRows(images, targets, files, stats), n_rows if rows is None else rows)
     train.targets,noisy = redraw_labels(train.targets, noise, CONFUSED if confusion else None)
-    test = some(ImageRows(*read_images(Path(path)/'test', size), stats), (2_000 if arch == 'efficientnet' else 0) if test_rows is None else test_rows)
-    result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest, size), image_loaders(train, test, bs, device=default_device()),
-                      [read_method(o) for o in methods.split()], n_epoch=epochs or n_epoch, budget=budget, seeds=[int(o) for o in seeds.split(',')],
-                      noisy=noisy if noise else None, bill=bill, prices='measure' if budget == 'cost' else None, executor=executor, threads=threads,
+    test = some(ImageRows(*read_images(Path(path)/'test', size), stats), (2_000 if arch == 'efficientnet' else 0)
+                if test_rows is None else test_rows)
+    result = compared(folder or f'runs/{name}', learner_of(arch, lr or highest, size),
+                      image_loaders(train, test, bs, device=default_device()),
+                      [read_method(o) for o in methods.split()], n_epoch=epochs or n_epoch, budget=budget,
+                      seeds=[int(o) for o in seeds.split(',')], noisy=noisy if noise else None, bill=bill,
+                      prices='measure' if budget == 'cost' else None, executor=executor, threads=threads,
                       dry_run=dry_run, evaluations=evaluations)
     if not dry_run: result.save(Path(out or RESULTS/f'{name}.json'))

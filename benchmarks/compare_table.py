@@ -45,7 +45,9 @@ def main(
     if path is None: raise SystemExit('--path is missing: the file uci_regression.npz.')
     torch.set_num_threads(1) # too little work in a step to share it out
     with np.load(path) as arrays:
-        if f'{data}_x' not in arrays: raise SystemExit(f"--data must be one of {', '.join(o[:-2] for o in arrays if o.endswith('_x'))}; got {data!r}.")
+        if f'{data}_x' not in arrays:
+            raise SystemExit(f"--data must be one of {', '.join(o[:-2] for o in arrays if o.endswith('_x'))}; got "
+                             f"{data!r}.")
         x,y = arrays[f'{data}_x'],arrays[f'{data}_y'][:,0]
     table = pd.DataFrame(x, columns=[f'x{i}' for i in range(x.shape[1])]).assign(high=y > np.median(y))
     columns = [o for o in table if o != 'high']
@@ -53,5 +55,6 @@ def main(
                          splits=IndexSplitter(range(0, len(table), 5))(table))
     dls = rows.dataloaders(bs=64)
     if noise: dls = noisy_labels(dls, noise)
-    result = compared(folder or f'runs/table_{data}', make_learner, dls, [read_method(o) for o in methods.split()], n_epoch=epochs, budget=budget, seeds=seeds)
+    result = compared(folder or f'runs/table_{data}', make_learner, dls, [read_method(o) for o in methods.split()],
+                      n_epoch=epochs, budget=budget, seeds=seeds)
     if out: result.save(out)

@@ -39,8 +39,10 @@ def cost(n_candidates, frac, n_classes, n_features, image_size, repeats, device)
     n_b,item_losses = int(frac*n_candidates),ItemLosses(CrossEntropyLossFlat())
     model = resnet18(num_classes=n_classes).to(device)
     opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    x,y = torch.randn(n_b, 3, image_size, image_size, device=device),torch.randint(0, n_classes, (n_candidates,), device=device)
-    logits,features = torch.randn(n_candidates, n_classes, device=device),torch.randn(n_candidates, n_features, device=device).relu()
+    x = torch.randn(n_b, 3, image_size, image_size, device=device)
+    y = torch.randint(0, n_classes, (n_candidates,), device=device)
+    logits = torch.randn(n_candidates, n_classes, device=device)
+    features = torch.randn(n_candidates, n_features, device=device).relu()
     def products():
         with torch.no_grad():
             R = logit_gradients(item_losses, logits, y)
@@ -52,7 +54,8 @@ def cost(n_candidates, frac, n_classes, n_features, image_size, repeats, device)
         opt.zero_grad()
     ms = medians(dict(products=products, recursion=lambda: diverse_items(gram, n_b), step=step), repeats, device)
     return dict(n_candidates=n_candidates, taken=n_b, n_classes=n_classes, n_features=n_features, image_size=image_size,
-                **{f'{name}_ms': round(o, 2) for name,o in ms.items()}, share=round((ms['products'] + ms['recursion'])/ms['step'], 4))
+                **{f'{name}_ms': round(o, 2) for name,o in ms.items()},
+                share=round((ms['products'] + ms['recursion'])/ms['step'], 4))
 
 
 accept_underscores()
@@ -69,7 +72,8 @@ def main(
     out:str=None, # JSON file for the results
 ):
     "What DivBS adds to a step, for some shares of the candidates"
-    rows = [cost(n_candidates, frac, n_classes, n_features, image_size, repeats, default_device()) for frac in map(float, fracs.split(','))]
+    rows = [cost(n_candidates, frac, n_classes, n_features, image_size, repeats, default_device())
+            for frac in map(float, fracs.split(','))]
     print_table(list(rows[0]), [list(o.values()) for o in rows])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

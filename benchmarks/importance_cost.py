@@ -26,10 +26,13 @@ from rholoss_fastai.all import el2n, grand  # noqa: E402
 def cost(arch, n, repeats, max_bytes, device):
     "Milliseconds an item of both scores, and their ratio"
     set_seed(0)
-    rows = ImageRows(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (n,)), list(range(n)))
+    rows = ImageRows(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (n,)),
+                     list(range(n)))
     dl = image_loader(rows, 64, shuffle=False, device=device)
-    learn = Learner(DataLoaders(dl, dl, device=device), ARCHITECTURES[arch]().to(device), loss_func=CrossEntropyLossFlat())
-    scores = dict(el2n=lambda: el2n(learn, dl, progress=False), grand=lambda: grand(learn, dl, max_bytes, progress=False))
+    learn = Learner(DataLoaders(dl, dl, device=device), ARCHITECTURES[arch]().to(device),
+                    loss_func=CrossEntropyLossFlat())
+    scores = dict(el2n=lambda: el2n(learn, dl, progress=False),
+                  grand=lambda: grand(learn, dl, max_bytes, progress=False))
     seconds = {name: [] for name in scores}
     for repeat in range(repeats + 1): # the first is a warm-up
         for name,score in scores.items():
@@ -37,7 +40,8 @@ def cost(arch, n, repeats, max_bytes, device):
             score() # its values end up on the host, so the device is done
             if repeat: seconds[name].append(time.perf_counter() - began)
     ms = {name: 1e3*statistics.median(o)/n for name,o in seconds.items()}
-    return dict(arch=arch, el2n_ms=round(ms['el2n'], 3), grand_ms=round(ms['grand'], 2), ratio=round(ms['grand']/ms['el2n'], 1))
+    return dict(arch=arch, el2n_ms=round(ms['el2n'], 3), grand_ms=round(ms['grand'], 2),
+                ratio=round(ms['grand']/ms['el2n'], 1))
 
 
 accept_underscores()
@@ -56,4 +60,5 @@ def main(
     print_table(list(models[0]), [list(o.values()) for o in models])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(dict(machine=machine(), rows=rows, repeats=repeats, models=models), indent=1) + '\n')
+        Path(out).write_text(json.dumps(dict(machine=machine(), rows=rows, repeats=repeats, models=models), indent=1)
+                             + '\n')

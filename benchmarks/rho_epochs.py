@@ -38,7 +38,8 @@ from common import accept_underscores, machine, print_table  # noqa: E402
 
 from rholoss_fastai.all import long_tail_rows, redraw_labels, small_cnn  # noqa: E402
 
-SETTINGS = dict(scratch=dict(rows=25_000, size=32, lr=1e-3, bs=32, noise=0.2, budgets='2000,4000', runs='plain rho_epochs'),
+SETTINGS = dict(scratch=dict(rows=25_000, size=32, lr=1e-3, bs=32, noise=0.2, budgets='2000,4000',
+                             runs='plain rho_epochs'),
                 finetune=dict(rows=6_000, size=64, lr=1e-3, bs=32, noise=0.3, budgets='4', runs='plain rho_epochs'))
 
 
@@ -51,7 +52,8 @@ class Budget(Callback):
     def left(self):
         "Steps of the whole fit, as far as can be told now"
         if not self.billed or self.step < 20: return self.n_steps
-        return max(self.step, self.n_steps - self.billed*self.step/(time.process_time() - self.began - self.billed_since))
+        return max(self.step,
+                   self.n_steps - self.billed*self.step/(time.process_time() - self.began - self.billed_since))
 
     def before_train(self):
         if self.began is None: self.began,self.billed_before = time.process_time(),self.billed
@@ -96,16 +98,19 @@ def evaluate(learn, test):
     model = learn.model.eval()
     with torch.no_grad(): pred = torch.cat([model(x).argmax(1) for x,_ in test])
     targets = torch.cat([y for _,y in test])
-    return (pred == targets).float().mean().item(),[round((pred[targets == c] == c).float().mean().item(), 4) for c in range(10)]
+    return ((pred == targets).float().mean().item(),
+            [round((pred[targets == c] == c).float().mean().item(), 4) for c in range(10)])
 
 
 def one_run(dls, test, setting, noisy, budget, seed, method, options):
     "Train once, and say what came of it"
     set_seed(seed)
-    model = (small_cnn(size=dls.train.dataset.images.shape[-1]) if setting.startswith('scratch') else pretrained_body()).to(memory_format=torch.channels_last)
+    model = (small_cnn(size=dls.train.dataset.images.shape[-1]) if setting.startswith('scratch')
+             else pretrained_body()).to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     # `Budget` takes off what was measured; a fine-tune takes off what is counted, as everybody's does
-    if method == 'rho_epochs': learn.rho_epochs(seed=seed, **(dict(epoch='steps') if setting.startswith('scratch') else {}), **options)
+    if method == 'rho_epochs':
+        learn.rho_epochs(seed=seed, **(dict(epoch='steps') if setting.startswith('scratch') else {}), **options)
     steps = Budget(budget) if setting.startswith('scratch') else NoValidation()
     n_epoch = math.ceil(budget/len(dls.train)) if setting.startswith('scratch') else budget
     counter = steps if setting.startswith('scratch') else Budget(0)
@@ -113,7 +118,8 @@ def one_run(dls, test, setting, noisy, budget, seed, method, options):
     try:
         with learn.no_bar(): learn.fit_one_cycle(n_epoch, SETTINGS[setting.split('_')[0]]['lr'], cbs=steps)
     finally: restore()
-    res = dict(seconds=round(time.perf_counter() - began, 2), cpu_seconds=round(time.process_time() - cpu, 2), billed=round(counter.billed, 2))
+    res = dict(seconds=round(time.perf_counter() - began, 2), cpu_seconds=round(time.process_time() - cpu, 2),
+               billed=round(counter.billed, 2))
     res['accuracy'],res['recall'] = evaluate(learn, test)
     if method == 'plain': res['steps'] = steps.step if setting.startswith('scratch') else budget*len(dls.train)
     else:
@@ -131,9 +137,10 @@ def table_of(runs):
     table = []
     for k,run in dict.fromkeys((key(o), o['run']) for o in runs):
         own = sorted((o for o in runs if (key(o), o['run']) == (k, run)), key=lambda o: o['seed'])
-        row = dict(setting=k[0], noise=k[1], budget=k[2], run=run, accuracy=[round(o['accuracy'], 4) for o in own], cpu_seconds=[o['cpu_seconds'] for o in own],
-                   billed=[o['billed'] for o in own], lowest_recall=[min(o['recall']) for o in own],
-                   steps=[o['steps'] for o in own], mean=round(np.mean([o['accuracy'] for o in own]).item(), 4))
+        row = dict(setting=k[0], noise=k[1], budget=k[2], run=run, accuracy=[round(o['accuracy'], 4) for o in own],
+                   cpu_seconds=[o['cpu_seconds'] for o in own], billed=[o['billed'] for o in own],
+                   lowest_recall=[min(o['recall']) for o in own], steps=[o['steps'] for o in own],
+                   mean=round(np.mean([o['accuracy'] for o in own]).item(), 4))
         against = [plain.get((*k, o['seed'])) for o in own]
         if run != 'plain' and all(against):
             row['points'] = [round(100*(o['accuracy'] - p['accuracy']), 2) for o,p in zip(own, against)]
@@ -170,7 +177,8 @@ def main(
         path,size,rows = Path(path),size or defaults['size'],rows or defaults['rows']
         setting += f"{'_confused' if confusion else ''}{f'_tail{tail:g}' if tail > 1 else ''}{f'_size{size}' if size != defaults['size'] else ''}"
         images,targets,files = read_images(path/'train', size)
-        some = torch.arange(0, len(targets), max(1, len(targets)//rows))[:rows] if tail == 1 else long_tail_rows(targets, tail)
+        some = (torch.arange(0, len(targets), max(1, len(targets)//rows))[:rows] if tail == 1
+                else long_tail_rows(targets, tail))
         images,targets,files = images[some],targets[some],[files[i] for i in some.tolist()]
         labels,noisy = redraw_labels(targets, noise, CONFUSED if confusion else None)
         stats = LITE_STATS if setting.startswith('finetune') else CIFAR_STATS
@@ -185,10 +193,12 @@ def main(
                     if file.exists(): continue
                     method,options = read_run(run)
                     result = one_run(dls, batches, setting, noisy, budget, seed, method, options)
-                    result = dict(setting=setting, rows=len(train), noise=noise, budget=budget, run=run, seed=seed, **result, machine=machine())
+                    result = dict(setting=setting, rows=len(train), noise=noise, budget=budget, run=run, seed=seed,
+                                  **result, machine=machine())
                     file.write_text(json.dumps(result))
                     print(name, {k: result[k] for k in ('accuracy', 'cpu_seconds', 'billed', 'steps')}, flush=True)
     table = table_of([json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))])
-    columns = ('setting', 'noise', 'budget', 'run', 'mean', 'accuracy', 'points', 'cost', 'lowest_recall', 'cpu_seconds', 'billed', 'steps')
+    columns = ('setting', 'noise', 'budget', 'run', 'mean', 'accuracy', 'points', 'cost', 'lowest_recall',
+               'cpu_seconds', 'billed', 'steps')
     print_table(columns, [[row.get(k, '') for k in columns] for row in table])
     if out: Path(out).write_text(json.dumps(dict(machine=machine(), table=table), indent=1) + '\n')

@@ -35,8 +35,9 @@ class Rows:
 
 
 def loader(dataset, bs, device):
-    return DataLoader(dataset, bs=bs, shuffle=True, drop_last=True, create_item=noop, create_batch=lambda rows: (dataset.items[rows], dataset.targets[rows]),
-                      retain=lambda b,_: b, device=device)
+    return DataLoader(dataset, bs=bs, shuffle=True, drop_last=True, create_item=noop,
+                      create_batch=lambda rows: (dataset.items[rows], dataset.targets[rows]), retain=lambda b,_: b,
+                      device=device)
 
 
 def seconds(device, f, *args):
@@ -94,10 +95,12 @@ def bookkeeping(dataset, il, bs, device, batches, repeats):
     k = min(batches, run.n_batches)
     parts = [run.epoch(k) for _ in range(repeats + 1)][1:] # the first warms up
     us = {name: 1e6*median([o[name] for o in parts])/k for name in ('rows', 'lookup', 'ledger')}
-    us.update({name: 1e6*value/run.n_batches for name,value in dict(order=median(order), epoch=median([o['epoch'] for o in parts])).items()})
+    us.update({name: 1e6*value/run.n_batches
+               for name,value in dict(order=median(order), epoch=median([o['epoch'] for o in parts])).items()})
     us['all'] = sum(us.values())
     return dict(n_rows=len(dataset), n_candidates=bs, microseconds={name: round(value, 2) for name,value in us.items()},
-                nanoseconds_an_item=round(1000*us['all']/bs, 1), share_of_step=round(us['all']/1000/STEP_MS, 5), bytes_a_row=round(run.bytes_a_row(), 2))
+                nanoseconds_an_item=round(1000*us['all']/bs, 1), share_of_step=round(us['all']/1000/STEP_MS, 5),
+                bytes_a_row=round(run.bytes_a_row(), 2))
 
 
 def files(dataset, values, device, folder, repeats):
@@ -122,19 +125,24 @@ def growth(dataset, il, device, windows, batches):
     for window in range(windows):
         parts = run.epoch(batches, first=window*batches)
         us = 1e6*(parts['rows'] + parts['lookup'] + parts['ledger'])/batches
-        res.append(dict(steps=(window + 1)*batches, microseconds=round(us, 2), append_microseconds=round(1e6*seconds(device, append)[0]/batches, 2),
-                        resident_mb=round(resident('VmRSS') - log.nbytes/2**20, 1) if sys.platform == 'linux' else None))
+        res.append(dict(steps=(window + 1)*batches, microseconds=round(us, 2),
+                        append_microseconds=round(1e6*seconds(device, append)[0]/batches, 2),
+                        resident_mb=round(resident('VmRSS') - log.nbytes/2**20, 1) if sys.platform == 'linux'
+                        else None))
     return res
 
 
 def show(result):
     parts = ('order', 'rows', 'lookup', 'ledger', 'epoch', 'all')
-    print_table(['rows', 'candidates', *[f'{k} us' for k in parts], f'% of {STEP_MS:g} ms', 'ns an item', 'bytes a row'],
-                [[f"{o['n_rows']:,}", o['n_candidates'], *[f"{o['microseconds'][k]:.1f}" for k in parts], f"{100*o['share_of_step']:.2f}",
-                  o['nanoseconds_an_item'], o['bytes_a_row']] for o in result['rows'] + result['candidates']])
+    print_table(['rows', 'candidates', *[f'{k} us' for k in parts], f'% of {STEP_MS:g} ms', 'ns an item',
+                 'bytes a row'],
+                [[f"{o['n_rows']:,}", o['n_candidates'], *[f"{o['microseconds'][k]:.1f}" for k in parts],
+                  f"{100*o['share_of_step']:.2f}", o['nanoseconds_an_item'], o['bytes_a_row']]
+                 for o in result['rows'] + result['candidates']])
     print()
     print_table(['rows', 'made s', 'saved s', 'loaded s', 'checked s', 'bytes a row'],
-                [[f"{o['n_rows']:,}", o['make'], o['save'], o['load'], o['check'], o['bytes_a_row']] for o in result['files']])
+                [[f"{o['n_rows']:,}", o['make'], o['save'], o['load'], o['check'], o['bytes_a_row']]
+                 for o in result['files']])
     print()
     print_table(['steps', 'us a batch', 'of an array appended to', 'resident MB'],
                 [[o['steps'], o['microseconds'], o['append_microseconds'], o['resident_mb']] for o in result['steps']])
@@ -162,10 +170,12 @@ def main(
         result['files'].append(cost)
         result['rows'].append(bookkeeping(dataset, il, min(N_CANDIDATES, n), device, batches, repeats))
         if i == min(2, len(sizes) - 1):
-            result['candidates'] = [bookkeeping(dataset, il, int(bs), device, batches, repeats) for bs in candidates.split(',')]
+            result['candidates'] = [bookkeeping(dataset, il, int(bs), device, batches, repeats)
+                                    for bs in candidates.split(',')]
             result['steps'] = growth(dataset, il, device, windows, 4*batches)
     show(result)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        lines = [f' "{k}": ' + (json.dumps(v) if not isinstance(v, list) else '[\n  ' + ',\n  '.join(map(json.dumps, v)) + '\n ]') for k,v in result.items()]
+        lines = [f' "{k}": ' + (json.dumps(v) if not isinstance(v, list) else '[\n  ' + ',\n  '.join(map(json.dumps, v))
+                                + '\n ]') for k,v in result.items()]
         Path(out).write_text('{\n' + ',\n'.join(lines) + '\n}\n')

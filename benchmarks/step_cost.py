@@ -72,8 +72,9 @@ class TextClassifier(nn.Module):
     def forward(self, x): return self.head(self.encoder(self.tokens(x) + self.positions).mean(1))
 
 
-MODELS = dict(small_cnn=(ARCHITECTURES['small_cnn'], random_images), resnet18=(ARCHITECTURES['resnet18'], random_images),
-              mlp=(mlp, random_digits), transformer=(TextClassifier, random_tokens))
+MODELS = dict(small_cnn=(ARCHITECTURES['small_cnn'], random_images),
+              resnet18=(ARCHITECTURES['resnet18'], random_images), mlp=(mlp, random_digits),
+              transformer=(TextClassifier, random_tokens))
 
 
 # Steps in bare PyTorch
@@ -159,7 +160,8 @@ class StepTimes(Callback):
 class StepEnds(Callback):
     order = 99
     def after_batch(self):
-        if self.training: self.learn.step_times.seconds.append(clock(self.learn.step_times.device) - self.learn.step_times.began)
+        if self.training:
+            self.learn.step_times.seconds.append(clock(self.learn.step_times.device) - self.learn.step_times.began)
 
 
 def clock(device):
@@ -169,8 +171,8 @@ def clock(device):
 
 def loader(x, y, bs, device):
     "Batches of rows of two tensors, with next to no cost of their own"
-    return DataLoader(list(range(len(y))), bs=bs, shuffle=True, drop_last=True, create_item=noop, create_batch=lambda rows: (x[rows], y[rows]),
-                      retain=lambda b,_: b, device=device)
+    return DataLoader(list(range(len(y))), bs=bs, shuffle=True, drop_last=True, create_item=noop,
+                      create_batch=lambda rows: (x[rows], y[rows]), retain=lambda b,_: b, device=device)
 
 
 def learner(make_model, x, y, bs, device):
@@ -186,7 +188,8 @@ def learner(make_model, x, y, bs, device):
 def variants(model, method, frac, device):
     "Functions that take `STEPS` steps each and return their seconds `(STEPS, 2)`, by name; and n_B and n_b"
     make_model,random_items = MODELS[model]
-    n_candidates,n = (round(N_SELECTED/frac),N_SELECTED) if method == 'rho_loss' else (N_LOADED,math.ceil(N_LOADED*frac))
+    n_candidates,n = ((round(N_SELECTED/frac),N_SELECTED) if method == 'rho_loss'
+                      else (N_LOADED,math.ceil(N_LOADED*frac)))
     x,y,il = random_items(n_candidates*STEPS),torch.randint(0, 10, (n_candidates*STEPS,)),torch.rand(n_candidates*STEPS)
 
     def of_fastai(bs, select=noop):
@@ -216,16 +219,19 @@ def variants(model, method, frac, device):
     def batch_loss_filter(learn): learn.batch_loss_filter(0.01, frac, warmup_epochs=0)
     def selective_backprop(learn): learn.selective_backprop(pick=RankSample(frac), warmup_epochs=0)
     select = dict(rho_loss=rho_loss, batch_loss_filter=batch_loss_filter, selective_backprop=selective_backprop)[method]
-    reference = dict(rho_loss=rho_loss_reference, batch_loss_filter=batch_loss_filter_reference, selective_backprop=selective_backprop_reference)[method]
+    reference = dict(rho_loss=rho_loss_reference, batch_loss_filter=batch_loss_filter_reference,
+                     selective_backprop=selective_backprop_reference)[method]
     if method == 'selective_backprop': n = RankSample(frac).size(n_candidates)
-    return dict(package=of_fastai(n if method == 'rho_loss' else n_candidates, select), limit=of_bare(scored_at_the_limit(n, method == 'rho_loss')),
-                reference=of_bare(reference(n)), selected=of_bare(first_items(n)), candidates=of_bare(first_items(n_candidates)),
-                fastai=of_fastai(n)),n_candidates,n
+    return (dict(package=of_fastai(n if method == 'rho_loss' else n_candidates, select),
+                 limit=of_bare(scored_at_the_limit(n, method == 'rho_loss')), reference=of_bare(reference(n)),
+                 selected=of_bare(first_items(n)), candidates=of_bare(first_items(n_candidates)), fastai=of_fastai(n)),
+            n_candidates,n)
 
 
 def resident(key):
     "Megabytes of a line of /proc/self/status"
-    return int(next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key)).split()[1])/1024
+    return int(next(line for line in Path('/proc/self/status').read_text().splitlines()
+                    if line.startswith(key)).split()[1])/1024
 
 
 def peak_memory(run, device):
@@ -237,7 +243,8 @@ def peak_memory(run, device):
         return (torch.cuda.max_memory_allocated() - before)/2**20
     linux = sys.platform == 'linux'
     if linux:
-        ctypes.CDLL(None).malloc_trim(0) # memory that was freed goes back to the system, or it would be taken again unseen
+        # memory that was freed goes back to the system, or it would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)
         Path('/proc/self/clear_refs').write_text('5') # the peak counts from here
         before = resident('VmRSS')
     run()
@@ -257,19 +264,22 @@ def measure(model, method, frac, seconds, rounds, device):
     times,began = {name: [] for name in runs},time.perf_counter()
     while len(times['package']) < rounds*STEPS or time.perf_counter() - began < seconds:
         for name,run in runs.items(): times[name] += run()
-    clock_ms,cpu_ms = ({name: in_milliseconds(np.array(values)[:,i]) for name,values in times.items()} for i in range(2))
+    clock_ms,cpu_ms = ({name: in_milliseconds(np.array(values)[:,i]) for name,values in times.items()}
+                       for i in range(2))
     megabytes = {name: None if o is None else round(o, 1) for name,o in memory.items()}
     kept = runs['package'].learn.selection.kept
     assert abs(kept*n_candidates - n) < 1e-6, f"{method} at {frac} kept {kept} of {n_candidates}"
-    return dict(model=model, method=method, frac=frac, n_candidates=n_candidates, n_selected=n, steps=len(times['package']),
-                forward=runs['package'].learn.selection.last('forward'), milliseconds=clock_ms, cpu_milliseconds=cpu_ms, megabytes=megabytes,
+    return dict(model=model, method=method, frac=frac, n_candidates=n_candidates, n_selected=n,
+                steps=len(times['package']), forward=runs['package'].learn.selection.last('forward'),
+                milliseconds=clock_ms, cpu_milliseconds=cpu_ms, megabytes=megabytes,
                 **ratios(cpu_ms if device.type == 'cpu' else clock_ms))
 
 
 def ratios(ms):
     "The package's step over each of the others'; and over 1.05 times the limit plus 2 ms, which it should stay below"
     package,limit = ms['package'][0],ms['limit'][0]
-    return dict({f'over_{name}': round(package/values[0], 3) for name,values in ms.items() if name not in ('package', 'fastai')},
+    return dict({f'over_{name}': round(package/values[0], 3) for name,values in ms.items()
+                 if name not in ('package', 'fastai')},
                 over_bound=round(package/(1.05*limit + 2), 3), overhead_ms=round(package - limit, 3),
                 fastai_overhead_ms=round(ms['fastai'][0] - ms['selected'][0], 3))
 
@@ -292,13 +302,17 @@ def write(out, cases):
 
 
 def show(cases):
-    names,ms = ['package', 'limit', 'reference', 'selected', 'candidates', 'fastai'],'milliseconds' if torch.cuda.is_available() else 'cpu_milliseconds'
-    print_table(['model', 'method', 'n_B/n_b', *[f'{o} ms' for o in names], '/ limit', '/ (1.05 limit + 2)', '/ reference', '/ selected', '/ candidates'],
-                [[o['model'], o['method'], f"{o['n_candidates']}/{o['n_selected']}", *[o[ms][name][0] for name in names],
-                  o['over_limit'], o['over_bound'], o['over_reference'], o['over_selected'], o['over_candidates']] for o in cases])
+    names = ['package', 'limit', 'reference', 'selected', 'candidates', 'fastai']
+    ms = 'milliseconds' if torch.cuda.is_available() else 'cpu_milliseconds'
+    print_table(['model', 'method', 'n_B/n_b', *[f'{o} ms' for o in names], '/ limit', '/ (1.05 limit + 2)',
+                 '/ reference', '/ selected', '/ candidates'],
+                [[o['model'], o['method'], f"{o['n_candidates']}/{o['n_selected']}",
+                  *[o[ms][name][0] for name in names], o['over_limit'], o['over_bound'], o['over_reference'],
+                  o['over_selected'], o['over_candidates']] for o in cases])
     print()
     print_table(['model', 'method', 'n_B/n_b', *[f'{o} MB' for o in names]],
-                [[o['model'], o['method'], f"{o['n_candidates']}/{o['n_selected']}", *[o['megabytes'][name] for name in names]] for o in cases])
+                [[o['model'], o['method'], f"{o['n_candidates']}/{o['n_selected']}",
+                  *[o['megabytes'][name] for name in names]] for o in cases])
 
 
 accept_underscores()

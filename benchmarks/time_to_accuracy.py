@@ -22,8 +22,8 @@ from common import accept_underscores, compared, read_method  # noqa: E402
 
 from rholoss_fastai.all import fit_irreducible  # noqa: E402
 
-RUNS = ('random rho_loss:frac=0.5,compile=true rho_loss:frac=0.33,compile=true rho_loss:frac=0.25,compile=true rho_loss:frac=0.1,compile=true '
-        'batch_loss_filter:warmup_epochs=0 selective_backprop:keep=0.5,warmup_epochs=0')
+RUNS = ('random rho_loss:frac=0.5,compile=true rho_loss:frac=0.33,compile=true rho_loss:frac=0.25,compile=true '
+        'rho_loss:frac=0.1,compile=true batch_loss_filter:warmup_epochs=0 selective_backprop:keep=0.5,warmup_epochs=0')
 
 
 accept_underscores()
@@ -49,17 +49,20 @@ def main(
     out:str=None, # JSON file for all runs
 ):
     "Accuracy against seconds, by method"
-    if path is None: raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
+    if path is None:
+        raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
     device = default_device()
     train,holdout,test,noisy = even_rows_and_holdout(path, noise, seed=noise_seed)
     def il(make_learner_, dls):
-        learn = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), 'small_cnn', 6e-3)
+        learn = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device),
+                             'small_cnn', 6e-3)
         return fit_irreducible(learn, image_loader(train, 500, shuffle=False, device=device), il_epochs, one_cycle=True)
     def learner(dls):
         learn = make_learner(dls, arch, lr)
         learn.metrics = [accuracy]
         return learn
     methods = [read_method(o) for o in runs.split()]
-    result = compared(folder, learner, image_loaders(train, test, bs, device=device), methods, n_epoch=epochs, budget=budget, fit=fit, noisy=noisy,
-                      seeds=[int(o) for o in seeds.split(',')], il=il, bill=bill, evaluations=evaluations, prices='measure' if budget == 'cost' else None)
+    result = compared(folder, learner, image_loaders(train, test, bs, device=device), methods, n_epoch=epochs,
+                      budget=budget, fit=fit, noisy=noisy, seeds=[int(o) for o in seeds.split(',')], il=il, bill=bill,
+                      evaluations=evaluations, prices='measure' if budget == 'cost' else None)
     if out: result.save(Path(out))

@@ -37,7 +37,8 @@ class TokenModel(nn.Module):
     "Embedding, one layer of GRU, and the embedding again for the prediction"
     def __init__(self, n_words, width):
         super().__init__()
-        self.emb,self.rnn,self.drop,self.out = nn.Embedding(n_words, width),nn.GRU(width, width, batch_first=True),nn.Dropout(0.2),nn.Linear(width, n_words)
+        self.emb,self.rnn = nn.Embedding(n_words, width),nn.GRU(width, width, batch_first=True)
+        self.drop,self.out = nn.Dropout(0.2),nn.Linear(width, n_words)
         self.out.weight = self.emb.weight
         nn.init.normal_(self.emb.weight, std=0.1)
 
@@ -46,7 +47,8 @@ class TokenModel(nn.Module):
 
 def read_words(path, split, most=30):
     "The first words of each sentence"
-    return [o.split()[:most] for o in pd.read_csv(Path(path)/f'sst2_{split}.tsv', sep='\t', names=['text', 'label'], quoting=csv.QUOTE_NONE).text]
+    return [o.split()[:most] for o in pd.read_csv(Path(path)/f'sst2_{split}.tsv', sep='\t', names=['text', 'label'],
+                                                  quoting=csv.QUOTE_NONE).text]
 
 def numbered(sentences, vocab): return [torch.tensor([vocab.get(o, UNKNOWN) for o in words]) for words in sentences]
 
@@ -132,8 +134,10 @@ def main(
     out:str=None, # JSON file for the results
 ):
     "Held-out perplexity, and the share of replaced tokens among those trained on, at equal steps"
-    if path is None: raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this file say.')
-    settings = dict(methods=methods, share=share, frac=frac, n_reference=n_reference, epochs=epochs, il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
+    if path is None:
+        raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this file say.')
+    settings = dict(methods=methods, share=share, frac=frac, n_reference=n_reference, epochs=epochs,
+                    il_epochs=il_epochs, width=width, bs=bs, n_vocab=n_vocab)
     rows = [row for seed in seeds.split(',') for row in compare(path, int(seed), **settings)]
     print_table(list(rows[0]), [list(o.values()) for o in rows])
     if out:

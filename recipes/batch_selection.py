@@ -28,7 +28,8 @@ MODELS = dict(ARCHITECTURES, xresnet18=partial(xresnet18, n_out=10))
 
 def cifar10(path, bs, device):
     path = Path(path or untar_data(URLs.CIFAR))
-    return image_loaders(ImageRows(*read_images(path/'train')), ImageRows(*read_images(path/'test')), bs, augment=True, device=device)
+    return image_loaders(ImageRows(*read_images(path/'train')), ImageRows(*read_images(path/'test')), bs, augment=True,
+                         device=device)
 
 
 def image_folder(path, bs):
@@ -57,10 +58,14 @@ def main(
     folder:str='runs/batch_selection', # Folder of the runs; those that are there are not run again
 ):
     "Compare selection methods that need nothing but the batch"
-    if data != 'cifar10' and data not in FOLDERS: raise SystemExit(f"--data must be cifar10, {' or '.join(FOLDERS)}; got {data!r}.")
+    if data != 'cifar10' and data not in FOLDERS:
+        raise SystemExit(f"--data must be cifar10, {' or '.join(FOLDERS)}; got {data!r}.")
     if arch not in MODELS: raise SystemExit(f"--arch must be one of {', '.join(MODELS)}; got {arch!r}.")
-    dls = cifar10(path, bs, default_device()) if data == 'cifar10' else image_folder(path or untar_data(FOLDERS[data]), bs)
+    dls = (cifar10(path, bs, default_device()) if data == 'cifar10'
+           else image_folder(path or untar_data(FOLDERS[data]), bs))
     def make_learner(dls):
-        return Learner(dls, MODELS[arch]().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=lr,
-                       opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=[MixUp(0.4)] if mixup else None)
-    compared(folder, make_learner, dls, [('composer', composer) if o == 'composer' else read_method(o) for o in methods.split()], n_epoch=epochs, seeds=seeds)
+        return Learner(dls, MODELS[arch]().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(),
+                       metrics=accuracy, lr=lr, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=[MixUp(0.4)]
+                       if mixup else None)
+    compared(folder, make_learner, dls, [('composer', composer) if o == 'composer' else read_method(o)
+                                         for o in methods.split()], n_epoch=epochs, seeds=seeds)

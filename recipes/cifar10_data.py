@@ -11,7 +11,8 @@ from PIL import Image
 
 from rholoss_fastai.all import RowSubset, redraw_labels
 
-# classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and horse
+# classes that are taken for each other: airplane and ship, automobile and truck, bird and frog, cat and dog, deer and
+# horse
 CONFUSED = {a: b for pair in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)) for a,b in (pair, pair[::-1])}
 CIFAR_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 LITE_STATS = (0.498,)*3, (0.502,)*3 # what EfficientNet-Lite's weights were trained on
@@ -23,13 +24,15 @@ def read_images(folder, size=32):
     # CIFAR-100's folders are <superclass>/<class>, as fastai unpacks it
     files = sorted(f.relative_to(folder) for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
     if not files or len(files[0].parts) < 2:
-        raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold folders of training and test images, in a folder for each class.")
+        raise FileNotFoundError(f"No images in {folder}/<class>/: --path must hold folders of training and test "
+                                "images, in a folder for each class.")
     classes = sorted({f.parts[-2] for f in files})
     images = np.empty((len(files), size, size, 3), np.uint8)
     for i,f in enumerate(files):
         image = Image.open(folder/f).convert('RGB')
         images[i] = image if image.size == (size, size) else image.resize((size, size))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([classes.index(f.parts[-2]) for f in files]), files
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor([classes.index(f.parts[-2]) for f in files]), files)
 
 
 class ImageRows:
@@ -43,7 +46,8 @@ class ImageRows:
         "All rows, normalised, in batches on `device`"
         return [(normalized(x, self.stats).contiguous(memory_format=torch.channels_last).to(device), y.to(device))
                 for x,y in zip(self.images.split(bs), self.targets.split(bs))]
-    def of(self, rows): return ImageRows(self.images[rows], self.targets[rows], [self.items[i] for i in rows.tolist()], self.stats)
+    def of(self, rows):
+        return ImageRows(self.images[rows], self.targets[rows], [self.items[i] for i in rows.tolist()], self.stats)
 
 
 def normalized(images, stats=CIFAR_STATS):
@@ -51,7 +55,8 @@ def normalized(images, stats=CIFAR_STATS):
     return (images.float()/255 - mean)/std
 
 
-def flipped(images): return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
+def flipped(images):
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
 class MemoryLoader(DataLoader):
@@ -64,11 +69,13 @@ def image_loader(rows, bs, shuffle=True, augment=False, device=None):
     "A fastai DataLoader that takes whole batches from memory"
     augmented = flipped if augment else noop
     def prepare(b): return augmented(normalized(b[0], rows.stats)).contiguous(memory_format=torch.channels_last), b[1]
-    return MemoryLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, retain=lambda b,_: b, after_batch=prepare, device=device)
+    return MemoryLoader(rows, bs=bs, shuffle=shuffle, drop_last=shuffle, retain=lambda b,_: b, after_batch=prepare,
+                        device=device)
 
 
 def image_loaders(train, test, bs, augment=False, device=None):
-    dls = DataLoaders(image_loader(train, bs, augment=augment, device=device), image_loader(test, 500, shuffle=False, device=device))
+    dls = DataLoaders(image_loader(train, bs, augment=augment, device=device),
+                      image_loader(test, 500, shuffle=False, device=device))
     return dls if device is None else dls.to(device)
 
 

@@ -47,7 +47,8 @@ ARCHITECTURES = dict(small_cnn=small_cnn, resnet18=resnet18_32px)
 def make_learner(dls, arch, lr, **kwargs):
     # torch's AdamW: fastai's Adam has other betas and eps than the published runs
     model = ARCHITECTURES[arch](**kwargs).to(memory_format=torch.channels_last) # convolutions are faster so
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr)
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+                   lr=lr)
 
 
 accept_underscores()
@@ -81,13 +82,15 @@ def main(
 ):
     "Train on CIFAR-10 with label noise, plainly and with RHO-LOSS, for a given number of training steps"
     for name in (arch, il_arch):
-        if name not in ARCHITECTURES: raise SystemExit(f"--arch and --il_arch must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
+        if name not in ARCHITECTURES:
+            raise SystemExit(f"--arch and --il_arch must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
     device,path = default_device(),Path(path or untar_data(URLs.CIFAR))
     images,targets,files = read_images(path/train_folder, size)
     rows,n = torch.arange(len(targets)),len(targets)
     if holdout_folder:
         more = read_images(path/holdout_folder, size)
-        images,targets,files,rows = torch.cat([images, more[0]]),torch.cat([targets, more[1]]),files + more[2],torch.arange(n + len(more[1]))
+        images,targets = torch.cat([images, more[0]]),torch.cat([targets, more[1]])
+        files,rows = files + more[2],torch.arange(n + len(more[1]))
     even,odd = (rows[:n],rows[n:]) if holdout_folder else (rows[::2],rows[1::2])
     labels,noisy = redraw_labels(targets, noise, seed=noise_seed)
     everything,test = ImageRows(images, labels, files),ImageRows(*read_images(path/test_folder, size))
@@ -97,10 +100,13 @@ def main(
     def il(make_learner_, dls):
         set_seed(noise_seed)
         if not cross_fit:
-            learn = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), il_arch, il_lr, **kind)
-            return fit_irreducible(learn, image_loader(train, 500, shuffle=False, device=device), il_epochs, one_cycle=il_one_cycle)
+            learn = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device),
+                                 il_arch, il_lr, **kind)
+            return fit_irreducible(learn, image_loader(train, 500, shuffle=False, device=device), il_epochs,
+                                   one_cycle=il_one_cycle)
         def fold(dls):
-            dls.train.after_batch = image_loader(train, 1, augment=True).after_batch # the fold's own copy: scoring stays plain
+            # the fold's own copy: scoring stays plain
+            dls.train.after_batch = image_loader(train, 1, augment=True).after_batch
             return make_learner(dls, il_arch, il_lr, **kind)
         folds = image_loaders(train, test, min(320, len(train)*(il_folds - 1)//il_folds), device=device)
         return crossfit_irreducible(fold, folds, il_epochs, il_folds, one_cycle=il_one_cycle, seed=noise_seed)
@@ -110,7 +116,9 @@ def main(
         return learn
     known = dict(random=lambda learn: learn.rho_loss(pick=Uniform(frac), epoch='candidates'),
                  rho_loss=lambda learn, il: learn.rho_loss(il, frac=frac, compile=compile, epoch='candidates'))
-    if not set(methods.split(',')) <= {*known}: raise SystemExit(f"--methods must be of {', '.join(known)}; got {methods!r}.")
+    if not set(methods.split(',')) <= {*known}:
+        raise SystemExit(f"--methods must be of {', '.join(known)}; got {methods!r}.")
     dls = image_loaders(train, test, bs, device=device)
-    compared(folder, learner, dls, [(o, known[o]) for o in methods.split(',')], n_epoch=steps/len(dls.train), budget='steps', fit='fit', il=il, bill='none',
-             seeds=[int(o) for o in seeds.split(',')], noisy=noisy[chosen], evaluations=max(1, steps//eval_every))
+    compared(folder, learner, dls, [(o, known[o]) for o in methods.split(',')], n_epoch=steps/len(dls.train),
+             budget='steps', fit='fit', il=il, bill='none', seeds=[int(o) for o in seeds.split(',')],
+             noisy=noisy[chosen], evaluations=max(1, steps//eval_every))

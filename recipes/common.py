@@ -31,7 +31,8 @@ class Evaluations(Callback):
         n_steps=None, # Stop after so many training steps
         every=None # Steps between evaluations; None: one at the end of each epoch
     ):
-        self.test,self.n_steps,self.every,self.history,self.losses,self.step,self.items,self.spent = test,n_steps,every,[],[],0,0,0.
+        self.test,self.n_steps,self.every,self.history = test,n_steps,every,[]
+        self.losses,self.step,self.items,self.spent = [],0,0,0.
 
     def _clock(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -62,14 +63,15 @@ class Evaluations(Callback):
         model.train()
         record = getattr(self.learn, 'selection', None)
         self.losses.append(round(F.cross_entropy(preds, targets).item(), 5))
-        self.history.append([self.step, self.epoch, round((preds.argmax(1) == targets).float().mean().item(), 5), round(self.spent, 3),
-                             record.total('scored') if record else 0, self.items])
+        self.history.append([self.step, self.epoch, round((preds.argmax(1) == targets).float().mean().item(), 5),
+                             round(self.spent, 3), record.total('scored') if record else 0, self.items])
 
 
 def fit_steps(learn, test, n_steps, every, cbs=()):
     "Fit `learn` at a constant rate, unless one of `cbs` changes it, for `n_steps` training steps; its `Evaluations`"
     evaluations = Evaluations(test, n_steps, every)
-    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=[evaluations, *cbs]) # an epoch has at least one step
+    # an epoch has at least one step
+    with learn.no_logging(), learn.no_bar(): learn.fit(n_steps, cbs=[evaluations, *cbs])
     return evaluations
 
 
@@ -104,7 +106,8 @@ def read_method(run):
 
 def accept_underscores():
     "Let options be written with underscores as in Python, --eval_every, as well as with dashes"
-    sys.argv[1:] = ['--' + a[2:].split('=')[0].replace('_', '-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in sys.argv[1:]]
+    sys.argv[1:] = ['--' + a[2:].split('=')[0].replace('_', '-') + a[len(a.split('=')[0]):] if a.startswith('--') else a
+                    for a in sys.argv[1:]]
 
 
 def steps_to(history, accuracy):
@@ -141,11 +144,13 @@ def read_run(out):
     "History and summary that `write_run` wrote"
     out = Path(out)
     with open(out/'history.csv') as f: rows = list(csv.reader(f))[1:]
-    return [[int(r[0]), int(r[1]), float(r[2]), float(r[3]), int(r[4]), int(r[5])] for r in rows], json.loads((out/'summary.json').read_text())
+    return ([[int(r[0]), int(r[1]), float(r[2]), float(r[3]), int(r[4]), int(r[5])] for r in rows],
+            json.loads((out/'summary.json').read_text()))
 
 
 def print_table(header, rows):
     "A plain table, columns aligned"
     rows = [[str(o) for o in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows: print('  '.join(cell.ljust(w) if i==0 else cell.rjust(w) for i,(cell,w) in enumerate(zip(row, widths))))
+    for row in rows:
+        print('  '.join(cell.ljust(w) if i==0 else cell.rjust(w) for i,(cell,w) in enumerate(zip(row, widths))))

@@ -20,4 +20,5 @@ def main(
     try: result = Comparison.load(folder)
     except ValueError as e: raise SystemExit(f"{folder}: {e}") from e
     print(result)
-    result.plot()[0].figure.savefig((Path(folder) if Path(folder).is_dir() else Path(folder).parent)/'comparison.png', dpi=110)
+    result.plot()[0].figure.savefig((Path(folder) if Path(folder).is_dir() else Path(folder).parent)/'comparison.png',
+                                    dpi=110)

@@ -46,7 +46,8 @@ MAIN = ('random', 'rho_loss', 'loss', 'negative_il', 'gradient_norm')
 
 def narrow_cnn():
     "A fifth of the small CNN's work"
-    def block(n_in, n_out): return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
+    def block(n_in, n_out):
+        return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*block(3, 16), *block(16, 32), *block(32, 32), nn.Flatten(), nn.Linear(32*4*4, 10))
 
 
@@ -62,7 +63,8 @@ def selector(name, frac):
     "A method of `compare`"
     score,pick = SELECTORS[name]
     def select(learn, il):
-        proxy = Learner(learn.dls, narrow_cnn(), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=learn.lr)
+        proxy = Learner(learn.dls, narrow_cnn(), loss_func=CrossEntropyLossFlat(),
+                        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=learn.lr)
         learn.rho_loss(il, score=score, pick=pick(frac), epoch='candidates', proxy=proxy if name == 'proxy' else None)
     return name,select
 
@@ -89,12 +91,16 @@ def main(
     "Compare the selectors at equal steps"
     names = dict(all=SELECTORS, main=MAIN).get(selectors) or selectors.split(',')
     unknown = set(names) - {*SELECTORS}
-    if unknown: raise SystemExit(f"--selectors must be all, main, or among {', '.join(SELECTORS)}; got {', '.join(sorted(unknown))}.")
+    if unknown:
+        raise SystemExit(f"--selectors must be all, main, or among {', '.join(SELECTORS)}; got "
+                         f"{', '.join(sorted(unknown))}.")
     if arch not in ARCHITECTURES: raise SystemExit(f"--arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}.")
     device = default_device()
     train,holdout,test,noisy = even_rows_and_holdout(path, noise, test_rows)
     def il(make_learner_, dls):
-        learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device), 'small_cnn', 1e-3)
+        learn_il = make_learner(image_loaders(holdout, test, min(320, len(holdout)), augment=True, device=device),
+                                'small_cnn', 1e-3)
         return fit_irreducible(learn_il, image_loader(train, 500, shuffle=False, device=device), il_epochs)
-    compared(folder, partial(learner_with_dropout, arch=arch, lr=lr), image_loaders(train, test, bs, device=device), [selector(o, frac) for o in names],
-             n_epoch=epochs, budget='steps', fit='fit', seeds=[int(o) for o in seeds.split(',')], noisy=noisy, il=il, bill='none', evaluations=evaluations)
+    compared(folder, partial(learner_with_dropout, arch=arch, lr=lr), image_loaders(train, test, bs, device=device),
+             [selector(o, frac) for o in names], n_epoch=epochs, budget='steps', fit='fit',
+             seeds=[int(o) for o in seeds.split(',')], noisy=noisy, il=il, bill='none', evaluations=evaluations)

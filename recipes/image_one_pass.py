@@ -39,12 +39,16 @@ def fashion(folder, train):
 def collect(folder, results):
     "Print the table of all runs in `folder`, and write it to the JSON file `results`"
     summaries = [read_run(file.parent)[1] for file in sorted(Path(folder).glob('*/summary.json'))]
-    runs = [{k: s[k] for k in ('method', 'lr', 'bs', 'steps', 'valid_bs', 'seed', 'accuracy', 'best', 'seconds', 'finite')} for s in summaries]
+    runs = [{k: s[k] for k in ('method', 'lr', 'bs', 'steps', 'valid_bs', 'seed', 'accuracy', 'best', 'seconds',
+                               'finite')} for s in summaries]
     for run, s in zip(runs, summaries):
-        if s['method'] == 'one_pass': run.update({f'last_{k}': s['last'][k] for k in ('lr', 'wd', 'mom') if k in s['last']}, rolled_back=s['rolled_back'])
+        if s['method'] == 'one_pass':
+            run.update({f'last_{k}': s['last'][k] for k in ('lr', 'wd', 'mom') if k in s['last']},
+                       rolled_back=s['rolled_back'])
     runs.sort(key=lambda o: (o['bs'], o['method'], o['lr']))
     columns = list(max(runs, key=len))
-    print_table(columns, [[f'{v:.4g}' if isinstance(v := run.get(k, ''), float) else v for k in columns] for run in runs])
+    print_table(columns,
+                [[f'{v:.4g}' if isinstance(v := run.get(k, ''), float) else v for k in columns] for run in runs])
     Path(results).write_text(json.dumps(dict(machine=machine(), runs=runs), indent=1) + '\n')
 
 
@@ -73,19 +77,24 @@ def main(
     results:str=None, # JSON file for the table of this run and all others beside `out`
 ):
     "Train for a number of steps at a constant rate, or with one-pass tuning"
-    if method not in ('one_pass', 'constant'): raise SystemExit(f"--method must be one_pass or constant; got {method!r}.")
+    if method not in ('one_pass', 'constant'):
+        raise SystemExit(f"--method must be one_pass or constant; got {method!r}.")
     arch = arch or ('small_cnn' if path else 'mlp')
     if arch not in MODELS: raise SystemExit(f"--arch must be one of {', '.join(MODELS)}; got {arch!r}.")
     settings = {k: v for k, v in locals().items() if k not in ('path', 'out', 'results')}
     device, folder = default_device(), Path(path or Path.home()/'.fastai'/'data'/'fashion')
-    train, test = (ImageRows(*read_images(folder/o)) if path else fashion(folder, o == 'train') for o in ('train', 'test'))
+    train, test = (ImageRows(*read_images(folder/o)) if path else fashion(folder, o == 'train')
+                   for o in ('train', 'test'))
     set_seed(seed)
-    learn = Learner(image_loaders(train, test, bs, device=device), MODELS[arch]().to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(),
-                    opt_func=partial(SGD, mom=mom, decouple_wd=False), lr=lr, wd=wd)
-    if method == 'one_pass': learn.one_pass(tune.split(','), valid_pct=valid_pct, valid_bs=valid_bs, hyper_lr=hyper_lr, n_terms=n_terms, per=per)
+    learn = Learner(image_loaders(train, test, bs, device=device), MODELS[arch]().to(memory_format=torch.channels_last),
+                    loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=mom, decouple_wd=False), lr=lr, wd=wd)
+    if method == 'one_pass':
+        learn.one_pass(tune.split(','), valid_pct=valid_pct, valid_bs=valid_bs, hyper_lr=hyper_lr,
+                       n_terms=n_terms, per=per)
     evaluations = fit_steps(learn, test.batches(device), steps, eval_every)
     history = evaluations.history
-    summary = dict(settings, best=best(history), last_five=last_five(history), accuracy=history[-1][2], test_losses=evaluations.losses, seconds=history[-1][3],
+    summary = dict(settings, best=best(history), last_five=last_five(history), accuracy=history[-1][2],
+                   test_losses=evaluations.losses, seconds=history[-1][3],
                    finite=all(p.isfinite().all().item() for p in learn.model.parameters()), **machine())
     if method == 'one_pass':
         tuner = learn.one_pass_tuner
@@ -96,6 +105,7 @@ def main(
     if method == 'one_pass':
         tuner.plot_hypers()[0].figure.savefig(Path(out)/'hypers.png', dpi=110)
         plt.close('all')
-    print(f"{method} from lr {lr:g}: accuracy {summary['accuracy']:.4f} after {steps} steps, {summary['seconds']:.0f} s")
+    print(f"{method} from lr {lr:g}: accuracy {summary['accuracy']:.4f} after {steps} steps, {summary['seconds']:.0f} "
+          "s")
     print(f"Written to {out}")
     if results: collect(Path(out).parent, results)

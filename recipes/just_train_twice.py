@@ -54,16 +54,20 @@ BERT,SEPARATOR = 'bert-base-uncased',' xxsep '
 LR_BERT,LR_LSTM = 2e-5,1e-3
 SPLITS = dict(train=0, val=1, valid=1, test=2)
 
-# published, by paper or github.com/anniesch/jtt: epochs, T (epochs_id), lambda_up, learning rate, weight decay, batch size; of BERT also word pieces
+# published, by paper or github.com/anniesch/jtt: epochs, T (epochs_id), lambda_up, learning rate, weight decay, batch
+# size; of BERT also word pieces
 PRESETS = dict(
-    waterbirds=dict(metadata='metadata.csv', file='img_filename', target='y', group='y,place', split='split', epochs=300, epochs_id='60', upweight='100',
-                    lr=1e-5, wd=1., bs=64),
-    celeba=dict(metadata='list_attr_celeba.csv', file='image_id', folder='img_align_celeba', target='Blond_Hair', group='Blond_Hair,Male', split='partition',
-                epochs=50, epochs_id='1', upweight='50', lr=1e-5, wd=0.1, bs=128),
-    multinli=dict(metadata='metadata_random.csv', text='sentence1,sentence2', target='gold_label', group='gold_label,sentence2_has_negation', split='split',
-                  epochs=5, epochs_id='2', upweight='4', lr=2e-5, wd=0., bs=32, max_length=128),
-    civilcomments=dict(metadata='all_data_with_identities.csv', text='comment_text', target='toxicity', group='toxicity,identity_any', split='split', epochs=3,
-                       epochs_id='2', upweight='6', lr=1e-5, wd=0.01, bs=16, max_length=300))
+    waterbirds=dict(metadata='metadata.csv', file='img_filename', target='y', group='y,place', split='split',
+                    epochs=300, epochs_id='60', upweight='100', lr=1e-5, wd=1., bs=64),
+    celeba=dict(metadata='list_attr_celeba.csv', file='image_id', folder='img_align_celeba', target='Blond_Hair',
+                group='Blond_Hair,Male', split='partition', epochs=50, epochs_id='1', upweight='50', lr=1e-5,
+                wd=0.1, bs=128),
+    multinli=dict(metadata='metadata_random.csv', text='sentence1,sentence2', target='gold_label',
+                  group='gold_label,sentence2_has_negation', split='split', epochs=5, epochs_id='2', upweight='4',
+                  lr=2e-5, wd=0., bs=32, max_length=128),
+    civilcomments=dict(metadata='all_data_with_identities.csv', text='comment_text', target='toxicity',
+                       group='toxicity,identity_any', split='split', epochs=3, epochs_id='2', upweight='6', lr=1e-5,
+                       wd=0.01, bs=16, max_length=300))
 
 
 def frame(images, colours):
@@ -80,8 +84,9 @@ def framed(images, targets, files, agree, seed):
     for c in (0, 1):
         rows = (targets == c).nonzero().flatten()
         agrees[rows[torch.randperm(len(rows), generator=generator)[:round(agree*len(rows))]]] = True
-    return ImageRows(frame(images, torch.where(agrees, targets, 1-targets)), targets, files), [f"{c}, {'own' if a else 'other'} frame"
-                                                                                             for c,a in zip(targets.tolist(), agrees.tolist())]
+    return ImageRows(frame(images, torch.where(agrees, targets, 1-targets)), targets,
+                     files), [f"{c}, {'own' if a else 'other'} frame"
+                            for c,a in zip(targets.tolist(), agrees.tolist())]
 
 
 def framed_cifar(path, classes, rows, agree, bs, lr, wd, arch, seed, device):
@@ -90,23 +95,28 @@ def framed_cifar(path, classes, rows, agree, bs, lr, wd, arch, seed, device):
         images,targets,files = read_images(path/folder)
         names = sorted({f.parts[-2] for f in files})
         missing = set(classes) - set(names)
-        if missing or len(classes) != 2: raise SystemExit(f"--classes must be two of {', '.join(names)}; got {','.join(classes)}.")
+        if missing or len(classes) != 2:
+            raise SystemExit(f"--classes must be two of {', '.join(names)}; got {','.join(classes)}.")
         keep = torch.isin(targets, torch.tensor([names.index(o) for o in classes])).nonzero().flatten()
         return images[keep],(targets[keep] == names.index(classes[1])).long(),[files[i] for i in keep.tolist()]
     images,targets,files = of_classes('train')
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     parts = dict(train=order[len(order)//6:][:rows or None].sort().values, valid=order[:len(order)//6].sort().values)
-    data = {name: framed(images[o], targets[o], [files[i] for i in o.tolist()], agree if name == 'train' else 0.5, seed) for name,o in parts.items()}
+    data = {name: framed(images[o], targets[o], [files[i] for i in o.tolist()], agree if name == 'train' else 0.5, seed)
+            for name,o in parts.items()}
     data['test'] = framed(*of_classes('test'), 0.5, seed)
-    train,valid,test = (image_loader(data[o][0], bs if o == 'train' else 500, shuffle=o == 'train', augment=o == 'train', device=device) for o in data)
+    train,valid,test = (image_loader(data[o][0], bs if o == 'train' else 500, shuffle=o == 'train',
+                                     augment=o == 'train', device=device) for o in data)
     def make_learner(dls):
         model = ARCHITECTURES[arch](n_classes=2).to(memory_format=torch.channels_last)
-        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd,
+                       opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
     return DataLoaders(train, valid).to(device), test, {name: groups for name,(_,groups) in data.items()}, make_learner
 
 
 def existing(file):
-    if not file.exists(): raise SystemExit(f"{file} is missing: --path must hold it, or --metadata name another metadata file.")
+    if not file.exists():
+        raise SystemExit(f"{file} is missing: --path must hold it, or --metadata name another metadata file.")
     return file
 
 
@@ -122,9 +132,11 @@ def with_sentences(path, table):
     out, but counted."""
     files = [existing(path/f'multinli_1.0_{o}.jsonl') for o in ('train', 'dev_matched', 'dev_mismatched')]
     columns = ['gold_label', 'sentence1', 'sentence2']
-    rows = pd.concat([pd.read_json(o, lines=True, dtype=False)[columns] for o in files], ignore_index=True).reindex(table.iloc[:,0])
+    rows = pd.concat([pd.read_json(o, lines=True, dtype=False)[columns] for o in files],
+                     ignore_index=True).reindex(table.iloc[:,0])
     labels = rows.gold_label.map(dict(contradiction=0, entailment=1, neutral=2)).to_numpy()
-    if not (labels == table.gold_label.to_numpy()).all(): raise SystemExit(f"The labels in {', '.join(map(str, files))} are not those of the metadata file.")
+    if not (labels == table.gold_label.to_numpy()).all():
+        raise SystemExit(f"The labels in {', '.join(map(str, files))} are not those of the metadata file.")
     return table.assign(**{o: rows[o].to_numpy() for o in columns[1:]})
 
 
@@ -136,19 +148,23 @@ def read_table(path, options):
     path,kind = Path(path),'text' if options.text else 'file'
     file = existing(path/options.metadata)
     table = pd.read_csv(file)
-    columns = dict(group=options.group.split(','), item=(options.text or options.file).split(','), target=[options.target], split=[options.split])
+    columns = dict(group=options.group.split(','), item=(options.text or options.file).split(','),
+                   target=[options.target], split=[options.split])
     def missing(): return [o for names in columns.values() for o in names if o not in table.columns]
     if missing() and options.preset in JOINS: table = JOINS[options.preset](path, table)
-    if missing(): raise SystemExit(f"{file} has no column {', '.join(missing())}; it has {', '.join(map(str, table.columns))}. Name its columns by "
-                                   "--target, --group, --split and --file or --text.")
+    if missing():
+        raise SystemExit(f"{file} has no column {', '.join(missing())}; it has {', '.join(map(str, table.columns))}. "
+                         "Name its columns by --target, --group, --split and --file or --text.")
     def plain(o): return ((o >= 0.5) if o.dtype.kind == 'f' and o.nunique() > 2 else o).astype(str) # WILDS has shares of raters
-    res = pd.DataFrame(dict(target=plain(table[options.target]), split=[int(SPLITS.get(o, o)) for o in table[options.split]]))
+    res = pd.DataFrame(dict(target=plain(table[options.target]),
+                            split=[int(SPLITS.get(o, o)) for o in table[options.split]]))
     res['group'] = pd.concat([plain(table[o]) for o in columns['group']], axis=1).agg(', '.join, axis=1)
     items = table[columns['item']].fillna('').astype(str)
     if options.text: res[kind] = items.agg(SEPARATOR.join, axis=1)
     else:
         names,folder = items[columns['item'][0]].tolist(),path/options.folder
-        if not (folder/names[0]).exists() and (folder/folder.name/names[0]).exists(): folder = folder/folder.name # as Kaggle packs CelebA
+        # as Kaggle packs CelebA
+        if not (folder/names[0]).exists() and (folder/folder.name/names[0]).exists(): folder = folder/folder.name
         res[kind] = [str(folder/o) for o in names]
     return res.sort_values('split', kind='stable', ignore_index=True)
 
@@ -156,23 +172,27 @@ def read_table(path, options):
 def bert_data(seen, test, paired, max_length, bs, lr, wd, device):
     "Loaders of training and validation texts, one of test texts, and a function that makes a Learner which fine-tunes BERT as Group DRO's code does"
     try: from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    except ImportError as e: raise SystemExit(f"Texts begin from {BERT} ({e}): pip install transformers, or choose --no_pretrained.") from e
+    except ImportError as e:
+        raise SystemExit(f"Texts begin from {BERT} ({e}): pip install transformers, or choose --no_pretrained.") from e
     tokenizer = AutoTokenizer.from_pretrained(BERT)
     numbers = {o: i for i,o in enumerate(sorted(set(seen.target)))}
     def collate(items):
         texts,labels = zip(*items)
-        encoded = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=max_length, padding=True, return_token_type_ids=True,
-                            return_tensors='pt')
+        encoded = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=max_length, padding=True,
+                            return_token_type_ids=True, return_tensors='pt')
         return dict(encoded),torch.tensor(labels)
     def loader(part, bs, **kwargs):
         texts = [tuple(o.split(SEPARATOR, 1)) if paired else (o,) for o in part.text]
-        return DataLoader(list(zip(texts, part.target.map(numbers))), bs=bs, create_batch=collate, device=device, **kwargs)
+        return DataLoader(list(zip(texts, part.target.map(numbers))), bs=bs, create_batch=collate,
+                          device=device, **kwargs)
     def make_learner(dls):
         model = Classifier(AutoModelForSequenceClassification.from_pretrained(BERT, num_labels=len(numbers)))
         # fastai's Adam, not torch's: it spares biases and layer norms
-        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd, opt_func=partial(Adam, sqr_mom=0.999, eps=1e-8),
+        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd,
+                       opt_func=partial(Adam, sqr_mom=0.999, eps=1e-8),
                        cbs=[GradientClip(1.), ParamScheduler(dict(lr=SchedLin(lr, 0.)))])
-    dls = DataLoaders(loader(seen[~seen.is_valid], bs, shuffle=True, drop_last=True), loader(seen[seen.is_valid], 4*bs), device=device)
+    dls = DataLoaders(loader(seen[~seen.is_valid], bs, shuffle=True, drop_last=True), loader(seen[seen.is_valid], 4*bs),
+                      device=device)
     return dls, loader(test, 4*bs), make_learner
 
 
@@ -181,7 +201,8 @@ def table_data(path, options, bs, lr, wd, arch, size, pretrained, device):
     table = read_table(path, options)
     seen,test = table[table.split < 2],table[table.split == 2]
     seen = seen.assign(is_valid=seen.split == 1).reset_index(drop=True)
-    groups = dict(train=seen.group[~seen.is_valid].tolist(), valid=seen.group[seen.is_valid].tolist(), test=test.group.tolist())
+    groups = dict(train=seen.group[~seen.is_valid].tolist(), valid=seen.group[seen.is_valid].tolist(),
+                  test=test.group.tolist())
     if options.text and pretrained:
         dls,test,make_learner = bert_data(seen, test, ',' in options.text, options.max_length, bs, lr, wd, device)
         return dls, test, groups, make_learner
@@ -189,15 +210,19 @@ def table_data(path, options, bs, lr, wd, arch, size, pretrained, device):
     if options.text:
         block = DataBlock((TextBlock.from_df('text', n_workers=0), CategoryBlock), get_x=ColReader('text'), **common)
         def make_learner(dls):
-            return text_classifier_learner(dls, AWD_LSTM, config={**awd_lstm_clas_config, **SMALL_LSTM}, pretrained=False, metrics=[], lr=lr, wd=wd,
-                                           opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), loss_func=CrossEntropyLossFlat())
+            return text_classifier_learner(dls, AWD_LSTM, config={**awd_lstm_clas_config, **SMALL_LSTM},
+                                           pretrained=False, metrics=[], lr=lr, wd=wd,
+                                           opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+                                           loss_func=CrossEntropyLossFlat())
     else:
-        block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('file'), item_tfms=RandomResizedCrop(size, min_scale=0.7),
+        block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('file'),
+                          item_tfms=RandomResizedCrop(size, min_scale=0.7),
                           batch_tfms=[Flip(), Normalize.from_stats(*imagenet_stats)], **common)
         def make_learner(dls):
             # the published weight decay is an L2 penalty on all parameters
-            learn = vision_learner(dls, getattr(models, arch), pretrained=pretrained, normalize=False, metrics=[], lr=lr, wd=wd, wd_bn_bias=True,
-                                   opt_func=partial(SGD, mom=0.9, decouple_wd=False), loss_func=CrossEntropyLossFlat())
+            learn = vision_learner(dls, getattr(models, arch), pretrained=pretrained, normalize=False, metrics=[],
+                                   lr=lr, wd=wd, wd_bn_bias=True, opt_func=partial(SGD, mom=0.9, decouple_wd=False),
+                                   loss_func=CrossEntropyLossFlat())
             learn.unfreeze()
             return learn
     dls = block.dataloaders(seen, bs=bs, num_workers=0 if options.text else None, device=device)
@@ -216,9 +241,11 @@ class GroupEvaluations(Evaluations):
 
     def evaluate(self):
         right = {name: 1 - score_rows(self.learn, dl, misclassified).cpu() for name,(dl,_) in self.parts.items()}
-        self.by_group.append({name: {g: round(right[name][known.codes == i].mean().item(), 4) for i,g in enumerate(known.names)}
+        self.by_group.append({name: {g: round(right[name][known.codes == i].mean().item(), 4)
+                                     for i,g in enumerate(known.names)}
                               for name,(_,known) in self.parts.items()})
-        self.history.append([self.step, self.epoch, round(right['test'].mean().item(), 5), round(self.spent, 3), 0, self.items])
+        self.history.append([self.step, self.epoch, round(right['test'].mean().item(), 5), round(self.spent, 3), 0,
+                             self.items])
 
 
 def chosen(by_group):
@@ -238,8 +265,9 @@ def table_of(runs):
     for method in dict.fromkeys(s['method'] for _,s in runs):
         own = [s for _,s in runs if s['method'] == method]
         worst = [s['worst_group'] for s in own]
-        table.append(dict(method=method, seeds=len(own), worst_group=round(np.mean(worst), 4), lowest=min(worst), highest=max(worst),
-                          accuracy=round(np.mean([s['accuracy'] for s in own]), 4), seconds=round(np.mean([s['seconds'] for s in own]), 1)))
+        table.append(dict(method=method, seeds=len(own), worst_group=round(np.mean(worst), 4), lowest=min(worst),
+                          highest=max(worst), accuracy=round(np.mean([s['accuracy'] for s in own]), 4),
+                          seconds=round(np.mean([s['seconds'] for s in own]), 1)))
     return table
 
 
@@ -295,22 +323,28 @@ def main(
 ):
     "Train with each method and seed, and compare their worst groups"
     methods,seeds,pretrained = methods.split(','),[int(o) for o in seeds.split(',')],not no_pretrained
-    if not set(methods) <= set(METHODS): raise SystemExit(f"--methods must be of {', '.join(METHODS)}; got {','.join(methods)}.")
-    if preset is not None and preset not in PRESETS: raise SystemExit(f"--preset must be one of {', '.join(PRESETS)}; got {preset}.")
-    defaults = dict(dict(epochs=8, epochs_id='1', upweight='20', bs=64, lr=1e-3, wd=0.01, folder='', text=None, split='split', file=None, max_length=128,
-                         arch='resnet50' if preset or metadata else 'small_cnn'), **PRESETS.get(preset, {}))
-    given = dict(epochs=epochs, epochs_id=epochs_id, upweight=upweight, bs=bs, lr=lr, wd=wd, arch=arch, metadata=metadata, file=file, folder=folder, text=text,
-                 target=target, group=group, split=split, max_length=max_length)
+    if not set(methods) <= set(METHODS):
+        raise SystemExit(f"--methods must be of {', '.join(METHODS)}; got {','.join(methods)}.")
+    if preset is not None and preset not in PRESETS:
+        raise SystemExit(f"--preset must be one of {', '.join(PRESETS)}; got {preset}.")
+    defaults = dict(dict(epochs=8, epochs_id='1', upweight='20', bs=64, lr=1e-3, wd=0.01, folder='', text=None,
+                         split='split', file=None, max_length=128, arch='resnet50' if preset or metadata
+                         else 'small_cnn'), **PRESETS.get(preset, {}))
+    given = dict(epochs=epochs, epochs_id=epochs_id, upweight=upweight, bs=bs, lr=lr, wd=wd, arch=arch,
+                 metadata=metadata, file=file, folder=folder, text=text, target=target, group=group, split=split,
+                 max_length=max_length)
     options = SimpleNamespace(preset=preset, **{k: defaults.get(k) if v is None else v for k,v in given.items()})
     if options.text and lr is None: options.lr = PRESETS.get(preset, {}).get('lr', LR_BERT) if pretrained else LR_LSTM
     if options.metadata and not (options.target and options.group and (options.file or options.text)):
         raise SystemExit("--metadata also needs --target, --group, and --file or --text: the names of its columns.")
-    settings = dict(vars(options), by=by, eta=eta, adjustment=adjustment, classes=classes, rows=rows, agree=agree, data_seed=data_seed, size=size,
-                    pretrained=pretrained)
+    settings = dict(vars(options), by=by, eta=eta, adjustment=adjustment, classes=classes, rows=rows, agree=agree,
+                    data_seed=data_seed, size=size, pretrained=pretrained)
     device,out,path = default_device(),Path(out),Path(path or untar_data(URLs.CIFAR))
     of_learner = dict(bs=options.bs, lr=options.lr, wd=options.wd, arch=options.arch, device=device)
-    if options.metadata: dls,test,groups,make_learner = table_data(path, options, size=size, pretrained=pretrained, **of_learner)
-    else: dls,test,groups,make_learner = framed_cifar(path, classes.split(','), rows, agree, seed=data_seed, **of_learner)
+    if options.metadata:
+        dls,test,groups,make_learner = table_data(path, options, size=size, pretrained=pretrained, **of_learner)
+    else:
+        dls,test,groups,make_learner = framed_cifar(path, classes.split(','), rows, agree, seed=data_seed, **of_learner)
     known = row_groups(dls.train, groups['train'])
     times,weights = [int(o) for o in options.epochs_id.split(',')],[float(o) for o in options.upweight.split(',')]
 
@@ -322,7 +356,8 @@ def main(
             check_settings(stored, settings, f"{out/'tuned.csv'} is of a search")
         else:
             (out/'tuned.json').write_text(json.dumps(settings) + '\n')
-            tune_just_train_twice(make_learner, dls, groups['valid'], times, options.epochs, weights, by=by, seed=seeds[0]).to_csv(out/'tuned.csv', index=False)
+            tune_just_train_twice(make_learner, dls, groups['valid'], times, options.epochs, weights, by=by,
+                                  seed=seeds[0]).to_csv(out/'tuned.csv', index=False)
         tuned = pd.read_csv(out/'tuned.csv').to_dict('records')
         times,weights = [tuned[0]['n_epoch_id']],[tuned[0]['upweight']]
 
@@ -335,29 +370,36 @@ def main(
             continue
         evaluated = GroupEvaluations(test, dls.valid, groups, time.perf_counter())
         if method == 'jtt':
-            learn = just_train_twice(make_learner, dls, times[0], options.epochs, weights[0], by=by, cbs=evaluated, seed=seed, progress=False)
+            learn = just_train_twice(make_learner, dls, times[0], options.epochs, weights[0], by=by, cbs=evaluated,
+                                     seed=seed, progress=False)
         else:
             set_seed(seed)
-            learn = make_learner(dls if method == 'erm' else weighted_loaders(dls, 1/known.codes.bincount()[known.codes]))
+            learn = make_learner(dls if method == 'erm'
+                                 else weighted_loaders(dls, 1/known.codes.bincount()[known.codes]))
             with learn.no_logging(), learn.no_bar():
-                learn.fit(options.epochs, cbs=[evaluated] + ([GroupDRO(groups['train'], eta, adjustment)] if method == 'group_dro' else []))
+                learn.fit(options.epochs, cbs=[evaluated] + ([GroupDRO(groups['train'], eta, adjustment)]
+                                                             if method == 'group_dro' else []))
         history,epoch = evaluated.history,chosen(evaluated.by_group)
-        summary = dict(settings, method=method, seed=seed, best=best(history), steps_to_best=steps_to(history, best(history))[0], last_five=last_five(history),
-                       epoch=epoch, accuracy=history[epoch][2], worst_group=min(evaluated.by_group[epoch]['test'].values()), seconds=history[-1][3],
-                       items_trained=history[-1][5], by_group=evaluated.by_group, **machine())
+        summary = dict(settings, method=method, seed=seed, best=best(history),
+                       steps_to_best=steps_to(history, best(history))[0], last_five=last_five(history), epoch=epoch,
+                       accuracy=history[epoch][2], worst_group=min(evaluated.by_group[epoch]['test'].values()),
+                       seconds=history[-1][3], items_trained=history[-1][5], by_group=evaluated.by_group, **machine())
         if method == 'jtt':
             counts = known.codes[learn.error_set].bincount(minlength=len(known.names))
-            summary['error_set'] = dict(n_epoch_id=times[0], upweight=weights[0], rows=len(learn.error_set), groups=dict(zip(known.names, counts.tolist())))
+            summary['error_set'] = dict(n_epoch_id=times[0], upweight=weights[0], rows=len(learn.error_set),
+                                        groups=dict(zip(known.names, counts.tolist())))
         write_run(run, history, summary)
         runs.append((history, summary))
-        print(f"{method}, seed {seed}: worst group {summary['worst_group']:.4f}, accuracy {summary['accuracy']:.4f}, {summary['seconds']:.0f} s; "
-              f"{summary.get('error_set', '')}", flush=True)
+        print(f"{method}, seed {seed}: worst group {summary['worst_group']:.4f}, accuracy {summary['accuracy']:.4f}, "
+              f"{summary['seconds']:.0f} s; {summary.get('error_set', '')}", flush=True)
 
     table = table_of(runs)
     print_table(list(table[0]), [list(row.values()) for row in table])
-    result = dict(table=table, settings=dict(settings, rows=len(known.codes), seeds=len(seeds), epochs_id=times[0], upweight=weights[0]),
+    result = dict(table=table, settings=dict(settings, rows=len(known.codes), seeds=len(seeds), epochs_id=times[0],
+                                             upweight=weights[0]),
                   machine=machine(), tuned=tuned,
-                  worst_group={f"{s['method']}-{s['seed']}": [min(o['test'].values()) for o in s['by_group']] for _,s in runs},
+                  worst_group={f"{s['method']}-{s['seed']}": [min(o['test'].values()) for o in s['by_group']]
+                               for _,s in runs},
                   error_sets={s['seed']: s['error_set'] for _,s in runs if s['method'] == 'jtt'})
     (out/'comparison.json').write_text(json.dumps(result) + '\n')
     plot(runs, out/'comparison.png')

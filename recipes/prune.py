@@ -23,8 +23,9 @@ from fastcore.script import call_parse
 from rholoss_fastai.all import METHODS, IrreducibleLosses, crossfit_irreducible, prune, redraw_labels, score_dataset, write_json
 
 # method -> the score that it goes by, and how `prune` uses it
-PRUNING = dict(random=('el2n', dict(strategy='random')), el2n=('el2n', {}), stratified=('el2n', dict(strategy='stratified')),
-               forgetting=('forgetting', {}), reducible=('reducible', {}), el2n_il=('el2n', {}))
+PRUNING = dict(random=('el2n', dict(strategy='random')), el2n=('el2n', {}),
+               stratified=('el2n', dict(strategy='stratified')), forgetting=('forgetting', {}),
+               reducible=('reducible', {}), el2n_il=('el2n', {}))
 EPOCHWISE = ('infobatch', 'rs2', 'seta', 'ies', 'rho_epochs')
 
 
@@ -37,14 +38,16 @@ class Scores:
 
     def __call__(self, name):
         if name not in self.made:
-            self.made[name] = score_dataset(self.make_learner, self.dls, name, seed=self.seed, path=self.folder/f'{name}.safetensors',
-                                            il=self.il if name == 'reducible' else None, **self.settings[name])
+            self.made[name] = score_dataset(self.make_learner, self.dls, name, seed=self.seed,
+                                            path=self.folder/f'{name}.safetensors', il=self.il if name == 'reducible'
+                                            else None, **self.settings[name])
         return self.made[name]
 
     @property
     def il(self):
         file = self.folder/'il.safetensors'
-        if not file.exists(): crossfit_irreducible(self.make_learner, self.dls, self.il_epochs, seed=self.seed).save(file)
+        if not file.exists():
+            crossfit_irreducible(self.make_learner, self.dls, self.il_epochs, seed=self.seed).save(file)
         return IrreducibleLosses.load(file)
 
 
@@ -98,12 +101,18 @@ def main(
     dls = image_loaders(train, ImageRows(*read_images(path/'test')), bs, augment=True, device=device)
     def make_learner(dls):
         model = ARCHITECTURES[arch]().to(memory_format=torch.channels_last)
-        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=lr, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
-    scores = Scores(folder/'scores', make_learner, dls, score_epochs, score_runs, forgetting_epochs, il_epochs, score_seed)
-    chosen = [o for m in methods for o in ([(m, METHODS[m])] if m in EPOCHWISE else [pruned(m, k, scores, per_class, offset, score_seed) for k in keeps])]
-    compared(folder, make_learner, dls, chosen, n_epoch=epochs, budget=budget, seeds=[int(o) for o in seeds.split(',')], noisy=noisy if noise else None,
-             evaluations=evaluations)
+        return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=lr,
+                       opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+    scores = Scores(folder/'scores', make_learner, dls, score_epochs, score_runs, forgetting_epochs, il_epochs,
+                    score_seed)
+    chosen = [o for m in methods for o in ([(m, METHODS[m])] if m in EPOCHWISE
+                                           else [pruned(m, k, scores, per_class, offset, score_seed) for k in keeps])]
+    compared(folder, make_learner, dls, chosen, n_epoch=epochs, budget=budget, seeds=[int(o) for o in seeds.split(',')],
+             noisy=noisy if noise else None, evaluations=evaluations)
     if noise: # how much of the noise is among the rows that would be kept
         kept = np.linspace(0.02, 1, 50)
-        def found(o): return [round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4) for k in kept]
-        write_json(folder/'noise.json', {name: dict(kept=kept.round(3).tolist(), found=found(o)) for name,o in scores.made.items()})
+        def found(o):
+            return [round((noisy[o.values.topk(round(k*len(noisy))).indices].sum()/noisy.sum()).item(), 4)
+                    for k in kept]
+        write_json(folder/'noise.json',
+                   {name: dict(kept=kept.round(3).tolist(), found=found(o)) for name,o in scores.made.items()})

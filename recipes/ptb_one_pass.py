@@ -32,7 +32,9 @@ def read_text(folder):
     "Word numbers of the three texts, `<eos>` at each line's end, and the number of words"
     folder = Path(folder)
     missing = [name for name in FILES if not (folder/name).exists()]
-    if missing: raise FileNotFoundError(f"No {', '.join(missing)} in {folder}: --path must hold {', '.join(FILES)}, one sentence a line.")
+    if missing:
+        raise FileNotFoundError(f"No {', '.join(missing)} in {folder}: --path must hold {', '.join(FILES)}, one "
+                                "sentence a line.")
     texts = [(folder/name).read_text(encoding='utf-8').replace('\n', ' <eos> ').split() for name in FILES]
     numbers = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
     return [torch.tensor([numbers[word] for word in text]) for text in texts], len(numbers)
@@ -42,7 +44,8 @@ class TextBatches:
     "`bs` sequences side by side, `seq_len` words of each at a time, and the words that follow: batch after batch goes on where the last one ended"
     def __init__(self, text, bs, seq_len):
         self.text, self.seq_len = text[:len(text)//bs*bs].view(bs, -1), seq_len
-        if self.text.shape[1] < 2: raise ValueError(f"{len(text)} words are too few for {bs} sequences of at least 2: lower --bs.")
+        if self.text.shape[1] < 2:
+            raise ValueError(f"{len(text)} words are too few for {bs} sequences of at least 2: lower --bs.")
     def __len__(self): return -(-(self.text.shape[1] - 1)//self.seq_len)
     def __iter__(self):
         inputs, targets = self.text[:, :-1], self.text[:, 1:]
@@ -82,18 +85,21 @@ def main(
     out:str='runs/ptb_one_pass', # Folder for summary.json
 ):
     "Train a small LSTM and print perplexities"
-    if method not in ('one_pass', 'constant'): raise SystemExit(f"--method must be one_pass or constant; got {method!r}.")
+    if method not in ('one_pass', 'constant'):
+        raise SystemExit(f"--method must be one_pass or constant; got {method!r}.")
     settings = {k: v for k, v in locals().items() if k not in ('path', 'out')}
     texts, n_words = read_text(path)
     train, valid, test = (TextBatches(text, bs, seq_len) for text in texts)
     set_seed(seed)
-    learn = Learner(DataLoaders(train, valid, device=default_device()), LanguageModel(n_words, hidden, layers), loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd,
-                    opt_func=partial(SGD, mom=mom, decouple_wd=False), cbs=[ModelResetter(), GradientClip(0.25)])
+    learn = Learner(DataLoaders(train, valid, device=default_device()), LanguageModel(n_words, hidden, layers),
+                    loss_func=CrossEntropyLossFlat(), lr=lr, wd=wd, opt_func=partial(SGD, mom=mom, decouple_wd=False),
+                    cbs=[ModelResetter(), GradientClip(0.25)])
     if method == 'one_pass': learn.one_pass(every=every)
     began = time.perf_counter()
     with learn.no_bar():
         learn.fit(epochs)
-        seconds, valid, tested = time.perf_counter() - began, [row[1] for row in learn.recorder.values], learn.validate(dl=test)[0]
+        seconds = time.perf_counter() - began
+        valid,tested = [row[1] for row in learn.recorder.values],learn.validate(dl=test)[0]
     def perplexity(loss): return math.exp(min(loss, 50.))
     summary = dict(settings, seconds=seconds, valid=[perplexity(o) for o in valid], test=perplexity(tested),
                    last={k: learn.opt.hypers[0][k] for k in ('lr', 'wd', 'mom')}, **machine())

@@ -23,12 +23,14 @@ def flipped_digits(noise, seed=0):
     order = torch.randperm(len(digits.target), generator=generator)
     images,true = torch.tensor(digits.images, dtype=torch.float)[order,None]/16,torch.tensor(digits.target)[order]
     wrong = torch.rand(len(true), generator=generator) < noise
-    return images,torch.where(wrong, (true + torch.randint(1, 10, true.shape, generator=generator)) % 10, true),true,wrong
+    return (images,torch.where(wrong, (true + torch.randint(1, 10, true.shape, generator=generator)) % 10, true),
+            true,wrong)
 
 
 def small_cnn():
-    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
-                         nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32*16, 10))
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(32*16, 10))
 
 
 def make_learner(dls): return Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=4e-3)
@@ -52,7 +54,8 @@ def main(
     train,test = slice(400, None),slice(0, 400)
     dls = DataLoaders(DataLoader(TensorDataset(images[train], labels[train]), bs=bs, shuffle=True, drop_last=True),
                       DataLoader(TensorDataset(images[test], true[test]), bs=400))
-    print(f"Digits, {wrong[train].float().mean():.0%} of {len(labels[train])} training labels flipped; {epochs:g} epochs, {seeds} seeds.\n")
-    compared(out, make_learner, dls, ['rho_epochs', 'rho_loss'], n_epoch=epochs, budget='seconds', seeds=seeds, noisy=wrong[train],
-             evaluations=6, executor=processes)
+    print(f"Digits, {wrong[train].float().mean():.0%} of {len(labels[train])} training labels flipped; {epochs:g} "
+          f"epochs, {seeds} seeds.\n")
+    compared(out, make_learner, dls, ['rho_epochs', 'rho_loss'], n_epoch=epochs, budget='seconds', seeds=seeds,
+             noisy=wrong[train], evaluations=6, executor=processes)
     print(f"\nFigure: {Path(out)/'comparison.png'}")

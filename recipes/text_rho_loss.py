@@ -29,7 +29,8 @@ from rholoss_fastai.all import noisy_labels
 
 COLUMNS = dict(cola=['source', 'label', 'mark', 'text'], sst2=['text', 'label'])
 SMALL_LSTM = dict(emb_sz=128, n_hid=128, n_layers=1) # of 400, 1152 and 3
-SMALL_ALBERT = dict(embedding_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
+SMALL_ALBERT = dict(embedding_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                    intermediate_size=256)
 LEARNING_RATE = {('fastai', False): 1e-3, ('fastai', True): 2e-3, ('hf', False): 5e-4, ('hf', True): 2e-5}
 
 
@@ -38,15 +39,17 @@ def read_sentences(path, data):
     parts = []
     for split in ('train', 'dev'):
         file = Path(path)/f'{data}_{split}.tsv'
-        if not file.exists(): raise FileNotFoundError(f"{file} is missing: --path must hold {data}_train.tsv and {data}_dev.tsv.")
-        parts.append(pd.read_csv(file, sep='\t', names=COLUMNS[data], quoting=csv.QUOTE_NONE)[['text', 'label']].assign(is_valid=split == 'dev'))
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: --path must hold {data}_train.tsv and {data}_dev.tsv.")
+        parts.append(pd.read_csv(file, sep='\t', names=COLUMNS[data],
+                                 quoting=csv.QUOTE_NONE)[['text', 'label']].assign(is_valid=split == 'dev'))
     return pd.concat(parts, ignore_index=True)
 
 
 def fastai_learner(sentences, bs, pretrained):
     "Loaders, and a function of them that makes a fastai text classifier"
-    block = DataBlock(blocks=(TextBlock.from_df('text', n_workers=0), CategoryBlock(vocab=[0, 1])), get_x=ColReader('text'), get_y=ColReader('label'),
-                      splitter=ColSplitter())
+    block = DataBlock(blocks=(TextBlock.from_df('text', n_workers=0), CategoryBlock(vocab=[0, 1])),
+                      get_x=ColReader('text'), get_y=ColReader('label'), splitter=ColSplitter())
     def make(dls, **kwargs):
         config = None if pretrained else {**awd_lstm_clas_config, **SMALL_LSTM}
         return text_classifier_learner(dls, AWD_LSTM, config=config, pretrained=pretrained, **kwargs)
@@ -66,11 +69,15 @@ def word_pieces(texts):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer,tokenizer.pre_tokenizer,tokenizer.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer,tokenizer.decoder = pre_tokenizers.BertPreTokenizer(),decoders.WordPiece()
     special = ['<pad>', '[UNK]', '[CLS]', '[SEP]']
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=8000, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(('pad_token', 'unk_token', 'cls_token', 'sep_token'), special)))
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=8000, special_tokens=special,
+                                                                   show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]',
+                                                             special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer,
+                                   **dict(zip(('pad_token', 'unk_token', 'cls_token', 'sep_token'), special)))
 
 
 def huggingface_learner(sentences, bs, pretrained, name='albert/albert-base-v2'):
@@ -83,12 +90,16 @@ def huggingface_learner(sentences, bs, pretrained, name='albert/albert-base-v2')
         return tokenizer.pad(encoded, return_tensors='pt'),torch.tensor(labels)
     def loader(part, bs, **kwargs):
         encoded = tokenizer(part.text.tolist(), truncation=True, max_length=128)['input_ids']
-        return DataLoader([(dict(input_ids=ids), label) for ids,label in zip(encoded, part.label.tolist())], bs=bs, create_batch=collate, **kwargs)
-    dls = DataLoaders(loader(sentences[~sentences.is_valid], bs, shuffle=True, drop_last=True), loader(sentences[sentences.is_valid], 200))
+        return DataLoader([(dict(input_ids=ids), label) for ids,label in zip(encoded, part.label.tolist())], bs=bs,
+                          create_batch=collate, **kwargs)
+    dls = DataLoaders(loader(sentences[~sentences.is_valid], bs, shuffle=True, drop_last=True),
+                      loader(sentences[sentences.is_valid], 200))
     dls.device = default_device()
     def make(dls, **kwargs):
         if pretrained: model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-        else: model = AlbertForSequenceClassification(AlbertConfig(vocab_size=len(tokenizer), num_labels=2, pad_token_id=0, **SMALL_ALBERT))
+        else:
+            model = AlbertForSequenceClassification(AlbertConfig(vocab_size=len(tokenizer), num_labels=2,
+                                                                 pad_token_id=0, **SMALL_ALBERT))
         return Learner(dls, Classifier(model), loss_func=CrossEntropyLossFlat(), **kwargs)
     return dls,make
 
@@ -118,14 +129,17 @@ def main(
     folder:str='runs/text', # Folder of the runs; those that are there are not run again
 ):
     "Compare methods on sentences, of which RHO-LOSS cross-fits its irreducible losses"
-    if path is None: raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this recipe say.')
+    if path is None:
+        raise SystemExit('--path is missing: the folder that holds the data, as the first lines of this recipe say.')
     for name,value,known in (('data', data, COLUMNS), ('model', model, MODELS), ('metric', metric, METRICS)):
         if value not in known: raise SystemExit(f"--{name} must be one of {', '.join(known)}; got {value!r}.")
     lr = lr or LEARNING_RATE[model,pretrained]
     dls,new_learner = MODELS[model](read_sentences(path, data), bs, pretrained)
     if noise: dls = noisy_labels(dls, noise)
     def make_learner(dls):
-        learn = new_learner(dls, lr=lr, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), metrics=METRICS[metric]())
+        learn = new_learner(dls, lr=lr, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+                            metrics=METRICS[metric]())
         if pretrained: learn.unfreeze()
         return learn
-    compared(folder, make_learner, dls, [read_method(o) for o in methods.split()], n_epoch=epochs, budget=budget, fit=fit, seeds=seeds)
+    compared(folder, make_learner, dls, [read_method(o) for o in methods.split()], n_epoch=epochs, budget=budget,
+             fit=fit, seeds=seeds)

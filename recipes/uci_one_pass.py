@@ -31,11 +31,13 @@ TUNED = dict(lorraine=('wd',), one_pass=('lr', 'wd'), one_pass_all=('lr', 'wd', 
 LOOPS = ('random', 'baydin', 'diff_through_opt')
 RAY = ('bayesopt', 'asha', 'pbt')
 PAPER = dict( # mean, median and best of 200 starts, table 1 of the paper (Kin8nm's there times 1000)
-    energy=dict(random=(21, 7.8, 0.120), lorraine=(22, 8.2, 0.161), baydin=(5.5, 6.7, 0.103), one_pass=(2.5, 2.2, 0.147), one_pass_all=(1.28, 0.9, 0.139),
-                diff_through_opt=(1.10, 0.48, 0.123)),
-    kin8nm=dict(random=(0.038, 0.033, 0.00644), lorraine=(0.038, 0.034, 0.00639), baydin=(0.0245, 0.027, 0.00652), one_pass=(0.010, 0.0076, 0.00644),
-                one_pass_all=(0.010, 0.00695, 0.00592), diff_through_opt=(0.008, 0.00717, 0.00609)),
-    power=dict(random=(67,), lorraine=(67,), baydin=(17.82,), one_pass=(17.33,), one_pass_all=(17.4,), diff_through_opt=(17.17,)))
+    energy=dict(random=(21, 7.8, 0.120), lorraine=(22, 8.2, 0.161), baydin=(5.5, 6.7, 0.103),
+                one_pass=(2.5, 2.2, 0.147), one_pass_all=(1.28, 0.9, 0.139), diff_through_opt=(1.10, 0.48, 0.123)),
+    kin8nm=dict(random=(0.038, 0.033, 0.00644), lorraine=(0.038, 0.034, 0.00639), baydin=(0.0245, 0.027, 0.00652),
+                one_pass=(0.010, 0.0076, 0.00644), one_pass_all=(0.010, 0.00695, 0.00592),
+                diff_through_opt=(0.008, 0.00717, 0.00609)),
+    power=dict(random=(67,), lorraine=(67,), baydin=(17.82,), one_pass=(17.33,), one_pass_all=(17.4,),
+               diff_through_opt=(17.17,)))
 
 
 class Regression:
@@ -48,7 +50,8 @@ class Regression:
         x, self.unit = (x - x[rest].mean(0))/std.where(std > 0, 1.), y[rest].var().item()
         y = (y - y[rest].mean())/y[rest].std()
         n = len(x) - n_test
-        self.train, self.valid, self.test, self.all = ((x[o], y[o]) for o in (slice(n - n_valid), slice(n - n_valid, n), slice(n, None), rest))
+        self.train, self.valid, self.test, self.all = ((x[o], y[o]) for o in (slice(n - n_valid), slice(n - n_valid, n),
+                                                                              slice(n, None), rest))
 
 
 def random_starts(n, seed=0):
@@ -68,7 +71,8 @@ class Loops:
     "SGD with momentum and L2 weight decay from several starts side by side"
     def __init__(self, d, starts):
         models = [mlp(d, seed) for seed in range(len(starts))]
-        self.w = [torch.stack([p.detach().T if p.ndim > 1 else p.detach()[None] for p in ps]) for ps in zip(*(m.parameters() for m in models))]
+        self.w = [torch.stack([p.detach().T if p.ndim > 1 else p.detach()[None] for p in ps])
+                  for ps in zip(*(m.parameters() for m in models))]
         self.momentum = [torch.zeros_like(w) for w in self.w]
         values = {k: torch.tensor([s[k] for s in starts], dtype=torch.float32).view(-1, 1, 1) for k in starts[0]}
         self.theta = dict(lr=values['lr'].log10(), wd=values['wd'].log10(), mom=values['mom'].logit())
@@ -114,7 +118,8 @@ class Loops:
             self.theta = theta
             w, momentum = self.w, self.momentum
             for _ in range(horizon): w, momentum, _ = self.stepped(w, momentum, data.train, differentiable=True)
-            for leaf, slope in zip(leaves, torch.autograd.grad(self.losses(w, *data.valid).sum(), leaves)): leaf.grad = slope
+            for leaf, slope in zip(leaves, torch.autograd.grad(self.losses(w, *data.valid).sum(), leaves)):
+                leaf.grad = slope
             adam.step()
             with torch.no_grad(): self.theta['lr'].clamp_(-10, 0)
             self.w, self.momentum = [o.detach() for o in w], [o.detach() for o in momentum]
@@ -146,8 +151,8 @@ class Repeat:
 def run_learner(tune, data, start, seed, steps):
     "Final test error of one start with `learn.one_pass(tune)`; None: without"
     dls = DataLoaders(Repeat(data.train if tune else data.all, steps), [data.valid])
-    learn = Learner(dls, mlp(data.train[0].shape[1], seed), loss_func=F.mse_loss, lr=start['lr'], wd=start['wd'], wd_bn_bias=True,
-                    opt_func=partial(SGD, mom=start['mom'], decouple_wd=False))
+    learn = Learner(dls, mlp(data.train[0].shape[1], seed), loss_func=F.mse_loss, lr=start['lr'], wd=start['wd'],
+                    wd_bn_bias=True, opt_func=partial(SGD, mom=start['mom'], decouple_wd=False))
     if tune: learn.one_pass(tune, every=10, n_terms=5, hyper_lr=0.05, hessian_share=1.)
     began = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -166,7 +171,8 @@ def trial(config, data, steps, seed=0, reports=10):
     loops, done = Loops(data.train[0].shape[1], [config]), 0
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            with np.load(Path(folder)/'state.npz') as arrays: state = [torch.from_numpy(arrays[k]) for k in arrays.files]
+            with np.load(Path(folder)/'state.npz') as arrays:
+                state = [torch.from_numpy(arrays[k]) for k in arrays.files]
         done, loops.w, loops.momentum = int(state[0]), state[1:5], state[5:]
     folder = Path(tune.get_context().get_trial_dir())
     while done < steps:
@@ -175,7 +181,8 @@ def trial(config, data, steps, seed=0, reports=10):
         np.savez(folder/'state.npz', done, *(o.detach().numpy() for o in [*loops.w, *loops.momentum]))
         error = loops.mse(data, 'valid')[0]
         # a tuner must not see NaN
-        tune.report(dict(valid=error if math.isfinite(error) else 1e9, mse=loops.mse(data)[0], steps=done), checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(dict(valid=error if math.isfinite(error) else 1e9, mse=loops.mse(data)[0], steps=done),
+                    checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def bounded(config):
@@ -190,7 +197,9 @@ def run_ray(method, data, n_trials, steps, seed=0):
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
         from ray.tune.search.optuna import OptunaSearch
-    except ImportError as e: raise SystemExit(f'--method {method} runs on Ray Tune, which is not installed ({e}): pip install ".[tune]"') from e
+    except ImportError as e:
+        raise SystemExit(f'--method {method} runs on Ray Tune, which is not installed ({e}): pip install '
+                         '".[tune]"') from e
     ray.init(num_cpus=1, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     storage = TemporaryDirectory() # in place of ~/ray_results
     space = dict(lr=tune.loguniform(1e-6, 1e-1), wd=tune.loguniform(1e-7, 1e-2), mom=tune.uniform(0, 1))
@@ -200,40 +209,45 @@ def run_ray(method, data, n_trials, steps, seed=0):
         search = OptunaSearch(sampler=GPSampler(seed=seed))
     if method == 'asha': scheduler = ASHAScheduler(time_attr='steps', max_t=steps, grace_period=steps//10)
     if method == 'pbt':
-        scheduler = PopulationBasedTraining(time_attr='steps', perturbation_interval=steps//10, hyperparam_mutations=dict(space),
-                                            custom_explore_fn=bounded, synch=False)
+        scheduler = PopulationBasedTraining(time_attr='steps', perturbation_interval=steps//10,
+                                            hyperparam_mutations=dict(space), custom_explore_fn=bounded, synch=False)
     began = time.perf_counter()
-    tuner = tune.Tuner(tune.with_resources(tune.with_parameters(trial, data=data, steps=steps), dict(cpu=1)), param_space=space,
-                       tune_config=tune.TuneConfig(metric='valid', mode='min', num_samples=n_trials, search_alg=search, scheduler=scheduler,
-                                                   max_concurrent_trials=1 if method == 'bayesopt' else None, reuse_actors=True),
+    tuner = tune.Tuner(tune.with_resources(tune.with_parameters(trial, data=data, steps=steps), dict(cpu=1)),
+                       param_space=space, tune_config=tune.TuneConfig(metric='valid', mode='min', num_samples=n_trials,
+                                                                      search_alg=search, scheduler=scheduler,
+                                                                      max_concurrent_trials=1 if method == 'bayesopt'
+                                                                      else None, reuse_actors=True),
                        run_config=tune.RunConfig(verbose=0, storage_path=storage.name))
     results = tuner.fit()
     best = results.get_best_result()
     spent = sum(r.metrics.get('steps', 0) for r in results)
     ray.shutdown()
     storage.cleanup()
-    return [dict(start={k: best.config[k] for k in space}, mse=best.metrics['mse'], seconds=time.perf_counter() - began, trials=n_trials, steps=spent)]
+    return [dict(start={k: best.config[k] for k in space}, mse=best.metrics['mse'], seconds=time.perf_counter() - began,
+                 trials=n_trials, steps=spent)]
 
 
 # Results
 
 def read(folder):
     "Rows of all runs in `folder`, by data set and method"
-    return {tuple(file.stem.split('-')): json.loads(file.read_text())['runs'] for file in sorted(Path(folder).glob('*-*.json'))}
+    return {tuple(file.stem.split('-')): json.loads(file.read_text())['runs']
+            for file in sorted(Path(folder).glob('*-*.json'))}
 
 
 def summarise(rows):
     "Mean, median and best of the final test errors, those that are no numbers left out"
     mses, runs = [row['mse'] for row in rows if math.isfinite(row['mse'])], rows[0].get('trials', len(rows))
     if not mses: return dict(runs=runs, failed=len(rows), mean=None, median=None, best=None, seconds=None)
-    return dict(runs=runs, failed=len(rows) - len(mses), mean=float(np.mean(mses)), median=float(np.median(mses)), best=min(mses),
-                seconds=float(np.median([row['seconds'] for row in rows])))
+    return dict(runs=runs, failed=len(rows) - len(mses), mean=float(np.mean(mses)), median=float(np.median(mses)),
+                best=min(mses), seconds=float(np.median([row['seconds'] for row in rows])))
 
 
 def collect(folder, results=None):
     "Print the table of all runs in `folder`, and write it with their errors to the JSON file `results`"
     order = ['random', 'baydin', 'lorraine', 'one_pass', 'one_pass_all', 'diff_through_opt', *RAY]
-    runs = dict(sorted(read(folder).items(), key=lambda o: (list(PAPER).index(o[0][0]) if o[0][0] in PAPER else len(PAPER), order.index(o[0][1]))))
+    runs = dict(sorted(read(folder).items(), key=lambda o: (list(PAPER).index(o[0][0]) if o[0][0] in PAPER
+                                                            else len(PAPER), order.index(o[0][1]))))
     def number(v): return f'{v:.4g}' if v is not None else ''
     table, errors = [], {}
     for (data, method), rows in runs.items():
@@ -263,15 +277,19 @@ def main(
 ):
     "Final test errors from random starts"
     if path:
-        if method not in (*LOOPS, *TUNED, *RAY): raise SystemExit(f"--method must be one of {', '.join((*LOOPS, *TUNED, *RAY))}; got {method!r}.")
+        if method not in (*LOOPS, *TUNED, *RAY):
+            raise SystemExit(f"--method must be one of {', '.join((*LOOPS, *TUNED, *RAY))}; got {method!r}.")
         rows, file = Regression(path, data), Path(out)/f'{data}-{method}.json'
         stored = json.loads(file.read_text()) if file.exists() else dict(steps=steps, seed=seed, runs=[])
         runs = stored['runs']
-        if (stored['steps'], stored['seed']) != (steps, seed) or (method in RAY and runs and runs[0]['trials'] != starts):
+        if (stored['steps'], stored['seed']) != (steps, seed) or (method in RAY and runs
+                                                                  and runs[0]['trials'] != starts):
             raise SystemExit(f"{file} holds runs with other settings: choose another --out.")
         settings = random_starts(starts, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        def save(): file.write_text(json.dumps(dict(data=data, method=method, steps=steps, seed=seed, machine=machine(), runs=runs), indent=1) + '\n')
+        def save():
+            file.write_text(json.dumps(dict(data=data, method=method, steps=steps, seed=seed, machine=machine(),
+                                            runs=runs), indent=1) + '\n')
         if method in RAY: runs = runs or run_ray(method, rows, starts, steps, seed)
         elif method in LOOPS: runs = runs if len(runs) >= starts else run_loops(method, rows, settings, steps)
         else:

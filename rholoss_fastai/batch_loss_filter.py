@@ -26,12 +26,14 @@ class ScaleRate(FitCallback):
     def __init__(self,
         how:str='linear' # 'linear', or 'sqrt' for the share's square root
     ):
-        if how not in ('linear', 'sqrt'): raise ValueError(f"scale_lr must be 'linear', 'sqrt' or None (leave the rate alone); got {how!r}.")
+        if how not in ('linear', 'sqrt'):
+            raise ValueError(f"scale_lr must be 'linear', 'sqrt' or None (leave the rate alone); got {how!r}.")
         self.how = how
 
     def begin_fit(self):
         if num_distrib() > 1:
-            raise ValueError("scale_lr gives each process of a distributed run a rate of its own, and their weights would drift apart: use scale_lr=None.")
+            raise ValueError("scale_lr gives each process of a distributed run a rate of its own, and their weights "
+                             "would drift apart: use scale_lr=None.")
         self._fit.items,self._fit.rates = (0, 0),None
 
     # The rate is scaled for the step alone, so that schedulers and the Recorder see the user's own

@@ -30,20 +30,24 @@ class TrackSubsets(FitCallback):
         masks:dict, # Name -> mask `(n,)`
         show:bool=False # Show these shares in the training table too?
     ):
-        if not isinstance(masks, dict): raise TypeError(f"track must be a dictionary of masks, such as {{'noisy': mask}}; got {type(masks).__name__}.")
+        if not isinstance(masks, dict):
+            raise TypeError("track must be a dictionary of masks, such as {'noisy': mask}; got "
+                            f"{type(masks).__name__}.")
         self.masks = {name: as_tensor(mask) for name,mask in masks.items()}
         self.columns = {name: name for name in masks} if show else {}
         for name,mask in self.masks.items():
             if not isinstance(name, str) or name in LEDGER_COLUMNS:
                 raise ValueError(f"track names a subset {name!r}: give it a name that the ledger does not use.")
             if mask.dtype != torch.bool or mask.ndim != 1:
-                raise TypeError(f"track[{name!r}] must be a mask, one True or False per row; got shape {tuple(mask.shape)} of {mask.dtype}.")
+                raise TypeError(f"track[{name!r}] must be a mask, one True or False per row; got shape "
+                                f"{tuple(mask.shape)} of {mask.dtype}.")
 
     def before_train(self):
         "The masks, on the device"
         n = dataset_size(self.learn.dls.train)
         for name,mask in self.masks.items():
-            if len(mask) != n: raise ValueError(f"track[{name!r}] is a mask of {len(mask)} rows, but the training set has {n}.")
+            if len(mask) != n:
+                raise ValueError(f"track[{name!r}] is a mask of {len(mask)} rows, but the training set has {n}.")
         self.learn.selector.record.track = {name: mask.to(self._fit.device) for name,mask in self.masks.items()}
 
 # %% ../nbs/18_beside.ipynb #b93b0b3b
@@ -58,21 +62,22 @@ class FallBack(FitCallback):
 
     def begin_fit(self):
         if self.learn.selector.scorer.forward == 'reuse':
-            warnings.warn("fallback='uniform' compares what scoring costs with what it brings, and forward='reuse' has no scoring of its own, so it will "
-                          "never act: use forward='twice' with it.")
+            warnings.warn("fallback='uniform' compares what scoring costs with what it brings, and forward='reuse' has "
+                          "no scoring of its own, so it will never act: use forward='twice' with it.")
 
     def after_train(self):
         "Does it still pay?"
         selector,record = self.learn.selector,self.learn.selection
         line = record.lines[-1] if record.lines else {}
         if selector.epochs_selected == 1 and line.get('scored') and math.isnan(line['score_share']):
-            warnings.warn(f"fallback='uniform' can't tell what the selected are worth: the scores {short_name(selector.score)} are never above 0. Training "
-                          "selects to the end.")
+            warnings.warn("fallback='uniform' can't tell what the selected are worth: the scores "
+                          f"{short_name(selector.score)} are never above 0. Training selects to the end.")
         if not self.fell_back and self._no_longer_pays(selector, record):
             self.fell_back = selector.off = True
-            warnings.warn(f"Selection no longer pays: in each of the last {PATIENCE} epochs a step with its scoring cost more plain steps (`step_cost` in the "
-                          "ledger) than the selected items were worth plain items (`score_share/selected`). Training goes on uniformly, as "
-                          "fallback='uniform' asks; see learn.selection.report().")
+            warnings.warn(f"Selection no longer pays: in each of the last {PATIENCE} epochs a step with its scoring "
+                          "cost more plain steps (`step_cost` in the ledger) than the selected items were worth plain "
+                          "items (`score_share/selected`). Training goes on uniformly, as fallback='uniform' asks; "
+                          "see learn.selection.report().")
 
     def _no_longer_pays(self, selector, record):
         "By counts and scores: were the selected worth fewer plain items than a step costs plain steps, in each of the last epochs, and ever so?"
@@ -101,11 +106,13 @@ class TrainBeside(FitCallback):
 
     def after_pred(self):
         "With one forward for scoring and training the batch is narrowed here"
-        if self._fit.delivered is not None and batch_size(self.learn.yb) != batch_size(self._fit.delivered[1]): self.before_batch()
+        if self._fit.delivered is not None and batch_size(self.learn.yb) != batch_size(self._fit.delivered[1]):
+            self.before_batch()
 
     def after_batch(self):
         "The other model's step"
         if self._fit.delivered is None: return
         lr = None if self.lr_share is None else self.opt.hypers[-1]['lr']*self.lr_share
-        self._fit.companion.step(*self._fit.delivered, lr=lr, weights=getattr(self.learn.loss_grad, 'item_weights', None))
+        self._fit.companion.step(*self._fit.delivered, lr=lr,
+                                 weights=getattr(self.learn.loss_grad, 'item_weights', None))
         self._fit.delivered = None

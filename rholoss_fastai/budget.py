@@ -58,7 +58,8 @@ def _items_of_an_epoch(dl):
         return bs*len(dl)
 
 # %% ../nbs/44_budget.ipynb #13a269fe
-LOWER_IS_BETTER = ('loss', 'error', 'perplexity', 'mse', 'mae', 'brier', 'hamming', 'wer', 'cer', 'distance', 'entropy', 'deviance')
+LOWER_IS_BETTER = ('loss', 'error', 'perplexity', 'mse', 'mae', 'brier', 'hamming', 'wer', 'cer', 'distance', 'entropy',
+                   'deviance')
 
 def greater_is_better(
     name:str # Of a metric
@@ -77,9 +78,11 @@ def find_metric(
     if metric is not None and not isinstance(metric, str): return mk_metric(copy(metric))
     known = {o.name: o for o in learn.metrics}
     if metric is None and not known:
-        raise ValueError("This Learner has no metric to judge by: make it with metrics=..., or pass metric=..., a function such as accuracy, or 'valid_loss'.")
+        raise ValueError("This Learner has no metric to judge by: make it with metrics=..., or pass metric=..., a "
+                         "function such as accuracy, or 'valid_loss'.")
     if metric is not None and metric not in known:
-        raise ValueError(f"metric={metric!r} is none of the Learner's: choose among {', '.join([*known, 'valid_loss'])}, or pass a function.")
+        raise ValueError(f"metric={metric!r} is none of the Learner's: choose among "
+                         f"{', '.join([*known, 'valid_loss'])}, or pass a function.")
     return known[metric] if metric else next(iter(known.values()))
 
 # %% ../nbs/44_budget.ipynb #c5586c84
@@ -139,7 +142,8 @@ def _made_in_fit(learn, prices):
         table = getattr(getattr(cb, 'il_source', None), 'table', None) or getattr(rule, 'table', None)
         if hasattr(table, 'info'): return il_epochs(learn, table.info, prices)
         if getattr(rule, 'bills', None) == 'il':
-            return il_epochs(learn, dict(features='auto'), prices)*min(1., getattr(rule, 'look', math.inf)/dataset_size(learn.dls.train))
+            return (il_epochs(learn, dict(features='auto'),
+                              prices)*min(1., getattr(rule, 'look', math.inf)/dataset_size(learn.dls.train)))
     return 0.
 
 # %% ../nbs/44_budget.ipynb #16d4288c
@@ -160,12 +164,14 @@ class FitMeter(FitCallback):
         plain_dl=None # Loader of plain training; default the Learner's
     ):
         train = learn.dls.train if plain_dl is None else plain_dl
-        self.unit,self.plain_epochs,self.prices,self.bill,self.owed,self.every,self.step = unit,n_epoch,prices,bill,bill,every,step
+        self.unit,self.plain_epochs,self.prices = unit,n_epoch,prices
+        self.bill,self.owed,self.every,self.step = bill,bill,every,step
         self.per_epoch = {'cost': 1., 'steps': len(train)}.get(unit) if per_epoch is None else per_epoch
         self.plain_steps = len(train)
         self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl,metric
         self.clocks = _Clocks(getattr(learn.dls, 'device', None) or 'cpu')
-        self.steps,self.epochs,self.loaded,self.scored,self.trained,self.cost,self.history,self.share_at_end,self.lr_at_end = 0,0,0,0,0,0.,[],0.,0.
+        self.steps,self.epochs,self.loaded,self.scored,self.trained = 0,0,0,0,0
+        self.cost,self.history,self.share_at_end,self.lr_at_end = 0.,[],0.,0.
         self.seen,self.seen_il,self.cost_il,self.seconds_il,self.marked = [0, 0, 0],0.,0.,0.,0.
         self.evaluating,self.next_look = False,math.inf if every is None else every
 
@@ -185,8 +191,9 @@ class FitMeter(FitCallback):
         self.limit,self.began,self.of_epoch = self.asked*self.per_epoch,self.spent,self.per_epoch
         if self.owed and self.asked >= self.plain_epochs/2: self.limit,self.owed = self.limit - self.owed,0.
         if self.limit < self.last:
-            raise ValueError(f"The budget of {self.asked} epochs of plain training is used up before training begins: what was spent beforehand, "
-                             f"irreducible losses most likely, cost {self.bill/self.per_epoch:.2f} of them. Train for longer, or spend less on them.")
+            raise ValueError(f"The budget of {self.asked} epochs of plain training is used up before training begins: "
+                             "what was spent beforehand, irreducible losses most likely, cost "
+                             f"{self.bill/self.per_epoch:.2f} of them. Train for longer, or spend less on them.")
         self.clocks.start()
         self.marked = self.clocks.mark()
 
@@ -227,7 +234,8 @@ class FitMeter(FitCallback):
         grown,self.seen_il = _il_seconds(record) - self.seen_il,_il_seconds(record)
         if grown <= 0: return
         seconds = min(grown, self.marked - before) # the record's are the clock's
-        cost = seconds/self.prices.seconds/self.epoch_price if self.prices.seconds else _made_in_fit(self.learn, self.prices)
+        cost = (seconds/self.prices.seconds/self.epoch_price if self.prices.seconds
+                else _made_in_fit(self.learn, self.prices))
         self.seconds_il,self.cost_il,self.cost = self.seconds_il + seconds,self.cost_il + cost,self.cost + cost
 
     def _count(self):
@@ -249,7 +257,9 @@ class FitMeter(FitCallback):
         self.epochs += 1
         if self.ended: return
         spent = self.spent - self.epoch_began
-        if spent <= 0: raise ValueError("An epoch has trained on nothing, so the budget would never be used up: the method selects no item at all.")
+        if spent <= 0:
+            raise ValueError("An epoch has trained on nothing, so the budget would never be used up: the method "
+                             "selects no item at all.")
         self.of_epoch = spent
 
     def before_validate(self):
@@ -275,7 +285,8 @@ class FitMeter(FitCallback):
         "Evaluate in the midst of an epoch, which goes on as if nothing had been"
         self.clocks.pause()
         learn = self.learn
-        kept,modes = {k: v for k,v in vars(learn).items() if k in _OF_A_BATCH},[(m, m.training) for m in learn.model.modules()]
+        kept = {k: v for k,v in vars(learn).items() if k in _OF_A_BATCH}
+        modes = [(m, m.training) for m in learn.model.modules()]
         log = copy(learn.recorder.log) if hasattr(learn, 'recorder') else None
         self.evaluating = True
         self.metric.reset()
@@ -292,8 +303,9 @@ class FitMeter(FitCallback):
     def note(self, value):
         "A line of the history"
         seconds,clock = self.clocks.seconds.tolist()
-        self.history.append(dict(step=self.steps, epoch=self.epochs, cost=self.cost, seconds=seconds, clock=clock, scored=self.scored,
-                                 trained=self.trained, value=math.nan if value is None else float(value)))
+        self.history.append(dict(step=self.steps, epoch=self.epochs, cost=self.cost, seconds=seconds, clock=clock,
+                                 scored=self.scored, trained=self.trained, value=math.nan if value is None
+                                 else float(value)))
         self.step()
 
 # %% ../nbs/44_budget.ipynb #dc17496e
@@ -304,7 +316,9 @@ def fit_function(
 ): # Function of a Learner, a number of epochs and a learning rate
     "How a Learner is fitted"
     if callable(fit): return lambda learn,n_epoch,lr: fit(learn, n_epoch)
-    if fit not in FITS: raise ValueError(f"fit must be one of {', '.join(FITS)}, or a function of a Learner and a number of epochs; got {fit!r}.")
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, or a function of a Learner and a number of epochs; "
+                         f"got {fit!r}.")
     def call(learn, n_epoch, lr): getattr(learn, fit)(n_epoch, *([] if lr is None else [lr]))
     return call
 
@@ -341,16 +355,23 @@ def fit_within(
 )->FitMeter: # `history`, a line an evaluation, and counts
     "Fit `learn` until it has spent what plain training would have, with schedules that end where the budget does"
     check_choice('unit', unit, UNITS)
-    if unit == 'seconds' and per_epoch is None: raise ValueError("unit='seconds' needs per_epoch, the seconds of a plain epoch.")
-    check_number('n_epoch', n_epoch, high=math.inf, open_low=True, schedule=False); check_count('evaluations', evaluations, 1)
+    if unit == 'seconds' and per_epoch is None:
+        raise ValueError("unit='seconds' needs per_epoch, the seconds of a plain epoch.")
+    check_number('n_epoch', n_epoch, high=math.inf, open_low=True, schedule=False)
+    check_count('evaluations', evaluations, 1)
     fit,metric = fit_function(fit),find_metric(learn, metric)
     dl = learn.dls.valid if dl is None else dl
-    if not len(dl): raise ValueError("There is nothing to evaluate on: the validation set is empty. Split one off, or pass a loader.")
-    total = n_epoch*({'cost': 1., 'steps': len(learn.dls.train if plain_dl is None else plain_dl)}.get(unit) if per_epoch is None else per_epoch)
-    meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl, metric, step, plain_dl)
+    if not len(dl):
+        raise ValueError("There is nothing to evaluate on: the validation set is empty. Split one off, or pass a "
+                         "loader.")
+    total = (n_epoch*({'cost': 1., 'steps': len(learn.dls.train if plain_dl is None else plain_dl)}.get(unit)
+                      if per_epoch is None else per_epoch))
+    meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl,
+                     metric, step, plain_dl)
     with _quietly(learn):
         with learn.added_cbs([_SpentShare(meter), meter]): fit(learn, n_epoch, lr)
-        if not meter.steps: raise ValueError("fit has trained nothing: it must call one of the Learner's own methods that fit.")
+        if not meter.steps:
+            raise ValueError("fit has trained nothing: it must call one of the Learner's own methods that fit.")
         with preserve_rng(): learn.validate(dl=meter.test_dl, cbs=_Accumulate(metric))
     meter.note(metric.value)
     return meter
@@ -394,13 +415,14 @@ def measure_prices(
                 learn = method(make_learner(dls))
                 seconds.setdefault(name, []).append(timed_steps(learn, steps).clocks.seconds[0]/steps)
             seconds.setdefault('load', []).append(_seconds_per_load(dls, steps))
-    return _solved({k: min(v) for k,v in seconds.items()}, bs, max(1, round(frac*bs)), min(round(bs/frac), _items_of_an_epoch(dls.train)),
-                   learn.selection.scoring_cost)
+    return _solved({k: min(v) for k,v in seconds.items()}, bs, max(1, round(frac*bs)),
+                   min(round(bs/frac), _items_of_an_epoch(dls.train)), learn.selection.scoring_cost)
 
 def _solved(seconds, bs, n_narrowed, n_candidates, scoring_cost):
     "Prices out of the seconds of a step of each kind"
     load = seconds['load']/bs
     train = max(seconds['plain'] - seconds['narrowed'], 0.1*seconds['plain'])/(bs - n_narrowed)
     step = max(0., seconds['plain'] - bs*(load + train))
-    score = max(seconds['scored'] - seconds['plain'] - load*(n_candidates - bs), 0.05*train*n_candidates)/n_candidates/scoring_cost
+    score = max(seconds['scored'] - seconds['plain'] - load*(n_candidates - bs),
+                0.05*train*n_candidates)/n_candidates/scoring_cost
     return Prices(train/score, 1., load/score, step/score, score)

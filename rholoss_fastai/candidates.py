@@ -84,7 +84,8 @@ class Candidates:
         "The batch, `size` items at a time"
         if not size or size >= self.n: return iter([(self.xb, self.yb)])
         device = self.rows.device if self.rows is not None else prediction(self.xb).device
-        return (subset_batch((self.xb, self.yb), torch.arange(i, min(i+size, self.n), device=device)) for i in range(0, self.n, size))
+        return (subset_batch((self.xb, self.yb), torch.arange(i, min(i+size, self.n), device=device))
+                for i in range(0, self.n, size))
 
     def read(self,
         parts # Iterable of a prediction and its targets
@@ -197,7 +198,9 @@ class When:
         warmup_epochs:int=0 # Epochs, counted over the Learner's life, before selection begins
     ):
         check_number('start', start, schedule=False); check_number('end', end, schedule=False)
-        if start >= end: raise ValueError(f"start must be smaller than end, or nothing is ever selected; got start={start}, end={end}.")
+        if start >= end:
+            raise ValueError(f"start must be smaller than end, or nothing is ever selected; got start={start}, "
+                             f"end={end}.")
         self.start,self.end,self.every = start,end,check_count('every', every, 1)
         self.warmup_epochs = check_count('warmup_epochs', warmup_epochs, 0)
 
@@ -213,4 +216,5 @@ class When:
     )->bool:
         "Is this batch selected from? (in an epoch that isn't one of warm-up)"
         # pct_train is a running sum of floats: at the end of training it may lie a little above 1
-        return self.start <= learn.pct_train and (learn.pct_train < self.end or self.end == 1) and learn.iter % self.every == 0
+        return (self.start <= learn.pct_train and (learn.pct_train < self.end or self.end == 1)
+                and learn.iter % self.every == 0)

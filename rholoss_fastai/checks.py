@@ -42,8 +42,8 @@ def check_number(
         at = f" at pct_train={pct_train:g}" if callable(value) else ''
         if isinstance(number, Tensor) and number.numel() == 1: number = number.item()
         if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} must be a number in {interval}, or a schedule (a function of pct_train) of such numbers; "
-                            f"got {number!r}{at}.")
+            raise TypeError(f"{name} must be a number in {interval}, or a schedule (a function of pct_train) of such "
+                            f"numbers; got {number!r}{at}.")
         if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):
             raise ValueError(f"{name} must lie in {interval}; got {number}{at}.")
     return value
@@ -55,7 +55,8 @@ def check_count(
     low:int # Smallest value
 )->int:
     "`value`, if it is a whole number of at least `low`; `TypeError` or `ValueError` if not"
-    if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f"{name} must be a whole number of at least {low}; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number of at least {low}; got {value!r}.")
     if value < low: raise ValueError(f"{name} must be a whole number of at least {low}; got {value}.")
     return value
 
@@ -79,8 +80,10 @@ def check_choice(
     "Raise unless `value` is one of `choices`"
     if not any(value is o or value == o for o in choices):
         known = ', '.join(map(repr, choices))
-        meant = get_close_matches(value, [o for o in choices if isinstance(o, str)], n=1) if isinstance(value, str) else ()
-        raise ValueError(f"{name} must be one of {known}; got {value!r}.{''.join(f' Did you mean {o!r}?' for o in meant)}")
+        meant = (get_close_matches(value, [o for o in choices if isinstance(o, str)], n=1)
+                 if isinstance(value, str) else ())
+        raise ValueError(f"{name} must be one of {known}; got "
+                         f"{value!r}.{''.join(f' Did you mean {o!r}?' for o in meant)}")
     return value
 
 # %% ../nbs/00_checks.ipynb #dccfaa41

@@ -63,13 +63,19 @@ def find_methods(
 )->dict: # Label -> function
     "The methods that are compared, plain training first"
     if isinstance(methods, (str, dict)) or not len(methods):
-        raise TypeError(f"methods must be names and pairs (label, function), such as ('plain', 'random'); got {methods!r}.")
+        raise TypeError("methods must be names and pairs (label, function), such as ('plain', 'random'); got "
+                        f"{methods!r}.")
     res = dict(plain=METHODS['plain'])
     for method in methods:
         if isinstance(method, str): label,func = method,by_name('method', method, METHODS)
-        elif isinstance(method, (tuple, list)) and len(method) == 2 and isinstance(method[0], str) and callable(method[1]): label,func = method
-        else: raise TypeError(f"A method is a name ({', '.join(METHODS)}) or a pair (label, function of a Learner); got {method!r}.")
-        if label in res and label != 'plain': raise ValueError(f"Two methods are called {label!r}: give each a label of its own.")
+        elif (isinstance(method, (tuple, list)) and len(method) == 2 and isinstance(method[0], str)
+              and callable(method[1])):
+            label,func = method
+        else:
+            raise TypeError(f"A method is a name ({', '.join(METHODS)}) or a pair (label, function of a Learner); got "
+                            f"{method!r}.")
+        if label in res and label != 'plain':
+            raise ValueError(f"Two methods are called {label!r}: give each a label of its own.")
         res[label] = func
     return res
 
@@ -78,7 +84,8 @@ def _needs_il(func): return 'il' in inspect.signature(func).parameters
 def _set_up(label, func, learn, il):
     "`learn` with a method in place"
     try: res = func(learn, il=il) if _needs_il(func) else func(learn)
-    except (AttributeError, TypeError, ValueError) as e: raise ValueError(f"The method {label!r} can't be used on this Learner: {e}") from e
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"The method {label!r} can't be used on this Learner: {e}") from e
     return res if isinstance(res, Learner) else learn
 
 # %% ../nbs/52_compare.ipynb #12f734c9
@@ -90,7 +97,8 @@ def _source(func):
     inside = [o.cell_contents for o in getattr(func, '__closure__', None) or ()]
     settings = [o for o in inside if isinstance(o, (int, float, str, tuple, dict))]
     try: return f"{inspect.getsource(func)} {settings}"
-    except (OSError, TypeError): return f"{getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)} {settings}"
+    except (OSError, TypeError):
+        return f"{getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)} {settings}"
 
 def _of_data(dl):
     "What tells a data set from others"
@@ -99,10 +107,11 @@ def _of_data(dl):
 
 def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy, prices):
     "What all runs of a comparison have in common, and what another comparison may have otherwise"
-    return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr), evaluations=evaluations, metric=metric,
-                bs=loader_batch_size(learn.dls.train), data=_of_data(learn.dls.train), test=_of_data(test_dl),
-                model=_digest(repr(learn.model)), loss=_digest(repr(learn.loss_func)), learner_lr=str(learn.lr),
-                noisy=None if noisy is None else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
+    return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr),
+                evaluations=evaluations, metric=metric, bs=loader_batch_size(learn.dls.train),
+                data=_of_data(learn.dls.train), test=_of_data(test_dl), model=_digest(repr(learn.model)),
+                loss=_digest(repr(learn.loss_func)), learner_lr=str(learn.lr), noisy=None if noisy is None
+                else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
 
 # %% ../nbs/52_compare.ipynb #7d9276ca
 def _crossfit_epochs(learn, prices, most):
@@ -115,7 +124,8 @@ def _make_il(make_learner, dls, prices, most, progress):
         set_seed(0)
         learn = make_learner(dls)
         if choose_features(learn)[0]: return probe_irreducible(learn, progress=progress, verbose=False)
-    return crossfit_irreducible(make_learner, dls, _crossfit_epochs(learn, prices, most), one_cycle=True, progress=progress)
+    return crossfit_irreducible(make_learner, dls, _crossfit_epochs(learn, prices, most), one_cycle=True,
+                                progress=progress)
 
 # %% ../nbs/52_compare.ipynb #2bcb980a
 def _irreducible(il, make_learner, dls, folder, prices, most, progress):
@@ -140,8 +150,8 @@ def train_run(
         metric = find_metric(learn, run['metric'])
         learn = _set_up(run['label'], METHODS.get(run['method'], run['method']), learn, run['il'])
         set_seed(run['seed'])
-        meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'], run['prices'], run['evaluations'],
-                           run['test_dl'], metric, run['step'], run['dls'].train)
+        meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'],
+                           run['prices'], run['evaluations'], run['test_dl'], metric, run['step'], run['dls'].train)
     res = _outcome(run, learn, meter)
     if run['file']: write_json(run['file'], res)
     return res
@@ -149,11 +159,11 @@ def train_run(
 def _outcome(run, learn, meter):
     counts = {k: getattr(meter, k) for k in ('steps', 'epochs', 'loaded', 'scored', 'trained')}
     seconds,clock = meter.clocks.seconds.tolist()
-    return dict(method=run['label'], seed=run['seed'], settings=run['settings'], final=meter.history[-1]['value'], **counts, cost=meter.cost,
-                seconds=seconds, clock=clock, cost_il=run['cost_il'], seconds_il=run['seconds_il'], bill=run['bill'],
-                own_cost_il=meter.cost_il, own_seconds_il=meter.seconds_il,
-                wrong_labels=_wrong(learn, run['noisy']), share_at_end=meter.share_at_end, lr_at_end=meter.lr_at_end,
-                history=meter.history, machine=machine())
+    return dict(method=run['label'], seed=run['seed'], settings=run['settings'], final=meter.history[-1]['value'],
+                **counts, cost=meter.cost, seconds=seconds, clock=clock, cost_il=run['cost_il'],
+                seconds_il=run['seconds_il'], bill=run['bill'], own_cost_il=meter.cost_il,
+                own_seconds_il=meter.seconds_il, wrong_labels=_wrong(learn, run['noisy']),
+                share_at_end=meter.share_at_end, lr_at_end=meter.lr_at_end, history=meter.history, machine=machine())
 
 def _wrong(learn, noisy):
     "Share of the items trained on whose label is known to be wrong, or None"
@@ -169,10 +179,14 @@ def _read_run(path, run):
     "A run that is there already, or None"
     if not path.exists(): return
     try: there = json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is no run of compare, or was damaged ({e}): remove it.") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is no run of compare, or was damaged ({e}): remove it.") from e
     here = json.loads(json.dumps(run['settings']))
-    differ = [f"{k} is {there.get('settings', {}).get(k)} there, {here[k]} here" for k in here if there.get('settings', {}).get(k) != here[k]]
-    if differ: raise ValueError(f"{path} holds a run with other settings ({'; '.join(differ)}): choose another folder, or remove it.")
+    differ = [f"{k} is {there.get('settings', {}).get(k)} there, {here[k]} here" for k in here
+              if there.get('settings', {}).get(k) != here[k]]
+    if differ:
+        raise ValueError(f"{path} holds a run with other settings ({'; '.join(differ)}): choose another folder, or "
+                         "remove it.")
     same_machine(there['machine'], _machine_of(run['threads'], there['machine']), str(path))
     return there
 
@@ -188,14 +202,16 @@ def _mask(noisy, n):
     if noisy is None: return
     noisy = torch.tensor(np.asarray(noisy)) # by position, whatever a Series' index
     if noisy.dtype != torch.bool or noisy.shape != (n,):
-        raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape {tuple(noisy.shape)} of {noisy.dtype}.")
+        raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape "
+                         f"{tuple(noisy.shape)} of {noisy.dtype}.")
     return noisy
 
 def _seeds(seeds):
     "A list of them"
     if isinstance(seeds, int) and not isinstance(seeds, bool): return list(range(check_count('seeds', seeds, 1)))
     seeds = list(seeds)
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds must be a number of them, or different ones; got {seeds}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be a number of them, or different ones; got {seeds}.")
     return [check_count('seed', int(o), 0) for o in seeds]
 
 def _checked_learner(make_learner, dls, methods, metric):
@@ -216,7 +232,8 @@ def _bills(needs_il, il, n_seeds, bill, unit, prices, learn):
     "What irreducible losses cost each run of a method: in plain epochs, in seconds, and in the unit of the budget"
     if not needs_il or bill == 'none' or il is None: return 0.,0.,0.
     share = 1/n_seeds if bill == 'share' else 1.
-    seconds = il.info.get('seconds', 0.) if torch.cuda.is_available() else il.info.get('process_seconds', il.info.get('seconds', 0.))
+    seconds = (il.info.get('seconds', 0.) if torch.cuda.is_available()
+               else il.info.get('process_seconds', il.info.get('seconds', 0.)))
     measured = getattr(prices, 'seconds', None) # of a forward pass, where prices were measured
     cost = seconds/measured/prices.plain_epoch(learn.dls.train) if measured else il_epochs(learn, il.info, prices)
     return share*cost,share*seconds,share*dict(cost=cost, seconds=seconds, steps=0.)[unit]
@@ -233,7 +250,8 @@ def _run_of(label, func, seed, settings, il, bills, **shared):
     own = dict(method=_digest(_source(func)))
     if _needs_il(func): own.update(il=_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
     method = label if METHODS.get(label) is func else func # a name goes anywhere
-    return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func) else None,
+    return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func)
+                else None,
                 cost_il=bills[0], seconds_il=bills[1], bill=bills[2], file=_file(shared['folder'], label, seed))
 
 # %% ../nbs/52_compare.ipynb #360855bb
@@ -256,7 +274,8 @@ def _all_runs(runs, unit, executor, threads, step, evaluations):
     plain = {name: dict(run, unit='steps') for name,run in runs.items() if run['label'] == 'plain'}
     results,errors = _do(plain, executor, threads, step, evaluations)
     per_epoch = {o['seed']: o['seconds']/o['epochs'] for o in results.values()}
-    rest = {name: dict(run, per_epoch=per_epoch[run['seed']]) for name,run in runs.items() if name not in plain and run['seed'] in per_epoch}
+    rest = {name: dict(run, per_epoch=per_epoch[run['seed']]) for name,run in runs.items() if name not in plain
+            and run['seed'] in per_epoch}
     more,more_errors = _do(rest, executor, threads, step, evaluations)
     return {**results, **more},{**errors, **more_errors}
 
@@ -273,7 +292,8 @@ def _forecast(make_learner, dls, methods, n_epoch, unit, n_seeds, prices, evalua
             if label == 'plain':
                 looks,plain_seconds = evaluations*_seconds_to_validate(learn, test_dl),n_epoch*len(dls.train)*a_step
             n_steps = dict(cost=n_epoch/its_cost, steps=n_epoch*len(dls.train), seconds=plain_seconds/a_step)[unit]
-            rows.append(dict(method=label, runs=n_seeds, steps=round(n_steps), seconds=n_steps*a_step + looks, all_seconds=n_seeds*(n_steps*a_step + looks)))
+            rows.append(dict(method=label, runs=n_seeds, steps=round(n_steps), seconds=n_steps*a_step + looks,
+                             all_seconds=n_seeds*(n_steps*a_step + looks)))
     return pd.DataFrame(rows).set_index('method')
 
 def _seconds_to_validate(learn, dl):
@@ -286,7 +306,8 @@ def _prices(prices, make_learner, dls, folder):
     "Those given, those that an earlier call measured, or new ones"
     if prices is None: return Prices()
     if isinstance(prices, Prices): return prices
-    if prices != 'measure': raise ValueError(f"prices must be Prices(...), 'measure', or None for the default; got {prices!r}.")
+    if prices != 'measure':
+        raise ValueError(f"prices must be Prices(...), 'measure', or None for the default; got {prices!r}.")
     file = folder and Path(folder)/'prices.json'
     if file and file.exists(): return Prices(**json.loads(file.read_text()))
     res = measure_prices(make_learner, dls)
@@ -325,7 +346,9 @@ def compare(
     check_number('il_budget', il_budget, schedule=False)
     fit_function(fit)
     test_dl = dls.valid if test_dl is None else test_dl
-    if not len(test_dl): raise ValueError("There is nothing to evaluate on: the validation set of dls is empty. Split one off, or pass test_dl=...")
+    if not len(test_dl):
+        raise ValueError("There is nothing to evaluate on: the validation set of dls is empty. Split one off, or pass "
+                         "test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')
@@ -333,37 +356,45 @@ def compare(
     metric_name = metric if isinstance(metric, str) else find_metric(learn, metric).name
     prices = _prices(prices, make_learner, dls, folder)
     if dry_run:
-        forecast = _forecast(make_learner, dls, methods, n_epoch + (fit == 'fine_tune'), budget, len(seeds), prices, evaluations, test_dl)
+        forecast = _forecast(make_learner, dls, methods, n_epoch + (fit == 'fine_tune'), budget, len(seeds), prices,
+                             evaluations, test_dl)
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast
     settings = _settings(learn, n_epoch, fit, lr, budget, evaluations, metric_name, test_dl, noisy, prices)
     needs_il = any(map(_needs_il, methods.values()))
     most = il_budget*n_epoch*(len(seeds) if bill == 'share' else 1)
     il = _irreducible(il, make_learner, dls, folder, prices, most, progress) if needs_il else None
-    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, learn) for label,func in methods.items()}
+    bills = {label: _bills(_needs_il(func), il, len(seeds), bill, budget, prices, learn)
+             for label,func in methods.items()}
     _check_bills(bills, n_epoch, bill)
     del learn
     if il is not None: il.booked = True # in these bills, and in no run's own
-    shared = dict(make_learner=make_learner, dls=dls, n_epoch=n_epoch, fit=fit, lr=lr, unit=budget, per_epoch=None, prices=prices, metric=metric,
-                  test_dl=test_dl, evaluations=evaluations, noisy=noisy, folder=folder, threads=threads)
-    runs = {f'{label}, seed {seed}': _run_of(label, func, seed, settings, il, bills[label], **shared) for seed in seeds for label,func in methods.items()}
-    with batch_progress(len(runs)*evaluations, progress) as step: results,errors = _all_runs(runs, budget, executor, threads, step, evaluations)
+    shared = dict(make_learner=make_learner, dls=dls, n_epoch=n_epoch, fit=fit, lr=lr, unit=budget, per_epoch=None,
+                  prices=prices, metric=metric, test_dl=test_dl, evaluations=evaluations, noisy=noisy, folder=folder,
+                  threads=threads)
+    runs = {f'{label}, seed {seed}': _run_of(label, func, seed, settings, il, bills[label], **shared) for seed in seeds
+            for label,func in methods.items()}
+    with batch_progress(len(runs)*evaluations, progress) as step:
+        results,errors = _all_runs(runs, budget, executor, threads, step, evaluations)
     return _comparison([results[name] for name in runs if name in results], errors, greater, methods)
 
 # %% ../nbs/52_compare.ipynb #4641e819
 def _foreseen(forecast, needs_il):
     "What a forecast comes to"
     seconds = forecast.all_seconds.sum()
-    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds/60:.0f} min" if seconds < 7200 else f"{seconds/3600:.1f} h"
-    return f"{forecast.runs.sum()} runs, about {time}, one after the other{', and irreducible losses beside them' if needs_il else ''}."
+    time = (f"{seconds:.0f} s" if seconds < 120 else f"{seconds/60:.0f} min" if seconds < 7200
+            else f"{seconds/3600:.1f} h")
+    return (f"{forecast.runs.sum()} runs, about {time}, one after the "
+            f"other{', and irreducible losses beside them' if needs_il else ''}.")
 
 def _check_bills(bills, n_epoch, bill):
     "At least an epoch must be left to train"
     for label,(cost,_,_) in bills.items():
         if cost > n_epoch - 1:
             shares = " (bill='share')" if bill == 'whole' else ''
-            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs per run, and the budget is {n_epoch}: less than an epoch "
-                             f"would be left to train. Train for longer, let more seeds share them{shares}, or make cheaper ones.")
+            raise ValueError(f"The irreducible losses of {label!r} cost {cost:.2f} plain epochs per run, and the "
+                             f"budget is {n_epoch}: less than an epoch would be left to train. Train for longer, let "
+                             f"more seeds share them{shares}, or make cheaper ones.")
 
 def _comparison(results, errors, greater, methods):
     "The comparison of what came out, and a warning of what didn't"

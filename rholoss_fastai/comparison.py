@@ -32,13 +32,16 @@ from .scoring import native_bfloat16
 def machine()->dict:
     "What seconds were measured on"
     threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return dict(device=device, cpu=_cpu_name(), threads=threads, amx=native_bfloat16(torch.device('cpu')), python=platform.python_version(),
-                torch=torch.__version__, fastai=fastai.__version__, rholoss_fastai=rholoss_fastai.__version__)
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
+              else f"CPU, {threads} thread{'s' if threads > 1 else ''}")
+    return dict(device=device, cpu=_cpu_name(), threads=threads, amx=native_bfloat16(torch.device('cpu')),
+                python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
+                rholoss_fastai=rholoss_fastai.__version__)
 
 def _cpu_name():
     info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    names = ([line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+             if info.exists() else [])
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/51_comparison.ipynb #c05a66e1
@@ -48,9 +51,11 @@ def same_machine(
     what:str # That was measured `there`
 ):
     "Raise where seconds of two machines can't be compared"
-    differ = [f"{k}: {there.get(k)} there, {here[k]} here" for k in ('device', 'cpu', 'threads', 'torch') if there.get(k) != here[k]]
+    differ = [f"{k}: {there.get(k)} there, {here[k]} here" for k in ('device', 'cpu', 'threads', 'torch')
+              if there.get(k) != here[k]]
     if differ:
-        raise ValueError(f"{what} was measured on another machine ({'; '.join(differ)}), and seconds of two can't be compared: use a folder for each.")
+        raise ValueError(f"{what} was measured on another machine ({'; '.join(differ)}), and seconds of two can't be "
+                         "compared: use a folder for each.")
 
 # %% ../nbs/51_comparison.ipynb #7131e216
 def write_json(
@@ -88,7 +93,8 @@ class Comparison:
         greater:bool=None, # Is a larger value of the metric a better one? None: by its name
         errors:dict=None # What went wrong, by run
     ):
-        if not any(o['method'] == 'plain' for o in runs): raise ValueError("There is no run of plain training, which the others are compared with.")
+        if not any(o['method'] == 'plain' for o in runs):
+            raise ValueError("There is no run of plain training, which the others are compared with.")
         self.runs,self.errors = runs,errors or {}
         self.settings = next(o for o in runs if o['method'] == 'plain')['settings']
         self.metric = self.settings['metric']
@@ -113,13 +119,19 @@ class Comparison:
         reached = [(a, _first(a, b['final'], self.greater)) for a,b in pairs]
         def mean(key): return float(np.mean([math.nan if o[key] is None else o[key] for o in own.values()]))
         def at(key, before=''): # NaN unless all got there
-            return float(np.mean([o[key] + (a[before] if before else 0) if o else math.nan for a,o in reached])) if reached else math.nan
+            return (float(np.mean([o[key] + (a[before] if before else 0) if o else math.nan for a,o in reached]))
+                    if reached else math.nan)
         finals = [o['final'] for o in own.values()]
-        return {'method': method, self.metric: mean('final'), 'spread': float(np.std(finals, ddof=1)) if len(finals) > 1 else math.nan,
-                'difference': difference, 'low': difference - half, 'high': difference + half, 'seeds': len(own), 'steps': mean('steps'),
-                'steps_to_plain': at('step'), 'seconds': mean('seconds') + mean('seconds_il'), 'seconds_to_plain': at('seconds', 'seconds_il'),
-                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'), 'cost_il': mean('cost_il') + mean('own_cost_il'),
-                'seconds_il': mean('seconds_il') + mean('own_seconds_il'), 'loaded': mean('loaded'), 'scored': mean('scored'), 'trained': mean('trained'),
+        return {'method': method, self.metric: mean('final'), 'spread': float(np.std(finals, ddof=1)) if len(finals) > 1
+                else math.nan,
+                'difference': difference, 'low': difference - half, 'high': difference + half, 'seeds': len(own),
+                'steps': mean('steps'),
+                'steps_to_plain': at('step'), 'seconds': mean('seconds') + mean('seconds_il'),
+                'seconds_to_plain': at('seconds', 'seconds_il'),
+                'cost': mean('cost') + mean('cost_il'), 'cost_to_plain': at('cost', 'cost_il'),
+                'cost_il': mean('cost_il') + mean('own_cost_il'),
+                'seconds_il': mean('seconds_il') + mean('own_seconds_il'), 'loaded': mean('loaded'),
+                'scored': mean('scored'), 'trained': mean('trained'),
                 'wrong_labels': mean('wrong_labels')}
 
 # %% ../nbs/51_comparison.ipynb #74793d6b
@@ -141,12 +153,17 @@ class Verdict:
     def of(self, method):
         "A sentence about a method"
         row,n = self.table.loc[method],int(self.table.loc[method].seeds)
-        if math.isnan(row.difference): return f"`{method}` can't be compared: {self.comparison.metric} is NaN, it diverged in at least one run."
+        if math.isnan(row.difference):
+            return f"`{method}` can't be compared: {self.comparison.metric} is NaN, it diverged in at least one run."
         where = 'above' if row.difference > 0 else 'below'
-        if n < 2: return f"`{method}` ends {self.amount(row.difference)} {where} plain training, with one seed: no interval, so it may be chance."
+        if n < 2:
+            return (f"`{method}` ends {self.amount(row.difference)} {where} plain training, with one seed: no "
+                    "interval, so it may be chance.")
         gain,half = row.difference if self.comparison.greater else -row.difference,row.high - row.difference
-        if abs(gain) <= half: return f"`{method}`: no difference that {n} seeds can tell ({self.amount(row.difference, half)} {where})."
-        text = f"`{method}` {'pays' if gain > 0 else 'does not pay'}: it ends {self.amount(row.difference, half)} {where} plain training"
+        if abs(gain) <= half:
+            return f"`{method}`: no difference that {n} seeds can tell ({self.amount(row.difference, half)} {where})."
+        text = (f"`{method}` {'pays' if gain > 0 else 'does not pay'}: it ends {self.amount(row.difference, half)} "
+                f"{where} plain training")
         if gain > 0 and row.cost_to_plain < math.inf: # not NaN
             text += f", and has its final {self.comparison.metric} at {row.cost_to_plain/self.table.cost.plain:.0%} of its cost"
         return text + '.'
@@ -158,7 +175,8 @@ class Verdict:
         half = self.table.high - self.table.difference
         pays,loses = [o for o in others if gain[o] > half[o]],[o for o in others if gain[o] < -half[o]]
         settings = self.comparison.settings
-        what = f"On these data, {_EQUAL[settings['budget']]} ({settings['n_epoch']:g} epochs of plain training), by {self.comparison.metric}: "
+        what = (f"On these data, {_EQUAL[settings['budget']]} ({settings['n_epoch']:g} epochs of plain training), by "
+                f"{self.comparison.metric}: ")
         parts = ([f"{_joined([f'`{o}`' for o in pays])} pay{'s' if len(pays) == 1 else ''}"] if pays else [])
         if loses: parts.append(f"{_joined([f'`{o}`' for o in loses])} do{'es' if len(loses) == 1 else ''} not pay")
         rest = [o for o in others if o not in pays + loses]
@@ -169,8 +187,10 @@ class Verdict:
         lines = [self.head(), *[self.of(o) for o in self.table.index if o != 'plain']]
         il = [o for o in self.table.index if self.table.cost_il[o] > 0]
         if il:
-            bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs ({self.table.seconds_il[o]:.1f} s)" for o in il]
-            lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would have been so much more to train with.")
+            bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs "
+                     f"({self.table.seconds_il[o]:.1f} s)" for o in il]
+            lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would "
+                         "have been so much more to train with.")
         lines += [f"Not in it: {name}, {why}" for name,why in self.comparison.errors.items()]
         return '\n'.join(lines)
 
@@ -181,7 +201,8 @@ def verdict(self:Comparison)->str:
     return str(Verdict(self))
 
 # %% ../nbs/51_comparison.ipynb #cf8a68b1
-_SHOWN = ('spread', 'difference', 'low', 'high', 'seeds', 'steps', 'steps_to_plain', 'seconds', 'seconds_to_plain', 'cost', 'cost_to_plain', 'cost_il',
+_SHOWN = ('spread', 'difference', 'low', 'high', 'seeds', 'steps', 'steps_to_plain', 'seconds', 'seconds_to_plain',
+          'cost', 'cost_to_plain', 'cost_il',
           'scored', 'trained', 'wrong_labels')
 
 def _cell(name, value):
@@ -195,14 +216,16 @@ def _cells(self):
     "Headings and cells of the table as it is shown, without columns that are empty"
     table = self.table
     names = [self.metric, *[o for o in _SHOWN if not table[o].isna().all() and (o != 'cost_il' or table[o].any())]]
-    return ['method', *[o.replace('_', ' ') for o in names]],[[method, *[_cell(o, row[o]) for o in names]] for method,row in table.iterrows()]
+    return (['method', *[o.replace('_', ' ') for o in names]],
+            [[method, *[_cell(o, row[o]) for o in names]] for method,row in table.iterrows()])
 
 @patch
 def to_markdown(self:Comparison)->str:
     "The table and the verdict, as Markdown"
     head,rows = _cells(self)
     lines = [head, ['---', *['---:']*(len(head) - 1)], *rows]
-    return '\n'.join('| ' + ' | '.join(o) + ' |' for o in lines) + '\n\n' + '\n'.join(f'- {o}' for o in self.verdict.split('\n'))
+    return ('\n'.join('| ' + ' | '.join(o) + ' |' for o in lines) + '\n\n'
+            + '\n'.join(f'- {o}' for o in self.verdict.split('\n')))
 
 @patch
 def _repr_html_(self:Comparison):
@@ -229,7 +252,9 @@ def load(cls:Comparison,
 ):
     "The comparison that is in a file or folder"
     path = Path(path)
-    if path.is_dir(): return cls([json.loads(o.read_text()) for o in sorted(path.glob('*-seed*.json'), key=lambda o: o.stat().st_mtime)])
+    if path.is_dir():
+        return cls([json.loads(o.read_text())
+                    for o in sorted(path.glob('*-seed*.json'), key=lambda o: o.stat().st_mtime)])
     return cls(**json.loads(path.read_text()))
 
 # %% ../nbs/51_comparison.ipynb #de90ad8b
@@ -252,14 +277,17 @@ def plot(self:Comparison,
     elif len(methods) > 6: raise ValueError(f"{len(methods)} lines can't be told apart: choose six methods at most.")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout='constrained')
     clock = self.settings['budget'] == 'seconds'
-    ticks = {**(dict(seconds='seconds') if clock else dict(cost='cost, in epochs of plain training')), 'step': 'training steps'}
+    ticks = {**(dict(seconds='seconds') if clock else dict(cost='cost, in epochs of plain training')),
+             'step': 'training steps'}
     for ax,key,before in zip(axs, ticks, ('seconds_il' if clock else 'cost_il', '')):
         curves = {o: _curve(list(self.of(o).values()), key, before) for o in methods}
         for i,(label,(x,y)) in enumerate(curves.items()):
-            ax.plot(x, y, label=label, color='0.3' if label == 'plain' else f'C{i-1}', lw=2 if label == 'plain' else 1.5)
+            ax.plot(x, y, label=label, color='0.3' if label == 'plain' else f'C{i-1}',
+                    lw=2 if label == 'plain' else 1.5)
         ax.set(xlabel=ticks[key], ylabel=self.metric if ax is axs[0] else '')
         ax.spines[['top', 'right']].set_visible(False)
-        late = [v for _,y in curves.values() for v in y[len(y)//3:]] # where a curve begins says little, and may lie far off
+        # where a curve begins says little, and may lie far off
+        late = [v for _,y in curves.values() for v in y[len(y)//3:]]
         low,high = min(late) - 0.1*(max(late) - min(late)),max(late) + 0.1*(max(late) - min(late))
         if high > low: ax.set_ylim(low, high)
         name_lines(ax, 0.06)

@@ -75,7 +75,9 @@ class CarriedState:
     @property
     def possible(self)->bool:
         "May the model carry state? Known before its first forward"
-        if self.carries is None: return carries_state(self.model) or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in self.model.modules())
+        if self.carries is None:
+            return (carries_state(self.model)
+                    or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in self.model.modules()))
         return self.carries
 
     def _find(self, c):
@@ -132,22 +134,28 @@ class Queue(NotSaved, Narrow):
     def check_sentence(self, selector):
         pick = selector.pick
         if pick.weighted:
-            raise ValueError(f"queue=True can't be used with {pick!r}, whose weights belong to the batch they were picked in: use queue=False.")
+            raise ValueError(f"queue=True can't be used with {pick!r}, whose weights belong to the batch they were "
+                             "picked in: use queue=False.")
         if selector.scorer.forward == 'reuse':
-            raise ValueError("queue=True can't be used with forward='reuse': the weights have moved on since the forward pass of an item that waited, so its "
-                             "gradient would be of an older model. Use forward='twice'.")
-        if selector.enlarge: raise ValueError("queue=True can't be used with enlarge=True, where every batch is full already: use one of them.")
+            raise ValueError("queue=True can't be used with forward='reuse': the weights have moved on since the "
+                             "forward pass of an item that waited, so its gradient would be of an older model. Use "
+                             "forward='twice'.")
+        if selector.enlarge:
+            raise ValueError("queue=True can't be used with enlarge=True, where every batch is full already: use one "
+                             "of them.")
         if selector.min_items is not None:
-            raise ValueError(f"queue=True can't be used with min_items={selector.min_items}: every step has a full batch. Leave min_items out.")
+            raise ValueError(f"queue=True can't be used with min_items={selector.min_items}: every step has a full "
+                             "batch. Leave min_items out.")
 
     def min_items(self, wanted): return 0 # every step has a full batch
 
     def check(self, learn, selector):
         if num_distrib() > 1:
-            raise ValueError("queue=True can't be used in a distributed run: each process's queue would be full at another time, and they must step "
-                             "together. Use queue=False.")
+            raise ValueError("queue=True can't be used in a distributed run: each process's queue would be full at "
+                             "another time, and they must step together. Use queue=False.")
         if loader_batch_size(learn.dls.train) is None:
-            raise ValueError("queue=True needs a training DataLoader with a batch size, to know when a batch is full, and this one has none. Use queue=False.")
+            raise ValueError("queue=True needs a training DataLoader with a batch size, to know when a batch is full, "
+                             "and this one has none. Use queue=False.")
 
     def begin_fit(self, learn, device):
         "What waits since the last fit stays, if this one's batches are of the same kind"
@@ -155,7 +163,8 @@ class Queue(NotSaved, Narrow):
         source = learn.dls.train,self.full,device
         if self.waits_for != source: self.items,self.waits_for = None,source
 
-    # The first batch of a fit always takes a step: some callbacks (W&B's) end in `after_batch`, which a cancelled batch has, what they began in
+    # The first batch of a fit always takes a step: some callbacks (W&B's) end in `after_batch`, which a cancelled batch
+    # has, what they began in
     # `before_batch`, which it hasn't
     def selects(self, learn): return learn.train_iter > 0
 
@@ -222,8 +231,9 @@ class Enlarge(NotSaved):
     def check(self, pick):
         "Raise where it isn't known how many candidates to draw"
         if pick.fraction() is None:
-            raise ValueError(f"enlarge=True needs a pick of fixed size, to know how many candidates to draw; {pick!r} picks a varying number. "
-                             "Pass enlarge=False to select within the DataLoader's own batches.")
+            raise ValueError(f"enlarge=True needs a pick of fixed size, to know how many candidates to draw; {pick!r} "
+                             "picks a varying number. Pass enlarge=False to select within the DataLoader's own "
+                             "batches.")
 
     def loader(self,
         source, # The training loader
@@ -234,17 +244,20 @@ class Enlarge(NotSaved):
     )->tuple: # The loader of candidates, n_b, and n_B
         "A row-tracking copy of `source` with candidate batches, and the batch size that is trained on"
         n_b = loader_batch_size(source)
-        if n_b is None: raise ValueError(f"This {type(source).__name__} has no batch size that could be enlarged: pass enlarge=False to select "
-                                          "within its own batches.")
+        if n_b is None:
+            raise ValueError(f"This {type(source).__name__} has no batch size that could be enlarged: pass "
+                             "enlarge=False to select within its own batches.")
         n,fraction,drop_last = epoch_size(source),pick.fraction(pct_train),getattr(source, 'drop_last', False)
-        if not 0 < fraction <= 1: raise ValueError(f"the fraction of {pick!r} is {fraction}; it must lie in (0, 1] all through training.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"the fraction of {pick!r} is {fraction}; it must lie in (0, 1] all through training.")
         n_candidates = max(n_b, min(round(n_b/fraction), n))
         # a last batch of a single item is more than batch norm can take
         while not drop_last and n_candidates < n and 0 < n % n_candidates < min_items: n_candidates += 1
         loader = track_rows(source, n_candidates)
         if self.epoch == 'candidates': return loader,n_b,n_candidates
         n_batches = len(source)
-        if self.epoch == 'cost' and n_candidates > n_b: n_batches = max(1, round(n_batches/step_cost(n_candidates, n_b, scoring_cost)))
+        if self.epoch == 'cost' and n_candidates > n_b:
+            n_batches = max(1, round(n_batches/step_cost(n_candidates, n_b, scoring_cost)))
         # one stream for the whole fit
         key = source,n_candidates
         if self.stream is None or self.stream[0] != key: self.stream = key,BatchStream(loader, n_batches)
@@ -273,7 +286,9 @@ def candidate_loader(
     try: return enlarge.loader(source, **kwargs) if enlarge else (track_rows(source), None, None)
     except ValueError as e:
         if needs_rows: raise
-        if enlarge: raise ValueError(f"This DataLoader's batches can't be enlarged: pass enlarge=False to select within them. ({e})") from e
+        if enlarge:
+            raise ValueError("This DataLoader's batches can't be enlarged: pass enlarge=False to select within them. "
+                             f"({e})") from e
         return None,None,None
 
 def spread(

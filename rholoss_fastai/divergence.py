@@ -35,11 +35,13 @@ class DivergenceGuard:
         loss:float # Validation loss before training
     ):
         "Take this loss for the first; of several fits the largest counts, as a later fit may have another loss"
-        if not math.isfinite(loss): raise ValueError(f"The validation loss before training is {loss}: check weights and inputs for NaN.")
+        if not math.isfinite(loss):
+            raise ValueError(f"The validation loss before training is {loss}: check weights and inputs for NaN.")
         known = self.reference[0]
         if loss <= 0 and known is None:
-            raise ValueError(f"The validation loss before training is {loss:.4g}. What has diverged is told by how many times the first loss it is, so "
-                             "this must be above 0: add a constant to the loss, or pass diverged=None for no guard.")
+            raise ValueError(f"The validation loss before training is {loss:.4g}. What has diverged is told by how "
+                             "many times the first loss it is, so this must be above 0: add a constant to the loss, "
+                             "or pass diverged=None for no guard.")
         self.reference[0] = loss if known is None else max(loss, known)
 
     def note(self,
@@ -55,12 +57,14 @@ class DivergenceGuard:
         "Is this loss, or the mean training loss of the last 512 items or more, NaN or `limit` times what it was at first? Waits for the device"
         reference = self.reference
         if self.count and not self.rebased: # a fit's first training loss
-            reference[1],self.rebased = max(reference[0], reference[1] or 0., float(self.first.nan_to_num(0., 0., 0.))),True
+            reference[1],self.rebased = (max(reference[0], reference[1] or 0.,
+                                             float(self.first.nan_to_num(0., 0., 0.))),True)
         trained,self.whole = float(self.total)/max(self.count, 1),self.count >= self.n_train
         if self.whole: self.total,self.count = 0.,0
         if math.isfinite(loss) and loss > self.limit*reference[0]: loss = look() # a single batch is no measure
         self.loss,levels = loss,dict(validation=loss/reference[0])
-        if self.whole and not self.selects or not math.isfinite(trained): levels['training'] = trained/(reference[1] or reference[0])
+        if self.whole and not self.selects or not math.isfinite(trained):
+            levels['training'] = trained/(reference[1] or reference[0])
         self.what,self.level = max(levels.items(), key=lambda o: math.inf if math.isnan(o[1]) else o[1])
         return not self.level <= self.limit
 
@@ -75,7 +79,8 @@ class DivergenceGuard:
         step:int # Training steps so far
     ):
         "These weights, moments and hyper-parameters are good"
-        self.good = SimpleNamespace(model=deepcopy(learn.model.state_dict()), opt=deepcopy(learn.opt.state_dict()), step=step, hypers=hypers.copies())
+        self.good = SimpleNamespace(model=deepcopy(learn.model.state_dict()), opt=deepcopy(learn.opt.state_dict()),
+                                    step=step, hypers=hypers.copies())
         self.in_a_row = 0
 
     def restore(self,
@@ -97,9 +102,14 @@ class DivergenceGuard:
         weights:bool=False # Was it told by weights that are not finite?
     )->bool: # Is there no hope?
         "Say what was done: the first time, and where it is the end"
-        of = 'weights not finite' if weights else f'{self.what} loss {self.level:.3g} times the first' if math.isfinite(self.level) else f'{self.what} loss not finite'
+        of = ('weights not finite' if weights else f'{self.what} loss {self.level:.3g} times the first'
+              if math.isfinite(self.level) else f'{self.what} loss not finite')
         what = f"Training diverged by step {step} ({of}): back to the weights of step {self.good.step}, "
-        if lr is None: warnings.warn(f"{what}and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
-        elif self.in_a_row > 10: warnings.warn(f"{what}and stopped: a tenth of the learning rate did not help, ten times in a row. Check the data.")
-        elif self.rolled_back == 1: warnings.warn(f"{what}with a tenth of the learning rate, {lr:.3g}. From now on see `history`.")
+        if lr is None:
+            warnings.warn(f"{what}and stopped: the learning rate is not learnt. Lower it, or add 'lr' to tune.")
+        elif self.in_a_row > 10:
+            warnings.warn(f"{what}and stopped: a tenth of the learning rate did not help, ten times in a row. Check "
+                          "the data.")
+        elif self.rolled_back == 1:
+            warnings.warn(f"{what}with a tenth of the learning rate, {lr:.3g}. From now on see `history`.")
         return lr is None or self.in_a_row > 10

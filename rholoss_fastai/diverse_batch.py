@@ -41,7 +41,8 @@ def _watch_head(c):
     def note(layer, args, out): seen[layer] = args[0],out
     def see(pred, yb):
         logits = prediction(pred)
-        inputs.extend(x.float() for x,out in seen.values() if x.ndim == 2 and out.data_ptr() == logits.data_ptr() and out.shape == logits.shape)
+        inputs.extend(x.float() for x,out in seen.values() if x.ndim == 2 and out.data_ptr() == logits.data_ptr()
+                      and out.shape == logits.shape)
         grads.append(logit_gradients(c.item_losses, pred, *yb))
         seen.clear()
     hooks = [m.register_forward_hook(note) for m in c.scorer.model.modules() if isinstance(m, nn.Linear)]
@@ -72,7 +73,8 @@ def diverse_items(
         left = rest[:,-1].abs().where(places == 0, 0.).amax()
         rest = torch.where(left > least, rest, start) # the taken span everything: begin again
         share = rest[:,-1].abs()
-        if generator is not None: share = share.clamp(min=1e-30).log() - torch.empty_like(share).exponential_(generator=generator).log()
+        if generator is not None:
+            share = share.clamp(min=1e-30).log() - torch.empty_like(share).exponential_(generator=generator).log()
         i = (share + places).argmax(keepdim=True)
         row = rest.index_select(0, i)
         pivot = row.gather(1, i[None])

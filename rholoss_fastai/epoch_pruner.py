@@ -44,7 +44,8 @@ class EpochMemory:
         last:int, # Scores of each row that are kept
         device:torch.device='cpu'
     ):
-        self.values,self.fresh = torch.full((n, last), torch.nan, device=device),torch.full((n if last else 0,), torch.nan, device=device)
+        self.values = torch.full((n, last), torch.nan, device=device)
+        self.fresh = torch.full((n if last else 0,), torch.nan, device=device)
 
     @property
     def device(self): return self.values.device
@@ -101,8 +102,9 @@ class Rounds(GetAttr):
     def rows(self, i, device=None): return self.loader.rows(self._i, device) # of the current batch
 
 # %% ../nbs/32_epoch_pruner.ipynb #d6650304
-_mend = ("Pruning epochs must know the row of each item: give the Learner a map-style data set in a DataLoader that goes through rows in an order "
-         "of its own, or select within batches, which needs no rows: learn.batch_loss_filter().")
+_mend = ("Pruning epochs must know the row of each item: give the Learner a map-style data set in a DataLoader that "
+         "goes through rows in an order of its own, or select within batches, which needs no rows: "
+         "learn.batch_loss_filter().")
 
 def _check_rows(dl):
     "Raise, before the first step, where the rows of a loader's items can't be known or left out"
@@ -110,18 +112,20 @@ def _check_rows(dl):
         restrict_rows(dl, own_rows(dl), seed=0)
         n = len(track_rows(dl))
     except ValueError as e: raise ValueError(f"{str(e).split(' Way out:')[0]} {_mend}") from e
-    if not n: raise ValueError(f"An epoch has no batches: {len(own_rows(dl))} rows are fewer than a batch, and drop_last is on. Use a smaller batch size, or "
-                               "drop_last=False.")
+    if not n:
+        raise ValueError(f"An epoch has no batches: {len(own_rows(dl))} rows are fewer than a batch, and drop_last is "
+                         "on. Use a smaller batch size, or drop_last=False.")
 
 def check_alone(learn, rule=None):
     "Raise where something else decides what is trained on"
     for cb in learn.cbs:
         if isinstance(cb, AnySelector):
-            raise ValueError(f"This Learner selects from batches with {type(cb).__name__}, and pruning epochs would select a second time: use one of "
-                             "them; learn.no_selection() and learn.no_pruning() remove them.")
+            raise ValueError(f"This Learner selects from batches with {type(cb).__name__}, and pruning epochs would "
+                             "select a second time: use one of them; learn.no_selection() and learn.no_pruning() "
+                             "remove them.")
         if isinstance(cb, MixHandler) and (rule is None or rule.last or rule.weighs):
-            raise ValueError(f"{type(cb).__name__} makes one item of two, which have no loss of their own to remember or to weight: use one or the other, or "
-                             "rule='random', which remembers nothing.")
+            raise ValueError(f"{type(cb).__name__} makes one item of two, which have no loss of their own to remember "
+                             "or to weight: use one or the other, or rule='random', which remembers nothing.")
 
 # %% ../nbs/32_epoch_pruner.ipynb #d2c241f3
 class EpochPruner(FitCallback):
@@ -137,13 +141,14 @@ class EpochPruner(FitCallback):
         called:str='prune_epochs' # What it is called in messages
     ):
         if refresh is not None: check_count('refresh', refresh, 2)
-        self.rule,self.per_epoch,self.refresh,self.called = find_rule(rule),check_choice('epoch', epoch, ('rows', 'steps', 'cost')),refresh,called
+        self.rule,self.per_epoch = find_rule(rule),check_choice('epoch', epoch, ('rows', 'steps', 'cost'))
+        self.refresh,self.called = refresh,called
         self.score,self.random = find_score(self.rule.score),random.Random(check_count('seed', seed, 0))
         self.inputs = score_inputs(self.score)
         check_known_outside(self.inputs, short_name(self.rule.score))
         if 'il' in self.inputs and self.rule.il is None:
-            raise ValueError("This score needs irreducible losses: pass il=..., for example probe_irreducible(learn), or "
-                             "crossfit_irreducible(learner_copies(learn), learn.dls, 5).")
+            raise ValueError("This score needs irreducible losses: pass il=..., for example probe_irreducible(learn), "
+                             "or crossfit_irreducible(learner_copies(learn), learn.dls, 5).")
         self.record,self.memory,self.source,self.share = SelectionRecord(),None,None,1.
 
     @property
@@ -176,7 +181,8 @@ class EpochPruner(FitCallback):
     def say(self, text, n_steps):
         "One line where the fit's table is to come"
         n = self.n_steps(n_steps)
-        steps = (f'at most {n_steps} steps per epoch' if self.per_epoch == 'rows' else f'{n} steps per epoch, as in plain training' if n == n_steps else
+        steps = (f'at most {n_steps} steps per epoch' if self.per_epoch == 'rows'
+                 else f'{n} steps per epoch, as in plain training' if n == n_steps else
                  f'{n} steps per epoch, {n_steps - n} fewer than in plain training, which is what they cost')
         if text and not rank_distrib(): self.learn.logger(f'{self.called}: {text}; {steps}')
 
@@ -188,7 +194,8 @@ class EpochPruner(FitCallback):
         "What the rule may know now"
         learn = self.learn
         world = dl.world_size if is_distributed(dl) else 1
-        return EpochInfo(self.rows, learn.epoch, learn.n_epoch, learn.pct_train, loader_batch_size(self.source), world, self.classes)
+        return EpochInfo(self.rows, learn.epoch, learn.n_epoch, learn.pct_train, loader_batch_size(self.source), world,
+                         self.classes)
 
     def before_train(self):
         "Choose this epoch's rows, or go on with the rounds; `learn.dls` stays as it is"
@@ -235,26 +242,32 @@ class EpochPruner(FitCallback):
         rows,weights = torch.as_tensor(rows).long(),None if weights is None else torch.as_tensor(weights).float()
         self._check_choice(rows, weights)
         n = epoch.fits(max(len(rows), (epoch.bs or 1)*epoch.n_processes))
-        if self.per_epoch != 'rows': n -= n % ((epoch.bs or 1)*epoch.n_processes) # whole batches, as many steps as plain training
+        # whole batches, as many steps as plain training
+        if self.per_epoch != 'rows': n -= n % ((epoch.bs or 1)*epoch.n_processes)
         if n < len(rows): 
             kept = torch.randperm(len(rows), generator=generator)[:n].sort().values
             rows,weights = rows[kept],None if weights is None else weights[kept]
         elif n > len(rows): # rows that were not chosen fill up a batch
             rest = self.rows[~torch.isin(self.rows, rows)]
             rest = rest[torch.randperm(len(rest), generator=generator)[:n - len(rows)]]
-            rows,weights = torch.cat([rows, rest]),None if weights is None else torch.cat([weights, torch.ones(len(rest))])
+            rows = torch.cat([rows, rest])
+            weights = None if weights is None else torch.cat([weights, torch.ones(len(rest))])
         if len(rows) < len(self.rows) or weights is not None: return rows,weights
 
     def _check_choice(self, rows, weights):
         "Raise where a rule's rows can't be trained on"
         name = repr(self.rule)
         if rows.ndim != 1 or len(rows.unique()) < len(rows) or not torch.isin(rows, self.rows).all():
-            raise ValueError(f"{name} chose rows of shape {tuple(rows.shape)}, {len(rows.unique())} of them different: expected some of `epoch.rows`, each once. "
-                             "Positions become rows by epoch.rows[positions].")
+            raise ValueError(f"{name} chose rows of shape {tuple(rows.shape)}, {len(rows.unique())} of them different: "
+                             "expected some of `epoch.rows`, each once. Positions become rows by "
+                             "epoch.rows[positions].")
         if weights is None: return
-        if not self.rule.weighs: raise ValueError(f"{name} gave weights: set `weighs = True` in its class, so that the loss is known to be weighted.")
+        if not self.rule.weighs:
+            raise ValueError(f"{name} gave weights: set `weighs = True` in its class, so that the loss is known to be "
+                             "weighted.")
         if weights.shape != rows.shape or not weights.isfinite().all():
-            raise ValueError(f"{name} gave weights of shape {tuple(weights.shape)} for {len(rows)} rows: expected a finite number for each.")
+            raise ValueError(f"{name} gave weights of shape {tuple(weights.shape)} for {len(rows)} rows: expected a "
+                             "finite number for each.")
 
     def before_batch(self):
         "Count the batch"
@@ -268,13 +281,17 @@ class EpochPruner(FitCallback):
         "Remember what each row scored, and weigh the loss"
         learn,fit,item_losses = self.learn,self._fit,None
         if self.rule.last or self.rule.weighs:
-            item_losses = self.checked_item_losses(self.rule.weighs) if 'loss' in self.inputs or self.rule.weighs else self.item_losses()
+            item_losses = (self.checked_item_losses(self.rule.weighs) if 'loss' in self.inputs or self.rule.weighs
+                           else self.item_losses())
         if self.rule.last:
             with torch.no_grad():
-                values = dict(loss=lambda: item_losses(learn.pred, *learn.yb), il=lambda: self.il_values[fit.batch_rows],
-                              pred=lambda: prediction(plain(learn.pred)).float(), targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
+                values = dict(loss=lambda: item_losses(learn.pred, *learn.yb),
+                              il=lambda: self.il_values[fit.batch_rows],
+                              pred=lambda: prediction(plain(learn.pred)).float(),
+                              targ=lambda: plain(learn.yb[0] if len(learn.yb)==1 else learn.yb))
                 scores = for_loss(self.score, item_losses)(**{o: values[o]() for o in self.inputs})
-            if len(scores) != len(fit.batch_rows): batch_rows(learn, fit.device) # raises: a callback changed the batch after its rows were counted
+            # raises: a callback changed the batch after its rows were counted
+            if len(scores) != len(fit.batch_rows): batch_rows(learn, fit.device)
             self.memory.note(fit.batch_rows, scores)
         if fit.weights is not None: weigh_loss(learn, item_losses, fit.weights[fit.batch_rows])
 
@@ -292,7 +309,8 @@ class EpochPruner(FitCallback):
         if self._fit is not None:
             self.record.end_epoch(interrupted=True)
             # an export would take the epoch's loader along
-            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader: self.learn.dl = self.learn.dls.train
+            if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader:
+                self.learn.dl = self.learn.dls.train
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded

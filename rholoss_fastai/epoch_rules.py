@@ -30,7 +30,8 @@ class EpochInfo:
         n_processes:int=1, # That share the rows
         classes=None # `(n,)` class of each of `rows`, or a function that reads them; None where they have none
     ):
-        self.rows,self.epoch,self.n_epoch,self.pct_train,self.bs,self.n_processes = rows,epoch,n_epoch,pct_train,bs,n_processes
+        self.rows,self.epoch,self.n_epoch = rows,epoch,n_epoch
+        self.pct_train,self.bs,self.n_processes = pct_train,bs,n_processes
         self._classes = classes
 
     @property
@@ -55,12 +56,15 @@ class EpochInfo:
 # %% ../nbs/31_epoch_rules.ipynb #2eb96e1c
 class EpochRule(NotSaved):
     "Chooses the rows of an epoch: a subclass defines `__call__`"
-    score = 'loss' # what is remembered of a row's training step: a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`
+    # what is remembered of a row's training step: a name in `SCORES`, or a function of any of `loss`, `il`, `pred`,
+    # `targ`
+    score = 'loss'
     last = 1 # steps of each row that are remembered; 0: none
     weighs = False # does it weigh the rows that it chooses?
     il = None # irreducible losses, for a score that needs them
     bills = 'scoring' # as what `prepare` is billed: 'scoring' or 'il'
-    own_cost = 0. # what its own work costs in a fit, by counts, as a share of the steps of plain training; known after `begin`
+    # what its own work costs in a fit, by counts, as a share of the steps of plain training; known after `begin`
+    own_cost = 0.
 
     def __call__(self,
         remembered:Tensor, # `(n, last)` scores of `epoch.rows` when they were last trained on, the newest first; NaN where unknown
@@ -68,11 +72,14 @@ class EpochRule(NotSaved):
         generator:torch.Generator # Of all that is drawn
     ): # Rows, or rows and a weight for each; None: all, as without a rule
         "The rows to train on"
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(remembered, epoch, generator), which returns rows.")
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(remembered, epoch, generator), which "
+                                  "returns rows.")
 
     def check(self, learn): "Raise what can be known before the first step"
-    def begin(self, learn, dl): "Get ready for a fit on the data set of `dl`; may return seconds to bill beside those that it takes"
-    def prepare(self, learn, dl, epoch, memory): "Look at the model before rows are chosen; may `note` more in the memory"
+    def begin(self, learn, dl):
+        "Get ready for a fit on the data set of `dl`; may return seconds to bill beside those that it takes"
+    def prepare(self, learn, dl, epoch, memory):
+        "Look at the model before rows are chosen; may `note` more in the memory"
     def says(self, epoch): return '' # what the first line of a fit says of it
     def __repr__(self):
         shown = {k: v for k,v in vars(self).items() if isinstance(v, (Real, str)) and not k.startswith('_')}
@@ -89,7 +96,9 @@ class InfoBatch(EpochRule):
         weighted:bool=None # Weight the rows that stay? None: unless the score is 'reducible', since RHO-LOSS has no weights
     ):
         check_number('ratio', ratio, schedule=False); check_number('delta', delta, schedule=False)
-        if ratio == 1: raise ValueError("ratio must lie in [0, 1); got 1, which leaves no row below the mean to stand for the others.")
+        if ratio == 1:
+            raise ValueError("ratio must lie in [0, 1); got 1, which leaves no row below the mean to stand for the "
+                             "others.")
         self.ratio,self.delta,self.score,self.il = ratio,delta,score,il
         self.weighs = score != 'reducible' if weighted is None else weighted
 
@@ -103,15 +112,18 @@ class InfoBatch(EpochRule):
         if n_stay >= len(below): return
         below = below[torch.randperm(len(below), generator=generator)]
         weights = torch.ones(len(scores))
-        weights[below[:n_stay]],weights[below[n_stay:]] = len(below)/n_stay,0 # 1/(1-ratio), made exact for a whole number of rows
+        # 1/(1-ratio), made exact for a whole number of rows
+        weights[below[:n_stay]],weights[below[n_stay:]] = len(below)/n_stay,0
         rows,weights = epoch.rows[weights > 0],weights[weights > 0]
         return (rows, weights) if self.weighs else rows
 
     def says(self, epoch):
         n_pruned = max(int(self.delta*epoch.n_epoch + 1e-6) - 1, 0)
-        if not n_pruned or not self.ratio: return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and after delta={self.delta:g} of "
-                                "them all rows have their turn; fit for more epochs, or use rule='random'")
-        return f"{n_pruned} of {epoch.n_epoch} epochs without {self.ratio:.0%} of the rows whose {short_name(self.score)} was below the mean"
+        if not n_pruned or not self.ratio:
+            return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and after "
+                    f"delta={self.delta:g} of them all rows have their turn; fit for more epochs, or use rule='random'")
+        return (f"{n_pruned} of {epoch.n_epoch} epochs without {self.ratio:.0%} of the rows whose "
+                f"{short_name(self.score)} was below the mean")
 
 # %% ../nbs/31_epoch_rules.ipynb #de4c66f9
 class RandomSubset(EpochRule):
@@ -120,7 +132,8 @@ class RandomSubset(EpochRule):
     def __init__(self,
         keep:float=0.5 # Share of the rows, in (0, 1]
     ):
-        self.keep,self._order = check_number('keep', keep, open_low=True, schedule=False),torch.empty(0, dtype=torch.long)
+        self.keep = check_number('keep', keep, open_low=True, schedule=False)
+        self._order = torch.empty(0, dtype=torch.long)
 
     def begin(self, learn, dl): self._order = self._order[:0]
 
@@ -130,7 +143,8 @@ class RandomSubset(EpochRule):
         if len(self._order) < n: # the pass goes on into the next one
             rest = torch.ones(len(epoch.rows), dtype=torch.bool).index_fill_(0, self._order, False).nonzero().flatten()
             again = rest[torch.randperm(len(rest), generator=generator)]
-            self._order = torch.cat([self._order, again, self._order[torch.randperm(len(self._order), generator=generator)]])
+            self._order = torch.cat([self._order, again,
+                                     self._order[torch.randperm(len(self._order), generator=generator)]])
         chosen,self._order = self._order[:n],self._order[n:]
         return epoch.rows[chosen]
 
@@ -144,7 +158,8 @@ class IES(EpochRule):
         threshold:float=1e-3, # A row is mastered while the mean size of its loss's last three second differences is below (2e-3 for CIFAR-100)
         floor:float=0.1 # Share of the rows of a class that stay, at random, where more of them are mastered
     ):
-        self.threshold,self.floor = check_number('threshold', threshold, high=math.inf, schedule=False),check_number('floor', floor, schedule=False)
+        self.threshold = check_number('threshold', threshold, high=math.inf, schedule=False)
+        self.floor = check_number('floor', floor, schedule=False)
         self._out = None
 
     def begin(self, learn, dl): self._out = None
@@ -156,7 +171,8 @@ class IES(EpochRule):
         return len(self._out)
 
     def __call__(self, remembered, epoch, generator):
-        bends = (remembered[:,:3] - 2*remembered[:,1:4] + remembered[:,2:5]).abs().mean(1) # NaN until five losses are known
+        # NaN until five losses are known
+        bends = (remembered[:,:3] - 2*remembered[:,1:4] + remembered[:,2:5]).abs().mean(1)
         stays = ~(bends < self.threshold)
         order = torch.randperm(len(stays), generator=generator)
         classes = torch.zeros_like(order) if stays.all() or epoch.classes is None else epoch.classes
@@ -167,8 +183,11 @@ class IES(EpochRule):
         if not stays.all(): return epoch.rows[stays]
 
     def says(self, epoch):
-        if epoch.n_epoch < 6: return f"does nothing in {epoch.n_epoch} epoch(s): it needs five losses of each row; fit for more, or use rule='infobatch'"
-        return f"from the sixth of {epoch.n_epoch} epochs on without the rows whose loss has stopped moving, which are scored, not trained on"
+        if epoch.n_epoch < 6:
+            return (f"does nothing in {epoch.n_epoch} epoch(s): it needs five losses of each row; fit for more, or use "
+                    "rule='infobatch'")
+        return (f"from the sixth of {epoch.n_epoch} epochs on without the rows whose loss has stopped moving, which "
+                "are scored, not trained on")
 
 # %% ../nbs/31_epoch_rules.ipynb #3301c144
 def loss_groups(
@@ -178,10 +197,12 @@ def loss_groups(
 )->Tensor: # `(n,)` number of each one's group, from the group of the lowest losses to that of the highest
     "K-means in one dimension, begun at evenly spaced quantiles"
     values = losses.double().sort().values
-    centres = values[torch.linspace(0, len(values)-1, 2*n_groups+1)[1::2].round().long()].unique() if len(values) else values
+    centres = (values[torch.linspace(0, len(values)-1, 2*n_groups+1)[1::2].round().long()].unique() if len(values)
+               else values)
     for _ in range(n_iter):
         groups = torch.bucketize(values, (centres[1:] + centres[:-1])/2)
-        sums = torch.zeros(2, len(centres), dtype=values.dtype).index_add_(1, groups, torch.stack([values, torch.ones_like(values)]))
+        sums = torch.zeros(2, len(centres),
+                           dtype=values.dtype).index_add_(1, groups, torch.stack([values, torch.ones_like(values)]))
         moved = torch.where(sums[1] > 0, sums[0]/sums[1].clamp(min=1), centres)
         if torch.equal(moved, centres): break
         centres = moved
@@ -196,9 +217,11 @@ class SeTa(EpochRule):
         window:float=0.5, # Share of the groups that an epoch is on
         delta:float=0.9 # Share of a fit's epochs after which the others are on a random 1 - `prune`
     ):
-        for name,o in dict(prune=prune, window=window, delta=delta).items(): check_number(name, o, open_low=name == 'window', schedule=False)
+        for name,o in dict(prune=prune, window=window, delta=delta).items():
+            check_number(name, o, open_low=name == 'window', schedule=False)
         if prune == 1: raise ValueError("prune must lie in [0, 1); got 1, which leaves no row.")
-        self.prune,self.n_groups,self.window,self.delta,self._place = prune,check_count('n_groups', n_groups, 1),window,delta,0
+        self.prune,self.n_groups = prune,check_count('n_groups', n_groups, 1)
+        self.window,self.delta,self._place = window,delta,0
 
     def begin(self, learn, dl): self._place = 0
 
@@ -206,7 +229,8 @@ class SeTa(EpochRule):
         n = epoch.fits(max(1, round((1 - self.prune)*len(epoch.rows))))
         kept = torch.randperm(len(epoch.rows), generator=generator)[:n].sort().values
         losses = remembered[kept,0]
-        if epoch.in_last(self.delta) or not losses.isfinite().any(): return epoch.rows[kept] if n < len(epoch.rows) else None
+        if epoch.in_last(self.delta) or not losses.isfinite().any():
+            return epoch.rows[kept] if n < len(epoch.rows) else None
         known = losses.isfinite()
         groups = loss_groups(losses[known], self.n_groups)
         n_groups = int(groups.max()) + 1 # fewer where many losses are equal
@@ -217,8 +241,11 @@ class SeTa(EpochRule):
         return epoch.rows[kept[inside]]
 
     def says(self, epoch):
-        if epoch.n_epoch*self.delta < 2: return f"does next to nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by; fit for more epochs"
-        return f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss per epoch, from easy to hard and again"
+        if epoch.n_epoch*self.delta < 2:
+            return (f"does next to nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by; fit for more "
+                    "epochs")
+        return (f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss per epoch, from "
+                "easy to hard and again")
 
 # %% ../nbs/31_epoch_rules.ipynb #df4e6ebe
 class _FunctionRule(EpochRule):
@@ -241,8 +268,11 @@ def find_rule(
         for name in kwargs:
             if name not in known: raise TypeError(f"rule={rule!r} has no setting {name!r}; it has {', '.join(known)}.")
         return made(**kwargs)
-    if kwargs: raise TypeError(f"{', '.join(kwargs)}: settings of a rule that is given by name; this one is made already: {rule!r}.")
+    if kwargs:
+        raise TypeError(f"{', '.join(kwargs)}: settings of a rule that is given by name; this one is made already: "
+                        f"{rule!r}.")
     if isinstance(rule, EpochRule): return rule
     if isinstance(rule, type) or not callable(rule):
-        raise TypeError(f"rule must be one of {', '.join(EPOCH_RULES)}, an EpochRule or a function of (remembered, epoch, generator); got {rule!r}.")
+        raise TypeError(f"rule must be one of {', '.join(EPOCH_RULES)}, an EpochRule or a function of (remembered, "
+                        f"epoch, generator); got {rule!r}.")
     return _FunctionRule(rule)

@@ -105,8 +105,10 @@ def _submitted(func, tasks, executor, threads):
                 yield ended
             if not ready: time.sleep(0.02)
     except BrokenExecutor as e:
-        if not isinstance(executor, ProcessPoolExecutor): yield from ((name, None, f'its executor broke: {e}') for name in left)
-        # a pool takes all of its workers with it: what they hadn't finished goes on, and the task that broke it breaks its own process only
+        if not isinstance(executor, ProcessPoolExecutor):
+            yield from ((name, None, f'its executor broke: {e}') for name in left)
+        # a pool takes all of its workers with it: what they hadn't finished goes on, and the task that broke it breaks
+        # its own process only
         else: yield from _in_processes(func, left, executor._max_workers, threads)
 
 # %% ../nbs/10_executors.ipynb #6c1894d7
@@ -125,8 +127,8 @@ def run_tasks(
     "Do independent tasks, wherever: one that fails, or whose process dies, loses its own result only"
     if threads is not None: check_count('threads', threads, 1)
     if not (executor is None or type(executor) is int or hasattr(executor, 'submit') or callable(executor)):
-        raise TypeError("executor must be None, a number of processes, an executor with `submit` (concurrent.futures, Dask), or a function like map; "
-                        f"got {executor!r}.")
+        raise TypeError("executor must be None, a number of processes, an executor with `submit` (concurrent.futures, "
+                        f"Dask), or a function like map; got {executor!r}.")
     if isinstance(executor, int): check_count('executor', executor, 1)
     threads = threads or worker_threads(executor)
     if executor is None: ended = map(partial(_attempt, func, threads), tasks.items())
@@ -140,7 +142,8 @@ def run_tasks(
             done(name, result)
     except Exception as e:
         if executor is None or isinstance(executor, int): raise
-        errors.update({name: f'{type(e).__name__}: {e}' for name in tasks if name not in results and name not in errors})
+        errors.update({name: f'{type(e).__name__}: {e}' for name in tasks if name not in results
+                       and name not in errors})
     return results,errors
 
 # %% ../nbs/10_executors.ipynb #ffdc9909
@@ -169,4 +172,5 @@ def run_in_order(
         for _ in range(n_steps//max(1, len(tasks))): step()
     _,errors = run_tasks(partial(_with_arguments, func), dict(enumerate(tasks)), executor, threads, done)
     if errors:
-        raise RuntimeError(f"{len(errors)} of {len(tasks)} runs are lost: {'; '.join(f'run {k}: {why}' for k,why in sorted(errors.items()))}")
+        raise RuntimeError(f"{len(errors)} of {len(tasks)} runs are lost: "
+                           f"{'; '.join(f'run {k}: {why}' for k,why in sorted(errors.items()))}")

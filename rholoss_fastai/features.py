@@ -50,10 +50,12 @@ class RandomPatches(nn.Module):
         super().__init__()
         store_attr('size,pool,threshold')
         images = self._floats(images)
-        if images.ndim != 4: raise ValueError(f"Images of shape {tuple(images.shape)}: expected (n, channels, height, width).")
+        if images.ndim != 4:
+            raise ValueError(f"Images of shape {tuple(images.shape)}: expected (n, channels, height, width).")
         self.mean,self.std = images.mean((0,2,3))[:,None,None],images.std((0,2,3)).clamp(min=1e-6)[:,None,None]
         generator = torch.Generator().manual_seed(seed)
-        patches = F.unfold(self._small(images), min(patch, *self._small(images[:1]).shape[2:])).transpose(1, 2).flatten(0, 1)
+        patches = F.unfold(self._small(images),
+                           min(patch, *self._small(images[:1]).shape[2:])).transpose(1, 2).flatten(0, 1)
         order = torch.randperm(len(patches), generator=generator).to(patches.device)
         patches = patches[order[:max(100*n_filters, 10_000)]]
         patches = patches - patches.mean(1, keepdim=True)
@@ -75,7 +77,8 @@ class RandomPatches(nn.Module):
     def _answers(self, x):
         x = self._small(self._floats(x))
         n,side = self.filters[0].numel(),self.filters.shape[-1]
-        mean,square = (F.avg_pool2d(o.mean(1, keepdim=True), side, 1) for o in (x, x*x)) # of each patch, all its channels
+        # of each patch, all its channels
+        mean,square = (F.avg_pool2d(o.mean(1, keepdim=True), side, 1) for o in (x, x*x))
         var = (square - mean*mean).clamp_(min=0)*(n/(n - 1))
         answers = F.conv2d(x, self.filters).mul_((var + 0.05).rsqrt_())
         both = torch.cat([answers - self.threshold, -self.threshold - answers], 1).relu_()
@@ -114,8 +117,9 @@ class BodyInputs:
             for h in hooks: h.remove()
         linear = [i for i,(m,_) in enumerate(self.calls) if isinstance(m, nn.Linear)]
         if not linear:
-            raise ValueError(f"{type(self.model).__name__} has no nn.Linear, whose inputs would be the features: pass features='patches', or a function of "
-                             "the inputs that returns one line of numbers for each.")
+            raise ValueError(f"{type(self.model).__name__} has no nn.Linear, whose inputs would be the features: pass "
+                             "features='patches', or a function of the inputs that returns one line of numbers for "
+                             "each.")
         at = linear.pop()
         # a new head's earlier linear layers only mix up at random what the body says
         while linear and self._is_new([m for m,_ in self.calls[linear[-1]+1:at]]): at = linear.pop()
@@ -137,7 +141,8 @@ class BodyInputs:
         try: model(*xb)
         finally: handle.remove()
         kept,self.kept = plain(self.kept).float(),None
-        if kept.ndim == 4: return F.adaptive_avg_pool2d(kept, 2 if kept.shape[1] <= 256 and min(kept.shape[2:]) > 1 else 1).flatten(1)
+        if kept.ndim == 4:
+            return F.adaptive_avg_pool2d(kept, 2 if kept.shape[1] <= 256 and min(kept.shape[2:]) > 1 else 1).flatten(1)
         return kept if kept.ndim == 2 else kept.flatten(1, -2).mean(1)
 
 # %% ../nbs/13_features.ipynb #768127b1
@@ -159,7 +164,8 @@ def text_features(
     if not ends[-1]: raise ValueError("All texts are empty: there is no token to count.")
     counts = csr_matrix((np.ones(ends[-1], np.float32), np.concatenate(grams), ends), shape=(len(texts), most))
     counts.sum_duplicates()
-    often = np.flatnonzero(counts.getnnz(0) > (1 if len(texts) > 100 else 0)) # what is in one text only says nothing of another
+    # what is in one text only says nothing of another
+    often = np.flatnonzero(counts.getnnz(0) > (1 if len(texts) > 100 else 0))
     weights = TfidfTransformer(sublinear_tf=True).fit_transform(counts[:,often] if len(often) else counts)
     dim = min(dim, *(n - 1 for n in weights.shape))
     if dim < 1: return torch.from_numpy(weights.toarray()).float()
@@ -182,9 +188,11 @@ def table_features(
     for codes in cats.long().T if cats is not None else ():
         counts = codes.bincount()
         kept = counts.argsort(descending=True)[:most]
-        place = torch.full_like(counts, min(most, len(kept))).index_copy_(0, kept, torch.arange(len(kept), device=codes.device))
+        place = torch.full_like(counts, min(most, len(kept))).index_copy_(0, kept,
+                                                                          torch.arange(len(kept), device=codes.device))
         parts.append(F.one_hot(place[codes]).float())
-    if not parts: raise ValueError("The table has no column besides its target: there is nothing to tell rows apart by.")
+    if not parts:
+        raise ValueError("The table has no column besides its target: there is nothing to tell rows apart by.")
     table = torch.cat(parts, 1)
     if not n_random: return table
     generator = torch.Generator().manual_seed(seed)
@@ -193,15 +201,20 @@ def table_features(
     return torch.cat([table, (table @ weights.to(table) + shift.to(table)).cos()], 1)
 
 # %% ../nbs/13_features.ipynb #1c8a232c
-def _images(xb): return isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].shape[1] <= 16 and (xb[0].is_floating_point() or xb[0].dtype == torch.uint8)
+def _images(xb):
+    return (isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].shape[1] <= 16
+            and (xb[0].is_floating_point() or xb[0].dtype == torch.uint8))
 def _token_ids(xb):
     "Token numbers `(bs, length)` of a batch of texts, else None"
     x = xb[0].get('input_ids') if isinstance(xb[0], Mapping) else xb[0] if len(xb) == 1 else None
     return x if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else None
 def _columns(xb):
     "Categories and numbers of a batch of rows of a table, else None"
-    if len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].is_floating_point() and xb[0].ndim == 2 and xb[0].shape[1] <= 4096: return None,xb[0]
-    if len(xb) == 2 and all(isinstance(o, Tensor) and o.ndim == 2 for o in xb) and not xb[0].is_floating_point(): return xb
+    if (len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].is_floating_point() and xb[0].ndim == 2
+        and xb[0].shape[1] <= 4096):
+        return None,xb[0]
+    if len(xb) == 2 and all(isinstance(o, Tensor) and o.ndim == 2 for o in xb) and not xb[0].is_floating_point():
+        return xb
     return None
 
 def input_kind(
@@ -227,13 +240,15 @@ def _tokens(xb, pads):
     kept = mask.bool() if mask is not None else ~torch.isin(ids, torch.tensor(sorted(pads), device=ids.device))
     return [o[k].numpy() for o,k in zip(ids.cpu(), kept.cpu())]
 
-# Each returns a function of `(model, xb, rows)` that says the features of a batch, and what becomes of these once all are there, or None
+# Each returns a function of `(model, xb, rows)` that says the features of a batch, and what becomes of these once all
+# are there, or None
 
 def _read_body(learn, dl, xb):
     if changers := changers_in_training(learn, dl):
         raise ValueError("features='body' are what the model makes of the inputs as the DataLoaders give them, and "
-                         f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in changers)} changes them in training: do that in the DataLoaders' transforms "
-                         "(after_batch), pass a function of the inputs as features=..., or irreducible losses that are made already, il=...")
+                         f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in changers)} changes them in "
+                         "training: do that in the DataLoaders' transforms (after_batch), pass a function of the "
+                         "inputs as features=..., or irreducible losses that are made already, il=...")
     inputs = BodyInputs(get_model(learn.model))
     return lambda model, xb, rows: inputs(model, xb), None
 
@@ -250,7 +265,8 @@ def _read_columns(learn, dl, xb):
     def join(model, xb, rows): return torch.cat([o.float() for o in _columns(xb) if o is not None], 1)
     return join, lambda x: table_features(x[:,:n_cats] if n_cats else None, x[:,n_cats:])
 
-_by_name = dict(body=(_read_body, lambda xb: True, ''), patches=(_read_patches, _images, 'images (bs, channels, height, width)'),
+_by_name = dict(body=(_read_body, lambda xb: True, ''),
+                patches=(_read_patches, _images, 'images (bs, channels, height, width)'),
                 tfidf=(_read_tokens, lambda xb: _token_ids(xb) is not None, 'tokens (bs, length)'),
                 columns=(_read_columns, _columns, 'columns of a table (bs, d)'))
 FEATURES = tuple(_by_name)
@@ -266,7 +282,8 @@ def _read_own(features, dl, device):
     if callable(features): return lambda model, xb, rows: features(*xb).flatten(1).float(), None
     table = torch.as_tensor(np.asarray(features))
     if table.ndim != 2 or len(table) != dataset_size(dl):
-        raise ValueError(f"features of shape {tuple(table.shape)}: expected one line for each of the {dataset_size(dl)} rows of the data set, (n, d).")
+        raise ValueError(f"features of shape {tuple(table.shape)}: expected one line for each of the "
+                         f"{dataset_size(dl)} rows of the data set, (n, d).")
     return lambda model, xb, rows: table[rows].float(), None
 
 def feature_reader(
@@ -280,6 +297,6 @@ def feature_reader(
     make,fits,expected = _by_name[features]
     if not fits(xb):
         shapes = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)
-        raise ValueError(f"features={features!r} for inputs of {shapes}: expected {expected}. Pass features='body', or a function of the inputs "
-                         "that returns one line of numbers for each.")
+        raise ValueError(f"features={features!r} for inputs of {shapes}: expected {expected}. Pass features='body', or "
+                         "a function of the inputs that returns one line of numbers for each.")
     return make(learn, dl, xb)

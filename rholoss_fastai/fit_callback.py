@@ -74,20 +74,23 @@ class FitCallback(NotSaved, Callback):
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
         if fits_now(learn):
-            raise ValueError(f"fit was called in the midst of a fit of the same Learner, which would end what {type(self).__name__} does in that one: call it after "
-                             "the fit, or fit another Learner.")
+            raise ValueError("fit was called in the midst of a fit of the same Learner, which would end what "
+                             f"{type(self).__name__} does in that one: call it after the fit, or fit another Learner.")
         check_loss_makers(learn)
-        self._fit = SimpleNamespace(device=next(learn.model.parameters(), torch.empty(0)).device, losses_of=None, checked=None)
+        self._fit = SimpleNamespace(device=next(learn.model.parameters(), torch.empty(0)).device, losses_of=None,
+                                    checked=None)
         try: self.begin_fit()
         except BaseException: self._tidy(); raise
 
-    def begin_fit(self): "Check what can be checked before the first batch, and make the state of this fit: for subclasses"
+    def begin_fit(self):
+        "Check what can be checked before the first batch, and make the state of this fit: for subclasses"
 
     def add_columns(self,
         **columns # Name in the training table -> function that returns its value
     ):
         "Show these in the training table until the fit ends"
-        self.learn._metrics = FitMetrics([*self.learn.metrics, *[FitColumn(func, name) for name,func in columns.items()]])
+        self.learn._metrics = FitMetrics([*self.learn.metrics,
+                                          *[FitColumn(func, name) for name,func in columns.items()]])
         self._columns = [o for o in self.learn.metrics if isinstance(o, FitColumn)][-len(columns):] if columns else []
 
     def item_losses(self)->ItemLosses:
@@ -112,9 +115,11 @@ class FitCallback(NotSaved, Callback):
 
     def _tidy(self):
         "Undo what a fit added, also one that was interrupted"
-        if self._fit is not None: self.learn.loss_func = loss_in_force(self.learn) # an interrupted MixUp leaves its own, which the next one would wrap again
+        # an interrupted MixUp leaves its own, which the next one would wrap again
+        if self._fit is not None: self.learn.loss_func = loss_in_force(self.learn)
         columns,self._columns = self.__dict__.get('_columns') or [],[]
-        if columns: self.learn._metrics = FitMetrics([o for o in self.learn.metrics if not any(o is c for c in columns)])
+        if columns:
+            self.learn._metrics = FitMetrics([o for o in self.learn.metrics if not any(o is c for c in columns)])
         if not any(isinstance(o, FitColumn) for o in self.learn.metrics) and type(self.learn.metrics) is FitMetrics:
             self.learn._metrics = L(list(self.learn.metrics))
         self._fit = None
@@ -137,8 +142,8 @@ def check_loss_makers(
     whole = [cb for cb in makers if cb.makes_loss == 'whole']
     if whole and len(makers) > 1:
         other = next(cb for cb in makers if cb is not whole[0])
-        raise ValueError(f"{type(whole[0]).__name__} makes the training loss, and so does {type(other).__name__}: the second would undo the first. Use one "
-                         f"of them: learn.remove_cb({type(other).__name__}).")
+        raise ValueError(f"{type(whole[0]).__name__} makes the training loss, and so does {type(other).__name__}: the "
+                         f"second would undo the first. Use one of them: learn.remove_cb({type(other).__name__}).")
 
 def weigh_loss(
     learn:Learner, # A Learner whose loss was just taken (`after_loss`)
@@ -162,7 +167,8 @@ def batch_rows(
     rows = delivered[-1].delivered_rows if delivered else learn.dl.rows(learn.iter, device)
     n = batch_size(learn.yb)
     if len(rows) != n:
-        raise ValueError(f"The batch has {n} items, but {len(rows)} rows were drawn for it: the DataLoader or a callback adds or drops items, so "
-                         "it isn't known which row is which. Make the DataLoader deliver every row that it draws, and let callbacks that change the number of "
-                         "items act after selection (order above -5).")
+        raise ValueError(f"The batch has {n} items, but {len(rows)} rows were drawn for it: the DataLoader or a "
+                         "callback adds or drops items, so it isn't known which row is which. Make the DataLoader "
+                         "deliver every row that it draws, and let callbacks that change the number of items act "
+                         "after selection (order above -5).")
     return rows

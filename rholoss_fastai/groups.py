@@ -37,11 +37,13 @@ def _few(names): return ', '.join(map(str, names[:5])) + (', ...' if len(names) 
 def _of_columns(items, groups):
     "The values of the columns `groups` of the table `items`, crossed where they are several"
     if not isinstance(items, pd.DataFrame):
-        raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a table: pass one value per row, or "
-                        "a function of an item.")
+        raise TypeError(f"groups={groups!r} names columns, but the data set's items are {type(items).__name__}, not a "
+                        "table: pass one value per row, or a function of an item.")
     columns = [groups] if isinstance(groups, str) else list(groups)
     missing = [o for o in columns if o not in items.columns]
-    if missing: raise ValueError(f"The data set's table has no column {_few(missing)}; it has {', '.join(map(str, items.columns))}.")
+    if missing:
+        raise ValueError(f"The data set's table has no column {_few(missing)}; it has "
+                         f"{', '.join(map(str, items.columns))}.")
     parts = items[columns]
     if len(columns) == 1: return parts[columns[0]]
     return parts.agg(lambda o: ', '.join(map(str, o)), axis=1).where(parts.notna().all(axis=1))
@@ -52,7 +54,8 @@ def _group_values(dl, groups):
     items = dataset if isinstance(dataset, pd.DataFrame) else getattr(dataset, 'items', dataset)
     if isinstance(groups, Groups): return pd.Categorical.from_codes(groups.codes.cpu().numpy(), groups.names)
     if isinstance(groups, (str, tuple)): return _of_columns(items, groups)
-    if callable(groups): return [groups(o) for o in (items.iloc[i] if hasattr(items, 'iloc') else items[i] for i in range(n))]
+    if callable(groups):
+        return [groups(o) for o in (items.iloc[i] if hasattr(items, 'iloc') else items[i] for i in range(n))]
     return groups.detach().cpu().numpy() if isinstance(groups, Tensor) else groups
 
 # %% ../nbs/35_groups.ipynb #0da38a4c
@@ -66,10 +69,13 @@ def row_groups(
     known = pd.Categorical(values)
     codes,names = torch.tensor(known.codes, dtype=torch.long),list(known.categories)
     if (codes < 0).any():
-        raise ValueError(f"{(codes < 0).sum()} rows have no group (NaN or None), the first is row {(codes < 0).nonzero()[0].item()}: name one for each.")
+        raise ValueError(f"{(codes < 0).sum()} rows have no group (NaN or None), the first is row "
+                         f"{(codes < 0).nonzero()[0].item()}: name one for each.")
     counts = codes[own_rows(dl)].bincount(minlength=len(names))
     empty = [names[i] for i in (counts == 0).nonzero().flatten()]
-    if empty: raise ValueError(f"No row is in group {_few(empty)}, of which nothing can be said then: leave it out, or split so that each group has rows.")
+    if empty:
+        raise ValueError(f"No row is in group {_few(empty)}, of which nothing can be said then: leave it out, or split "
+                         "so that each group has rows.")
     if len(names) < 2: raise ValueError(f"All rows are in one group, {names[0]!r}: expected two groups at least.")
     return Groups(codes, names)
 
@@ -78,8 +84,8 @@ def _known_order(dl):
     "A loader that knows the rows of `dl`'s batches, also of one that is under way"
     if hasattr(dl, 'rows'): return dl
     if not isinstance(dl, DataLoader) or is_distributed(dl) or dl.shuffle:
-        raise ValueError("WorstGroup must know the row of each prediction, so it takes a fastai DataLoader that doesn't shuffle, in one process: "
-                         "validate on one with shuffle=False.")
+        raise ValueError("WorstGroup must know the row of each prediction, so it takes a fastai DataLoader that "
+                         "doesn't shuffle, in one process: validate on one with shuffle=False.")
     res = track_rows(dl)
     res.get_idxs() # notes the order, which is the same each time
     return res
@@ -123,7 +129,8 @@ class WorstGroup(NotSaved, Metric):
         "The worst group's value; the first time it is asked for, a line of `table`"
         if self.batches: self._sum_up()
         if not self.history: return None
-        return self.worst(self.history[-1].values(), key=lambda o: (math.isnan(o) == (self.worst is max), o)) # NaN is worst
+        # NaN is worst
+        return self.worst(self.history[-1].values(), key=lambda o: (math.isnan(o) == (self.worst is max), o))
 
     def _sum_up(self):
         pred,*targs,rows = map(torch.cat, zip(*self.batches))

@@ -17,8 +17,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from fastai.optimizer import (Optimizer, OptimWrapper, adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step, rms_prop_step, sgd_step,
-                              step_stat, weight_decay)
+from fastai.optimizer import (Optimizer, OptimWrapper, adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step,
+                              rms_prop_step, sgd_step, step_stat, weight_decay)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
@@ -28,21 +28,26 @@ from .nested import batch_size, plain, prediction, subset_batch, tensors
 from .rows import preserve_rng
 
 # %% ../nbs/40_hypergradient.ipynb #d948e888
-# fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is updated
+# fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is
+# updated
 def _sgd_step(w, g, lr, **_): return dict(w=w - lr*g)
 def _momentum_step(w, lr, grad_avg, **_): return dict(w=w - lr*grad_avg)
 def _weight_decay(w, lr, wd, do_wd=True, **_): return dict(w=w*(1 - lr*wd)) if do_wd else {}
 def _l2_reg(w, g, wd, do_wd=True, **_): return dict(g=g + wd*w) if do_wd else {}
-def _average_grad(g, mom, dampening=False, grad_avg=0., **_): return dict(grad_avg=mom*grad_avg + (1 - mom if dampening else 1.)*g)
-def _average_sqr_grad(g, sqr_mom, dampening=True, sqr_avg=0., **_): return dict(sqr_avg=sqr_mom*sqr_avg + (1 - sqr_mom if dampening else 1.)*g*g)
+def _average_grad(g, mom, dampening=False, grad_avg=0., **_):
+    return dict(grad_avg=mom*grad_avg + (1 - mom if dampening else 1.)*g)
+def _average_sqr_grad(g, sqr_mom, dampening=True, sqr_avg=0., **_):
+    return dict(sqr_avg=sqr_mom*sqr_avg + (1 - sqr_mom if dampening else 1.)*g*g)
 def _step_stat(step=0, **_): return dict(step=step + 1)
 def _root(sqr_avg): return (sqr_avg + 1e-30).sqrt() # of 0 it has no derivative, and weights that never had a gradient are at 0
-def _rms_prop_step(w, g, lr, sqr_avg, eps, grad_avg=None, **_): return dict(w=w - lr*(g if grad_avg is None else grad_avg)/(_root(sqr_avg) + eps))
+def _rms_prop_step(w, g, lr, sqr_avg, eps, grad_avg=None, **_):
+    return dict(w=w - lr*(g if grad_avg is None else grad_avg)/(_root(sqr_avg) + eps))
 def _adam_step(w, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, **_):
     return dict(w=w - lr/(1 - mom**step)*grad_avg/(_root(sqr_avg/(1 - sqr_mom**step)) + eps))
 
-_functional = {sgd_step: _sgd_step, momentum_step: _momentum_step, weight_decay: _weight_decay, l2_reg: _l2_reg, average_grad: _average_grad,
-               average_sqr_grad: _average_sqr_grad, step_stat: _step_stat, rms_prop_step: _rms_prop_step, adam_step: _adam_step}
+_functional = {sgd_step: _sgd_step, momentum_step: _momentum_step, weight_decay: _weight_decay, l2_reg: _l2_reg,
+               average_grad: _average_grad, average_sqr_grad: _average_sqr_grad, step_stat: _step_stat,
+               rms_prop_step: _rms_prop_step, adam_step: _adam_step}
 _torch_names = dict(momentum_buffer='grad_avg', exp_avg='grad_avg', exp_avg_sq='sqr_avg', step='step')
 
 # %% ../nbs/40_hypergradient.ipynb #525290b3
@@ -51,12 +56,14 @@ def _torch_steppers(opt):
     groups = opt.param_groups
     if not any(group.get(o) for group in groups for o in ('nesterov', 'amsgrad', 'maximize', 'dampening')):
         if type(opt) is torch.optim.SGD:
-            return [l2_reg, *([average_grad, momentum_step] if any(group['momentum'] for group in groups) else [sgd_step])]
+            return [l2_reg,
+                    *([average_grad, momentum_step] if any(group['momentum'] for group in groups) else [sgd_step])]
         if type(opt) in (torch.optim.Adam, torch.optim.AdamW):
             decoupled = type(opt) is torch.optim.AdamW or any(group.get('decoupled_weight_decay') for group in groups)
-            return [weight_decay if decoupled else l2_reg, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
-    raise ValueError(f"one_pass can't differentiate a step of {opt}. It knows torch.optim's SGD, Adam and AdamW without nesterov, dampening, amsgrad and "
-                     "maximize, and fastai's SGD, RMSProp and Adam.")
+            return [weight_decay if decoupled else l2_reg, partial(average_grad, dampening=True), average_sqr_grad,
+                    step_stat, adam_step]
+    raise ValueError(f"one_pass can't differentiate a step of {opt}. It knows torch.optim's SGD, Adam and AdamW "
+                     "without nesterov, dampening, amsgrad and maximize, and fastai's SGD, RMSProp and Adam.")
 
 # %% ../nbs/40_hypergradient.ipynb #d94e5670
 class Update:
@@ -66,22 +73,28 @@ class Update:
     ):
         if isinstance(opt, OptimWrapper): steppers = _torch_steppers(opt.opt)
         elif type(opt) is Optimizer: steppers = list(opt.cbs)
-        else: raise ValueError(f"one_pass can't differentiate a step of {type(opt).__name__}: use fastai's SGD, RMSProp or Adam, or an OptimWrapper.")
+        else:
+            raise ValueError(f"one_pass can't differentiate a step of {type(opt).__name__}: use fastai's SGD, RMSProp "
+                             "or Adam, or an OptimWrapper.")
         self.opt,self.functions = opt,[getattr(o, 'func', o) for o in steppers]
         unknown = [getattr(o, '__name__', o) for o in self.functions if o not in _functional]
-        if unknown: raise ValueError(f"one_pass can't differentiate the optimiser's step {', '.join(map(str, unknown))}: use fastai's SGD, RMSProp or Adam.")
+        if unknown:
+            raise ValueError(f"one_pass can't differentiate the optimiser's step {', '.join(map(str, unknown))}: use "
+                             "fastai's SGD, RMSProp or Adam.")
         self.steps = [partial(_functional[f], **getattr(o, 'keywords', {})) for f,o in zip(self.functions, steppers)]
 
     def has(self,
         name:str # 'lr', 'wd' or 'mom'
     )->bool:
         "Does the step depend on this hyper-parameter?"
-        return any(f in self.functions for f in dict(lr=self.functions, wd=(weight_decay, l2_reg), mom=(average_grad,))[name])
+        return any(f in self.functions
+                   for f in dict(lr=self.functions, wd=(weight_decay, l2_reg), mom=(average_grad,))[name])
 
     def _state(self, p):
         if not isinstance(self.opt, OptimWrapper): return self.opt.state.get(p, {})
         state = self.opt.opt.state.get(p, {})
-        return {name: float(state[k]) if k=='step' else state[k] for k,name in _torch_names.items() if state.get(k) is not None}
+        return {name: float(state[k]) if k=='step' else state[k] for k,name in _torch_names.items()
+                if state.get(k) is not None}
 
     def __call__(self,
         p:nn.Parameter, # Whose state (moments, number of steps) it begins with: constants
@@ -117,7 +130,8 @@ def twice_differentiable(
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(m, nn.RNNBase) for m in modules):
-            for backend in (torch.backends.cudnn, torch.backends.mkldnn): stack.enter_context(backend.flags(enabled=False))
+            for backend in (torch.backends.cudnn, torch.backends.mkldnn):
+                stack.enter_context(backend.flags(enabled=False))
         yield
 
 @contextmanager
@@ -141,7 +155,8 @@ def untouched(
     "Modules with `attributes` and with copies of their buffers; afterwards they are what they were, a recurrent model's hidden state included"
     kept = [dict(vars(m)) for m in modules]
     try:
-        for m in modules: vars(m).update(_buffers={k: b if b is None else b.clone() for k,b in m._buffers.items()}, **attributes)
+        for m in modules:
+            vars(m).update(_buffers={k: b if b is None else b.clone() for k,b in m._buffers.items()}, **attributes)
         yield
     finally:
         for m,own in zip(modules, kept):
@@ -159,7 +174,9 @@ class ExtraPass:
     def __init__(self,
         model:nn.Module,
         loss_func:Callable # Function of prediction and targets
-    ): self.model,self.loss_func,self.one_tensor,self.modules = model,loss_func,_one_tensor(loss_func),list(model.modules())
+    ):
+        self.model,self.loss_func = model,loss_func
+        self.one_tensor,self.modules = _one_tensor(loss_func),list(model.modules())
 
     def __call__(self,
         xb:tuple, # Inputs
@@ -207,7 +224,8 @@ class Scale(NamedTuple):
 
 def _power10(t): return 10**t
 
-SCALES = dict(lr=Scale(torch.log10, _power10, -10., 0.), wd=Scale(torch.log10, _power10, -20., 2.), mom=Scale(torch.logit, torch.sigmoid, -10., 10.))
+SCALES = dict(lr=Scale(torch.log10, _power10, -10., 0.), wd=Scale(torch.log10, _power10, -20., 2.),
+              mom=Scale(torch.logit, torch.sigmoid, -10., 10.))
 
 # %% ../nbs/40_hypergradient.ipynb #fde70dfa
 class HyperParams:
@@ -225,7 +243,8 @@ class HyperParams:
 
     def values(self)->dict: # Name -> numbers
         "Values, one a group: of several the largest"
-        largest = [SCALES[name].outward(torch.stack([t.detach().max() for t in group]).max()) for name,groups in self.theta.items() for group in groups]
+        largest = [SCALES[name].outward(torch.stack([t.detach().max() for t in group]).max())
+                   for name,groups in self.theta.items() for group in groups]
         values = iter(torch.stack(largest).tolist())
         return {name: [next(values) for _ in groups] for name,groups in self.theta.items()}
 
@@ -234,14 +253,19 @@ class HyperParams:
     ):
         "Go on with what was learnt, unless the optimiser has been given other values"
         given = {name: [float(hyper[name]) for hyper in opt.hypers] for name in self.tune}
-        def differ(own): return [(name, v, new) for name in given for v,new in zip(given[name], own[name]) if not math.isclose(v, new, rel_tol=1e-3)]
-        if self.theta is not None and len(opt.hypers) == len(self.theta[self.tune[0]]) and not differ(self.values()): return
+        def differ(own):
+            return [(name, v, new) for name in given for v,new in zip(given[name], own[name])
+                    if not math.isclose(v, new, rel_tol=1e-3)]
+        if self.theta is not None and len(opt.hypers) == len(self.theta[self.tune[0]]) and not differ(self.values()):
+            return
         p = next(p for group in opt.param_lists for p in group)
         scalar = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         def leaves(name, group, value):
             scale = SCALES[name]
-            return [scale.inward(torch.full_like(o, value)).clamp(scale.low, scale.high).requires_grad_() for o in self.likes(name, group) or [scalar]]
-        self.theta = {name: [leaves(name, group, value) for group,value in zip(opt.param_lists, values)] for name,values in given.items()}
+            return [scale.inward(torch.full_like(o, value)).clamp(scale.low, scale.high).requires_grad_()
+                    for o in self.likes(name, group) or [scalar]]
+        self.theta = {name: [leaves(name, group, value) for group,value in zip(opt.param_lists, values)]
+                      for name,values in given.items()}
         self.restart()
         clipped = [f"{name} {value:g} to {new:g}" for name,value,new in differ(self.values())]
         if clipped: warnings.warn(f"one_pass begins within its bounds: {', '.join(clipped)}.")
@@ -260,7 +284,8 @@ class HyperParams:
 
     def outward(self)->dict: # As `theta`
         "Values as functions of the leaves"
-        return {name: [[SCALES[name].outward(t) for t in group] for group in groups] for name,groups in self.theta.items()}
+        return {name: [[SCALES[name].outward(t) for t in group] for group in groups]
+                for name,groups in self.theta.items()}
 
     def step(self,
         slopes:list, # Derivatives by `leaves`
@@ -297,7 +322,8 @@ class HyperParams:
 
     def state(self)->dict:
         "Values of the leaves, and Adam's averages"
-        return dict(theta={name: [[t.detach() for t in group] for group in groups] for name,groups in self.theta.items()}, adam=self.adam.state_dict())
+        return dict(theta={name: [[t.detach() for t in group] for group in groups]
+                           for name,groups in self.theta.items()}, adam=self.adam.state_dict())
 
     def load(self,
         opt, # Optimiser whose hyper-parameters they are
@@ -306,11 +332,15 @@ class HyperParams:
     ):
         "Go on from what was saved"
         shapes = {name: [[t.shape for t in group] for group in groups] for name,groups in theta.items()}
-        if shapes != {name: [[o.shape for o in self.likes(name, group) or [torch.empty(())]] for group in opt.param_lists] for name in self.tune}:
-            raise ValueError(f"The state is of {', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other names, number or kind "
-                             f"than here, {type(self).__name__} of {self.tune!r}, {len(opt.param_lists)} groups: make Learner and tuner as they were.")
+        if shapes != {name: [[o.shape for o in self.likes(name, group) or [torch.empty(())]]
+                             for group in opt.param_lists] for name in self.tune}:
+            raise ValueError("The state is of "
+                             f"{', '.join(f'{len(v)} parameter groups for {k}' for k,v in shapes.items())}, of other "
+                             f"names, number or kind than here, {type(self).__name__} of {self.tune!r}, "
+                             f"{len(opt.param_lists)} groups: make Learner and tuner as they were.")
         device = next(p for group in opt.param_lists for p in group).device
-        self.theta = {name: [[t.to(device).requires_grad_() for t in group] for group in groups] for name,groups in theta.items()}
+        self.theta = {name: [[t.to(device).requires_grad_() for t in group] for group in groups]
+                      for name,groups in theta.items()}
         self.restart()
         self.adam.load_state_dict(adam)
 
@@ -337,5 +367,6 @@ class WeightRates(HyperParams):
     def pool(self, opt):
         "Leave each group the median of its rates; returns whether anything was changed"
         if self.theta is None or opt is None: return False
-        opt.set_hyper('lr', [10**torch.cat([t.detach().flatten() for t in group]).median().item() for group in self.theta['lr']])
+        opt.set_hyper('lr', [10**torch.cat([t.detach().flatten() for t in group]).median().item()
+                             for group in self.theta['lr']])
         return True

@@ -37,7 +37,8 @@ class ILSource:
     needs_rows = True # must the data set's row of each item be known?
     table = None # the `IrreducibleLosses`, once there are some
     module = None # the model that computes them on the fly
-    by_probe = False # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
+    # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
+    by_probe = False
 
     def check(self,
         learn:Learner # The target
@@ -60,7 +61,8 @@ class ILSource:
         c # `Candidates`
     )->Tensor: # `(n_B,)` bool
         "Which candidates can't be learnt, as far as these irreducible losses tell"
-        return torch.zeros(c.n, dtype=torch.bool, device=c.rows.device if c.rows is not None else prediction(c.xb).device)
+        return torch.zeros(c.n, dtype=torch.bool, device=c.rows.device if c.rows is not None
+                           else prediction(c.xb).device)
 
     def values(self,
         dl, # Loader of a data set
@@ -108,11 +110,15 @@ class TableIL(ILSource):
     )->IrreducibleLosses:
         "The table, once it is known to be of `dl`'s data set"
         if self.table is None:
-            raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the method that selects.")
-        track_rows(dl, way_out='Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner as il=.') # raises where rows can't be known
+            raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the "
+                             "method that selects.")
+        # raises where rows can't be known
+        track_rows(dl, way_out='Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner '
+                               'as il=.')
         table = self.table if isinstance(self.table, ItemTable) else IrreducibleLosses.of(self.table, dl)
         table.check(dl)
-        if not table.values[own_rows(dl)].isfinite().all(): raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
+        if not table.values[own_rows(dl)].isfinite().all():
+            raise ValueError("Some irreducible losses are NaN or infinite: every row needs a number.")
         return table
 
     def begin(self, learn, device):
@@ -144,7 +150,8 @@ class ModelIL(ILSource):
         precision='auto' # Of its forward, as `ScoringForward` takes it
     ):
         self.learner = model if isinstance(model, Learner) else None
-        self.module,self.update,self.precision = getattr(model, 'model', model) if self.learner is not None else model,update,precision
+        self.module = getattr(model, 'model', model) if self.learner is not None else model
+        self.update,self.precision = update,precision
 
     def check(self, learn): check_other_model(self.module, learn, 'given as il')
 
@@ -160,8 +167,9 @@ class ModelIL(ILSource):
         "The model with an optimiser of its own, to be trained beside the target"
         if not self.update: return
         if isinstance(learn.opt_func, OptimWrapper):
-            raise ValueError("update_il=True needs an optimiser of the IL model's own, and this Learner's is made already, of the parameters of its "
-                             "model: give it a function that makes one, such as opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
+            raise ValueError("update_il=True needs an optimiser of the IL model's own, and this Learner's is made "
+                             "already, of the parameters of its model: give it a function that makes one, such as "
+                             "opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
         return Learner(learn.dls, self.module, loss_func=learn.loss_func, opt_func=learn.opt_func)
 
     def bill(self): return 'a forward of their model for each candidate'
@@ -172,8 +180,8 @@ class ModelIL(ILSource):
 
     def values(self, dl, learn=None):
         if self.learner is None and learn is None:
-            raise ValueError("A model alone doesn't say which loss is meant: give irreducible losses (irreducible_losses(learn_il, dl)), or the Learner of "
-                             "that model.")
+            raise ValueError("A model alone doesn't say which loss is meant: give irreducible losses "
+                             "(irreducible_losses(learn_il, dl)), or the Learner of that model.")
         learn = self.learner or Learner(learn.dls, self.module, loss_func=learn.loss_func)
         return irreducible_losses(learn, dl, progress=False).values
 
@@ -191,9 +199,10 @@ def _check_inputs(learn):
     "Raise where a callback changes what the model trains on, which copies of the Learner wouldn't see"
     found = changers_in_training(learn, learn.dls.train)
     if found:
-        raise ValueError("The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. "
-                         f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in found)} changes the inputs: do that in the DataLoaders' transforms "
-                         "(after_batch), or give irreducible losses made otherwise, il=...")
+        raise ValueError("The irreducible losses can't be made by copies of this Learner, which have none of its "
+                         f"callbacks. {', '.join(f'{type(o).__name__} (order {o.order})' for o in found)} changes the "
+                         "inputs: do that in the DataLoaders' transforms (after_batch), or give irreducible losses "
+                         "made otherwise, il=...")
 
 class MadeIL(TableIL):
     "Irreducible losses that are made for the training set when a fit first needs them: subclass it and define `make`"
@@ -223,7 +232,8 @@ class MadeIL(TableIL):
 
     def values(self, dl, learn=None):
         if self.table is None:
-            if learn is None: raise ValueError(f"{self!r} are made for a Learner, and none is at hand: give a table, or learn=.")
+            if learn is None:
+                raise ValueError(f"{self!r} are made for a Learner, and none is at hand: give a table, or learn=.")
             self.prepare(learn)
             self.table = self.make(learn, True)
         return super().values(dl, learn)
@@ -239,7 +249,8 @@ class CrossFitIL(MadeIL):
         arch=None # Function that returns a new model, such as `partial(small_cnn, 10)`; default copies of the Learner's
     ):
         check_count('il_epochs', n_epoch, 1); check_count('il_folds', n_folds, 2); check_count('il_seed', seed, 0)
-        if lr is not None and not isinstance(lr, slice): check_number('il_lr', lr, high=float('inf'), open_low=True, schedule=False)
+        if lr is not None and not isinstance(lr, slice):
+            check_number('il_lr', lr, high=float('inf'), open_low=True, schedule=False)
         super().__init__()
         self.settings,self.arch,self.make_learner = dict(n_epoch=n_epoch, lr=lr, n_folds=n_folds, seed=seed),arch,None
 
@@ -252,9 +263,9 @@ class CrossFitIL(MadeIL):
 
     def make(self, learn, progress):
         if learn.logger is not noop:
-            print(f"Irreducible losses: cross-fitting {self.settings['n_folds']} folds of {self.settings['n_epoch']} epochs, on "
-                  f"{'copies of this Learner' if self.arch is None else 'the model given'}. Keep them with learn.selector.il.save(path), use them "
-                  "again with il=path.")
+            print(f"Irreducible losses: cross-fitting {self.settings['n_folds']} folds of {self.settings['n_epoch']} "
+                  f"epochs, on {'copies of this Learner' if self.arch is None else 'the model given'}. Keep them with "
+                  "learn.selector.il.save(path), use them again with il=path.")
         res = crossfit_irreducible(self.make_learner, learn.dls, progress=progress, **self.settings)
         self.make_learner = None
         return res
@@ -272,7 +283,8 @@ class ProbeIL(MadeIL):
     def bill(self): return 'at hand' if self.table is not None else 'made first, by a probe'
 
     def make(self, learn, progress):
-        return probe_irreducible(learn, learn.dls.train, self.features, progress=progress, verbose=learn.logger is not noop)
+        return probe_irreducible(learn, learn.dls.train, self.features, progress=progress,
+                                 verbose=learn.logger is not noop)
 
 # %% ../nbs/16_il_source.ipynb #8e48c484
 class AutoIL(MadeIL):
@@ -282,17 +294,20 @@ class AutoIL(MadeIL):
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):
         super().__init__()
-        self.budget,self.made_by = check_number('il_budget', budget, high=float('inf'), open_low=True, schedule=False),None
+        self.budget = check_number('il_budget', budget, high=float('inf'), open_low=True, schedule=False)
+        self.made_by = None
 
     def prepare(self, learn):
         "What are the features, or what would be copied?"
         if self.made_by is not None: return
         try: names = choose_features(learn)[0]
-        except (ValueError, TypeError, AttributeError): names = [] # pixels or tokens as targets, outputs that can't be asked
+        # pixels or tokens as targets, outputs that can't be asked
+        except (ValueError, TypeError, AttributeError): names = []
         self.made_by = ProbeIL() if names else CrossFitIL()
         self.made_by.prepare(learn)
 
-    def bill(self): return 'at hand' if self.table is not None else self.made_by.bill() if self.made_by else 'made first'
+    def bill(self):
+        return 'at hand' if self.table is not None else self.made_by.bill() if self.made_by else 'made first'
 
     def make(self, learn, progress):
         steps = (learn.n_epoch - learn.epoch)*len(learn.dls.train)
@@ -307,8 +322,9 @@ class AutoIL(MadeIL):
         return self.made_by.make(learn, progress)
 
     def _refuse(self, share):
-        raise ValueError(f"Irreducible losses would cost {share:.0%} of this fit, more than il_budget={self.budget:.0%}. Train for longer, give a larger "
-                         "il_budget, give some that are made already (il=path), or ask for them whatever they cost: il='probe' or il='crossfit'.")
+        raise ValueError(f"Irreducible losses would cost {share:.0%} of this fit, more than "
+                         f"il_budget={self.budget:.0%}. Train for longer, give a larger il_budget, give some that are "
+                         "made already (il=path), or ask for them whatever they cost: il='probe' or il='crossfit'.")
 
 # %% ../nbs/16_il_source.ipynb #64122b7b
 IL_NAMES = dict(auto=AutoIL, probe=ProbeIL, crossfit=CrossFitIL) # name -> class
@@ -327,7 +343,8 @@ def il_source(
         return TableIL(il)
     if isinstance(il, (ItemTable, Tensor, list, tuple)) or hasattr(il, '__array__'): return TableIL(il)
     raise TypeError("il must be IrreducibleLosses, the path of saved ones, one number per row, one of the names "
-                    f"{', '.join(map(repr, IL_NAMES))}, or an nn.Module or Learner that was trained on other data; got {type(il).__name__}.")
+                    f"{', '.join(map(repr, IL_NAMES))}, or an nn.Module or Learner that was trained on other data; got "
+                    f"{type(il).__name__}.")
 
 def il_values(
     il, # Irreducible losses in any form

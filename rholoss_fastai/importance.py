@@ -39,8 +39,8 @@ from .checks import by_name
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
 from .executors import run_in_order
-from .side_models import (batch_progress, check_new_learners, fit_quietly, map_rows, new_learner, on_its_own, score_rows,
-                                        shows_progress)
+from .side_models import (batch_progress, check_new_learners, fit_quietly, map_rows, new_learner,
+                                        on_its_own, score_rows, shows_progress)
 
 # %% ../nbs/30_importance.ipynb #bb2106d5
 class DatasetScores(ItemTable):
@@ -49,18 +49,21 @@ class DatasetScores(ItemTable):
         "Every row needs a finite number"
         bad = (~self.values.isfinite() & ~self.unknown).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{len(bad)} of {len(self)} scores are NaN or infinite, the first in rows {bad[:5]}: these rows were never scored, or "
-                             "the model diverged. Score every row, or train with a lower learning rate.")
+            raise ValueError(f"{len(bad)} of {len(self)} scores are NaN or infinite, the first in rows {bad[:5]}: "
+                             "these rows were never scored, or the model diverged. Score every row, or train with a "
+                             "lower learning rate.")
 
 # %% ../nbs/30_importance.ipynb #c96e8f42
 class _GradientNorms:
     "Norm of each item's gradient over all parameters that train, never more than `max_bytes` of gradients and activations at once"
-    def __init__(self, item_losses, max_bytes): self.item_losses,self.max_bytes,self.chunk = item_losses,check_count('max_bytes', max_bytes, 1),None
+    def __init__(self, item_losses, max_bytes):
+        self.item_losses,self.max_bytes,self.chunk = item_losses,check_count('max_bytes', max_bytes, 1),None
 
     def __call__(self, model, xb, yb, rows):
         if self.chunk is None: self.item_losses.check(None, model(*xb), *yb)
         # in half precision the squares of small gradients would be 0
-        with torch.autocast(next(model.parameters()).device.type, enabled=False): return self._norms(model, xb, yb, rows)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            return self._norms(model, xb, yb, rows)
 
     def _norms(self, model, xb, yb, rows):
         params = {k: p for k,p in model.named_parameters() if p.requires_grad}
@@ -69,11 +72,13 @@ class _GradientNorms:
         if self.chunk:
             detached = {k: p.detach() for k,p in params.items()}
             def squared_norm(xb, yb):
-                def loss(params): return self.item_losses(functional_call(model, params, tuple(_batched(xb))), *_batched(yb)).sum()
+                def loss(params):
+                    return self.item_losses(functional_call(model, params, tuple(_batched(xb))), *_batched(yb)).sum()
                 return sum(g.square().sum() for g in grad(loss)(detached).values())
             try: return vmap(squared_norm, chunk_size=self.chunk, randomness='different')(xb, yb).sqrt().float()
             except torch.cuda.OutOfMemoryError: raise
-            except Exception: self.chunk = 0 # control flow that depends on values, layers without a batching rule, batches of unknown types
+            # control flow that depends on values, layers without a batching rule, batches of unknown types
+            except Exception: self.chunk = 0
         return torch.stack([self._one(model, params, xb, yb, i) for i in range(len(rows))])
 
     def _loss_of(self, model, xb, yb, i):
@@ -95,9 +100,11 @@ class _GradientNorms:
             return t
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): loss = self._loss_of(model, xb, yb, 0) # noqa: F841
         # a backward holds about as much again as it was given
-        item = 2*(sum(p.numel()*p.element_size() for p in params.values()) + sum(size for at,size in saved.items() if at not in own))
+        item = (2*(sum(p.numel()*p.element_size() for p in params.values())
+                   + sum(size for at,size in saved.items() if at not in own)))
         if self.max_bytes < 2*item:
-            raise ValueError(f"max_bytes={self.max_bytes}, but a single item's gradient and activations take about {2*item} bytes: allow at least that.")
+            raise ValueError(f"max_bytes={self.max_bytes}, but a single item's gradient and activations take about "
+                             f"{2*item} bytes: allow at least that.")
         return self.max_bytes//item - 1
 
 def _batched(o):
@@ -118,7 +125,8 @@ def _values(learn, dl, score, il, max_bytes, step):
 
 def _info(learn, score, n_runs, start, **kwargs):
     model = vars(learn).get('arch', get_model(learn.model))
-    return dict(score=short_name(score), model=short_name(model), loss=short_name(learn.loss_func), n_runs=n_runs, **kwargs, seconds=time.perf_counter()-start)
+    return dict(score=short_name(score), model=short_name(model), loss=short_name(learn.loss_func), n_runs=n_runs,
+                **kwargs, seconds=time.perf_counter()-start)
 
 # %% ../nbs/30_importance.ipynb #e1fa60f9
 def dataset_scores(
@@ -131,7 +139,8 @@ def dataset_scores(
 )->DatasetScores: # In data set order
     "The mean score of every row by models that are already trained; in eval mode and un-augmented"
     start,learns,function = time.perf_counter(),L(learns),_find(score)
-    if not learns or not all(isinstance(o, Learner) for o in learns): raise TypeError(f"learns must be a Learner or several; got {learns}.")
+    if not learns or not all(isinstance(o, Learner) for o in learns):
+        raise TypeError(f"learns must be a Learner or several; got {learns}.")
     marks,il = fingerprint(dl),None if il is None else il_values(il, dl, learns[0])
     with batch_progress(len(learns)*len(scoring_loader(dl)), progress and shows_progress(learns[0])) as step:
         values = torch.stack([_values(learn, dl, function, il, max_bytes, step) for learn in learns]).mean(0)
@@ -158,8 +167,9 @@ def grand(
 def _is_right(pred, *targs):
     targ = class_targets(targs[0], pred)
     if len(targs) > 1 or pred.ndim != 2 or targ.shape != pred.shape[:1] or targ.is_floating_point():
-        raise ValueError(f"Forgetting needs predictions `(bs, n_classes)` and one class per item; got pred {describe(pred)} and targ "
-                         f"{', '.join(map(describe, targs))}. For other tasks say what is right: ForgettingTracker(correct=function of pred and the targets).")
+        raise ValueError("Forgetting needs predictions `(bs, n_classes)` and one class per item; got pred "
+                         f"{describe(pred)} and targ {', '.join(map(describe, targs))}. For other tasks say what is "
+                         "right: ForgettingTracker(correct=function of pred and the targets).")
     return pred.argmax(1) == targ
 
 # %% ../nbs/30_importance.ipynb #1d99e9bc
@@ -194,8 +204,8 @@ class ForgettingTracker(NotSaved, Callback):
         if not self.online: return
         unknowable = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, (BatchSelector, MixHandler))), None)
         if unknowable:
-            raise ValueError(f"{unknowable} changes which items a batch holds, so the predictions of training don't tell which rows are right: "
-                             "use ForgettingTracker(online=False).")
+            raise ValueError(f"{unknowable} changes which items a batch holds, so the predictions of training don't "
+                             "tell which rows are right: use ForgettingTracker(online=False).")
         if not hasattr(learn.dl, 'rows'): self.learn.dl = track_rows(learn.dl)
         self.now.fill_(-1)
 
@@ -203,7 +213,8 @@ class ForgettingTracker(NotSaved, Callback):
         self.fingerprint,self.n_epochs = marks,0
         # is it right: 1, wrong: 0, not presented: -1; in this epoch, and when it was last presented
         self.now,self.last = (torch.full((marks['n'],), -1, dtype=torch.int8, device=device) for _ in range(2))
-        self.forgotten,self.learnt = torch.zeros(marks['n'], dtype=torch.int32, device=device),torch.zeros(marks['n'], dtype=torch.bool, device=device)
+        self.forgotten = torch.zeros(marks['n'], dtype=torch.int32, device=device)
+        self.learnt = torch.zeros(marks['n'], dtype=torch.bool, device=device)
 
     def after_pred(self):
         "Which items are right?"
@@ -211,14 +222,17 @@ class ForgettingTracker(NotSaved, Callback):
         rows = self.learn.dl.rows(self.learn.iter, self.now.device)
         right = self.correct(prediction(self.learn.pred), *self.learn.yb)
         if len(rows) != batch_size(self.learn.yb) or right.shape != rows.shape:
-            raise ValueError(f"`correct` must tell for each of the {len(rows)} items of the batch whether it is right; got shape {tuple(right.shape)}.")
+            raise ValueError(f"`correct` must tell for each of the {len(rows)} items of the batch whether it is right; "
+                             f"got shape {tuple(right.shape)}.")
         self.now[rows] = right.to(torch.int8)
 
     def after_train(self):
         "Compare with the epoch before"
         if not self.online:
-            def right(pred, targ): return self.correct(pred, *targ) if isinstance(targ, (tuple, list)) else self.correct(pred, targ)
-            self.now = spread(score_rows(self.learn, self.source, right).float(), self.source).nan_to_num(-1).to(torch.int8)
+            def right(pred, targ):
+                return self.correct(pred, *targ) if isinstance(targ, (tuple, list)) else self.correct(pred, targ)
+            self.now = spread(score_rows(self.learn, self.source, right).float(),
+                              self.source).nan_to_num(-1).to(torch.int8)
         elif is_distributed(self.source): dist.all_reduce(self.now, dist.ReduceOp.MAX)
         self.forgotten += (self.last == 1) & (self.now == 0)
         self.learnt |= self.now == 1
@@ -232,12 +246,15 @@ class ForgettingTracker(NotSaved, Callback):
 
     def scores(self)->DatasetScores: # Never learnt: the number of epochs, which no count of a learnt row reaches
         "How often each row was forgotten"
-        if self.fingerprint is None or not self.n_epochs: raise ValueError("Nothing was trained yet: fit with this callback first.")
+        if self.fingerprint is None or not self.n_epochs:
+            raise ValueError("Nothing was trained yet: fit with this callback first.")
         unseen = [row for row in self.own.tolist() if self.last[row] < 0] if (self.last[self.own] < 0).any() else []
         if unseen:
-            raise ValueError(f"{len(unseen)} of {len(self.own)} rows were never in a batch, the first of them {unseen[:5]}, so nothing is known of them: "
-                             "train for more epochs, or with drop_last=False.")
-        values,info = torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs)),dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1)
+            raise ValueError(f"{len(unseen)} of {len(self.own)} rows were never in a batch, the first of them "
+                             f"{unseen[:5]}, so nothing is known of them: train for more epochs, or with "
+                             "drop_last=False.")
+        values,info = (torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs)),
+                       dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1))
         if len(self.own) < len(values):
             foreign = torch.ones_like(values, dtype=torch.bool).index_fill_(0, self.own.to(values.device), False)
             values,info = values.masked_fill(foreign, float('nan')),dict(info, n_known=len(self.own))
@@ -292,18 +309,21 @@ def score_dataset(
     progress:bool=True # Show a progress bar?
 )->DatasetScores: # Mean over the runs, in data set order
     "Train `n_runs` models for a few epochs, and average how each scores the training set"
-    check_count('epochs', epochs, 1); check_count('n_runs', n_runs, 1); check_count('seed', seed, 0); check_count('max_bytes', max_bytes, 1)
-    if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is scored; got {type(dls).__name__}.")
+    check_count('epochs', epochs, 1)
+    check_count('n_runs', n_runs, 1); check_count('seed', seed, 0); check_count('max_bytes', max_bytes, 1)
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f"dls must be DataLoaders, whose train is scored; got {type(dls).__name__}.")
     function,dl = _find(score, ('forgetting', 'loss_variance')),dls.train.dl if is_distributed(dls.train) else dls.train
     if score == 'loss_variance': check_count("epochs (with score='loss_variance')", epochs, 2)
     rows,marks,il = own_rows(dl),fingerprint(dl),None if il is None else il_values(il, dl)
-    settings = dict(score=short_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr), one_cycle=one_cycle,
-                    mean_il=None if il is None else il.nanmean().item())
+    settings = dict(score=short_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr),
+                    one_cycle=one_cycle, mean_il=None if il is None else il.nanmean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None
     done = _runs_done(table, dl, settings, n_runs, path) if table else 0
     generator = torch.Generator().manual_seed(seed)
     seeds = [int(torch.randint(2**31, (), generator=generator)) for _ in range(n_runs)]
-    total = (n_runs - done)*(epochs*len(dl) + len(scoring_loader(dl))*{'forgetting': 0, 'loss_variance': epochs}.get(score, 1))
+    total = ((n_runs - done)*(epochs*len(dl) + len(scoring_loader(dl))*{'forgetting': 0,
+                                                                        'loss_variance': epochs}.get(score, 1)))
     if executor is not None and done < n_runs: check_new_learners(make_learner, dls)
     def take(result):
         "The mean with one run more, kept in the file"
@@ -311,13 +331,16 @@ def score_dataset(
         values,info = result
         k,info = table.info['n_runs'] if table else 0,{**settings, **info}
         if table:
-            if info['model'] != table.info['model']: raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
-            values,info['seconds'] = (k*table.values[rows.sort().values] + values)/(k+1),table.info['seconds'] + info['seconds']
+            if info['model'] != table.info['model']:
+                raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
+            values = (k*table.values[rows.sort().values] + values)/(k+1)
+            info['seconds'] = table.info['seconds'] + info['seconds']
         table = DatasetScores.of_rows(values, dl, marks, dict(info, n_runs=k+1))
         if path: table.save(path)
-    shared = dict(make_learner=make_learner, dl=dl, score=score, function=function, il=il, epochs=epochs, lr=lr, one_cycle=one_cycle, max_bytes=max_bytes,
-                  earlier=[])
-    tasks = [dict(shared, seed=o, dls=with_loaders(dls, [restrict_rows(dl, rows, seed=o)])) for o in seeds[done:]] # its order is of a run alone
+    shared = dict(make_learner=make_learner, dl=dl, score=score, function=function, il=il, epochs=epochs, lr=lr,
+                  one_cycle=one_cycle, max_bytes=max_bytes, earlier=[])
+    # its order is of a run alone
+    tasks = [dict(shared, seed=o, dls=with_loaders(dls, [restrict_rows(dl, rows, seed=o)])) for o in seeds[done:]]
     with preserve_rng(), on_its_own(), batch_progress(total, progress and done < n_runs) as step:
         run_in_order(_scores_of_run, tasks, take, executor, step=step, n_steps=total)
     return table
@@ -328,6 +351,8 @@ def _runs_done(table, dl, settings, n_runs, path):
     table.check(dl)
     differ = {k: (table.info.get(k), v) for k,v in settings.items() if table.info.get(k) != v}
     if differ or table.info['n_runs'] > n_runs:
-        what = [f"{k}={a!r} there, {b!r} here" for k,(a,b) in differ.items()] or [f"n_runs={table.info['n_runs']} there, {n_runs} here"]
-        raise ValueError(f"{path} holds scores of other settings: {'; '.join(what)}. Delete it, or choose another path.")
+        what = ([f"{k}={a!r} there, {b!r} here" for k,(a,b) in differ.items()]
+                or [f"n_runs={table.info['n_runs']} there, {n_runs} here"])
+        raise ValueError(f"{path} holds scores of other settings: {'; '.join(what)}. Delete it, or choose another "
+                         "path.")
     return table.info['n_runs']

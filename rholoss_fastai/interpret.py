@@ -50,8 +50,8 @@ def name_lines(
     lines = [o for o in ax.get_lines() if not o.get_label().startswith('_')]
     low,high = ax.get_ylim()
     for line,y in zip(lines, _apart([o.get_ydata()[-1] for o in lines], gap*(high - low))):
-        ax.annotate(line.get_label(), (line.get_xdata()[-1], y), xytext=(6, 0), textcoords='offset points', va='center', fontsize=size, color=line.get_color(),
-                    annotation_clip=False)
+        ax.annotate(line.get_label(), (line.get_xdata()[-1], y), xytext=(6, 0), textcoords='offset points', va='center',
+                    fontsize=size, color=line.get_color(), annotation_clip=False)
 
 # %% ../nbs/50_interpret.ipynb #ef3ee99e
 def _says(share): return share.notna().any() and (share < 1).any() # of which all was taken in each epoch says nothing
@@ -64,26 +64,30 @@ def _of_rows(ledger):
 def _plot_selected(ax, ledger):
     rule = _of_rows(ledger)
     ax.plot(ledger.epoch, ledger.selected, marker='o', color='C0', drawstyle='steps-mid' if rule else 'default')
-    ax.set(title='rows that the rule chose' if rule else 'items trained on', ylabel=f"share of the {'rows' if rule else 'candidates'}", ylim=(0, 1.05))
+    ax.set(title='rows that the rule chose' if rule else 'items trained on',
+           ylabel=f"share of the {'rows' if rule else 'candidates'}", ylim=(0, 1.05))
 
 def _plot_held(ax, ledger):
     same = np.allclose(ledger.score_share, ledger.loss_share, atol=1e-3) # the loss is the score
     for name,colour in dict(score='C0', loss='C1').items():
-        if _says(ledger[f'{name}_share']) and not (same and name == 'score'): ax.plot(ledger.epoch, ledger[f'{name}_share'], marker='o', color=colour, label=name)
+        if _says(ledger[f'{name}_share']) and not (same and name == 'score'):
+            ax.plot(ledger.epoch, ledger[f'{name}_share'], marker='o', color=colour, label=name)
     ax.plot(ledger.epoch, ledger.selected, ls=':', color='0.4', label='by chance')
     ax.set(title='what the selected hold', ylabel='share of the candidates', ylim=(min(0, ax.get_ylim()[0]), 1.05))
     name_lines(ax)
 
 def _plot_seconds(ax, ledger):
     loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
-    bottom,parts = 0*loading,{'training': ledger.seconds_training, 'scoring': ledger.seconds_scoring, 'loading and the rest': loading}
+    bottom = 0*loading
+    parts = {'training': ledger.seconds_training, 'scoring': ledger.seconds_scoring, 'loading and the rest': loading}
     for (name,seconds),colour in zip(parts.items(), ('C2', 'C3', '0.75')):
         if seconds.sum() < 0.01*ledger.seconds.sum(): continue # nothing that could be seen
         ax.bar(ledger.epoch, seconds, bottom=bottom, label=name, color=colour)
         bottom = bottom + seconds
     il = ledger.seconds_il.sum()
     ax.set(title='where the time goes', ylabel='seconds', ylim=(0, 1.35*bottom.max()))
-    ax.legend(fontsize=8, ncols=2, frameon=False, title=f'irreducible losses, apart: {il:.1f} s' if il else None, title_fontsize=8, loc='upper left')
+    ax.legend(fontsize=8, ncols=2, frameon=False, title=f'irreducible losses, apart: {il:.1f} s' if il else None,
+              title_fontsize=8, loc='upper left')
 
 # %% ../nbs/50_interpret.ipynb #e571464d
 def _panels(ledger):
@@ -99,10 +103,15 @@ def plot(self:SelectionRecord,
 ):
     "By epoch: the share that was trained on, unless it is constant; what the selected hold, beside a choice by chance; and seconds. Returns the axes"
     ledger = self.ledger
-    if not len(ledger): raise ValueError("Nothing has been trained with selection yet, so there is nothing to plot: fit first.")
+    if not len(ledger):
+        raise ValueError("Nothing has been trained with selection yet, so there is nothing to plot: fit first.")
     panels = list(_panels(ledger))
-    if axs is None: axs = plt.subplots(1, len(panels), figsize=figsize or (4.5*len(panels), 3.2), layout='constrained', squeeze=False)[1][0]
-    if len(axs) != len(panels): raise ValueError(f"There are {len(panels)} pictures to draw, and axs has {len(axs)} axes: pass {len(panels)}, or none.")
+    if axs is None:
+        axs = plt.subplots(1, len(panels), figsize=figsize or (4.5*len(panels), 3.2), layout='constrained',
+                           squeeze=False)[1][0]
+    if len(axs) != len(panels):
+        raise ValueError(f"There are {len(panels)} pictures to draw, and axs has {len(axs)} axes: pass {len(panels)}, "
+                         "or none.")
     for ax,draw in zip(axs, panels):
         draw(ax, ledger)
         ax.set_xlabel('epoch')
@@ -116,7 +125,8 @@ class _Reader(Callback):
     order = 11 # after mixed precision has cast the prediction back
     def before_validate(self): self.item_losses,self.parts = ItemLosses(self.loss_func),[]
     def after_pred(self):
-        pred,targ = (o[:,0] if o.ndim == 2 and o.shape[1] == 1 else o for o in (prediction(plain(self.pred)), plain(self.yb[-1])))
+        pred,targ = (o[:,0] if o.ndim == 2 and o.shape[1] == 1 else o
+                     for o in (prediction(plain(self.pred)), plain(self.yb[-1])))
         classes = pred.ndim == 2 and targ.ndim == 1 and not targ.is_floating_point()
         if classes: pred = pred.argmax(1)
         losses = self.item_losses(self.learn.pred, *self.yb)
@@ -127,7 +137,9 @@ def _left_alone(learn):
     "Afterwards the Learner is as it was, its recorder and the modes of its model included"
     held,cbs,modes = dict(vars(learn)),list(learn.cbs),[(m, m.training) for m in learn.model.modules()]
     try:
-        with preserve_rng(), learn.removed_cbs([o for o in cbs if isinstance(o, (Recorder, ProgressCallback))]), learn.no_logging(): yield
+        with preserve_rng(), learn.removed_cbs([o for o in cbs
+                                                if isinstance(o, (Recorder, ProgressCallback))]), learn.no_logging():
+            yield
     finally:
         for name in set(vars(learn)) - set(held): del vars(learn)[name]
         vars(learn).update(held)
@@ -138,28 +150,33 @@ def _read(learn, rows=None):
     "Rows of the training set, all or `rows`, with predictions, targets and losses by the model as it is"
     reader = _Reader()
     with _left_alone(learn):
-        learn.get_preds(dl=track_rows(scoring_loader(learn.dls.train, rows)), with_preds=False, with_targs=False, reorder=False, cbs=reader)
+        learn.get_preds(dl=track_rows(scoring_loader(learn.dls.train, rows)), with_preds=False, with_targs=False,
+                        reorder=False, cbs=reader)
     return [torch.cat(o) for o in zip(*reader.parts)]
 
 def _of(record, learn):
     "The Learner of `record`, checked"
     learn = record.learner if learn is None else learn
     if record.seen is None:
-        raise ValueError("Nothing was counted row by row: fit with selection first. (Counts aren't exported, and loaders whose rows can't be known have none.)")
+        raise ValueError("Nothing was counted row by row: fit with selection first. (Counts aren't exported, and "
+                         "loaders whose rows can't be known have none.)")
     if learn is None: raise ValueError("The Learner of this record is gone: pass it, or one like it, as learn=.")
     if not isinstance(learn, Learner): raise TypeError(f"learn must be a Learner; got {type(learn).__name__}.")
     n = dataset_size(learn.dls.train)
     if n != len(record.seen):
-        raise ValueError(f"The record counts {len(record.seen)} rows, but this Learner's training set has {n}: pass the one that was trained.")
+        raise ValueError(f"The record counts {len(record.seen)} rows, but this Learner's training set has {n}: pass "
+                         "the one that was trained.")
     return learn
 
 def _files(dataset, rows):
     "Files of `rows`, None where items aren't files"
     for name in ('items', 'samples', 'imgs'):
         items = getattr(dataset, name, None)
-        if items is None or not hasattr(items, '__len__') or len(items) != len(dataset) or hasattr(items, 'iloc'): continue
+        if items is None or not hasattr(items, '__len__') or len(items) != len(dataset) or hasattr(items, 'iloc'):
+            continue
         files = [o[0] if isinstance(o, tuple) else o for o in (items[i] for i in rows.tolist())]
-        if all(isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o) for o in files): return [Path(o) for o in files]
+        if all(isinstance(o, os.PathLike) or isinstance(o, str) and os.path.isabs(o) for o in files):
+            return [Path(o) for o in files]
 
 def _short(text, n=60):
     text = text if isinstance(text, str) else ' '.join(map(str, text))
@@ -167,24 +184,28 @@ def _short(text, n=60):
 
 def _known_by(dataset, rows):
     "What the user knows `rows` by: the file, or the data frame's index and its text"
-    files,frame = _files(dataset, rows),dataset if isinstance(dataset, pd.DataFrame) else getattr(dataset, 'items', None)
+    files = _files(dataset, rows)
+    frame = dataset if isinstance(dataset, pd.DataFrame) else getattr(dataset, 'items', None)
     if files is not None: return dict(file=files)
     if not isinstance(frame, pd.DataFrame) or len(frame) != len(dataset): return {}
     lines = frame.iloc[rows.tolist()]
-    texts = {'text': [_short(o) for o in lines['text']]} if 'text' in frame and isinstance(frame['text'].iloc[0], (str, list, tuple, L)) else {}
+    texts = ({'text': [_short(o) for o in lines['text']]} if 'text' in frame
+             and isinstance(frame['text'].iloc[0], (str, list, tuple, L)) else {})
     return dict(index=lines.index.tolist(), **texts)
 
 def _table(record, learn, rows, **columns):
     "A line for each of `rows`"
     rows_read,pred,targ,_ = _read(learn, rows)
-    order = torch.empty(dataset_size(learn.dls.train), dtype=torch.long).index_copy_(0, rows_read, torch.arange(len(rows)))[rows]
+    order = torch.empty(dataset_size(learn.dls.train), dtype=torch.long).index_copy_(0, rows_read,
+                                                                                     torch.arange(len(rows)))[rows]
     names = class_names(learn.dls.train)
     def named(values):
         values = values[order]
         if names is None or values.is_floating_point() or values.ndim > 1: return values.tolist()
         return [names[i] for i in values.tolist()]
-    table = dict(row=rows.tolist(), **_known_by(whole_dataset(learn.dls.train), rows), label=named(targ), predicted=named(pred),
-                 **{k: v.tolist() for k,v in columns.items()}, seen=record.seen.cpu()[rows].tolist(), selected=record.selected.cpu()[rows].tolist())
+    table = dict(row=rows.tolist(), **_known_by(whole_dataset(learn.dls.train), rows), label=named(targ),
+                 predicted=named(pred), **{k: v.tolist() for k,v in columns.items()},
+                 seen=record.seen.cpu()[rows].tolist(), selected=record.selected.cpu()[rows].tolist())
     return pd.DataFrame({k: v for k,v in table.items() if v is not None})
 
 def _title(line):
@@ -229,14 +250,17 @@ def never(self:SelectionRecord,
     **kwargs # For `show_batch`
 )->pd.DataFrame: # A line each, the most often seen first
     "The rows that were candidates most often without ever being trained on"
-    def refused(seen, selected): return torch.from_numpy(np.lexsort((-seen, selected)))[:int(((selected == 0) & (seen > 0)).sum())]
+    def refused(seen, selected):
+        return torch.from_numpy(np.lexsort((-seen, selected)))[:int(((selected == 0) & (seen > 0)).sum())]
     return _chosen(self, refused, n, show, learn, kwargs)
 
 # %% ../nbs/50_interpret.ipynb #9ebf2b72
 def _il_values(learn, il):
     "`(n,)`, irreducible losses of the training set of `learn`"
     if il is None: il = getattr(vars(learn).get('selector'), 'il_source', None)
-    if il is None: raise ValueError("There are no irreducible losses: train with learn.rho_loss(), or pass them as il= (crossfit_irreducible makes some).")
+    if il is None:
+        raise ValueError("There are no irreducible losses: train with learn.rho_loss(), or pass them as il= "
+                         "(crossfit_irreducible makes some).")
     return il_values(il, learn.dls.train, learn)
 
 @patch
@@ -271,7 +295,8 @@ def plot_il(self:SelectionRecord,
     rows = rows[torch.linspace(0, len(rows)-1, min(n, len(rows))).round().long()]
     rows,_,_,losses = _read(learn, rows)
     if ax is None: _,ax = plt.subplots(figsize=(5.5, 4), layout='constrained')
-    dots = ax.scatter(il[rows], losses, c=self.selected.cpu()[rows]/seen[rows], s=8, alpha=0.7, lw=0, vmin=0, cmap='viridis_r')
+    dots = ax.scatter(il[rows], losses, c=self.selected.cpu()[rows]/seen[rows], s=8, alpha=0.7, lw=0, vmin=0,
+                      cmap='viridis_r')
     ax.figure.colorbar(dots, ax=ax, label='times selected / times seen')
     ax.axline((0, 0), slope=1, color='0.5', ls=':', lw=1)
     ax.set(xlabel='irreducible loss', ylabel='loss', title='above the line: reducible')

@@ -33,7 +33,8 @@ from .losses import ItemLosses
 from .checks import check_count, check_number, short_name
 from .nested import class_targets
 from .executors import run_in_order
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress)
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own,
+                                        score_rows, shows_progress)
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -53,8 +54,9 @@ class IrreducibleLosses(ItemTable):
         "Every row needs a finite number"
         bad = (~self.values.isfinite() & ~self.unknown).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows {bad[:5]}: either these "
-                             "were never scored, or the model diverged. Score every row, or fit with a lower learning rate.")
+            raise ValueError(f"{len(bad)} of {len(self)} irreducible losses are NaN or infinite, the first in rows "
+                             f"{bad[:5]}: either these were never scored, or the model diverged. Score every row, or "
+                             "fit with a lower learning rate.")
 
 # %% ../nbs/13_irreducible.ipynb #6837eb0f
 @patch
@@ -78,7 +80,8 @@ def _judged(loss, pred, targ):
     unknown = torch.full_like(loss, float('nan'))
     if isinstance(targ, Tensor) and pred.ndim == 2 and pred.shape[1] > 1:
         targ = class_targets(targ, pred)
-        if not targ.is_floating_point() and targ.shape == loss.shape: return torch.stack([loss, (pred.argmax(1) == targ).float(), targ.float()], 1)
+        if not targ.is_floating_point() and targ.shape == loss.shape:
+            return torch.stack([loss, (pred.argmax(1) == targ).float(), targ.float()], 1)
     return torch.stack([loss, unknown, unknown], 1)
 
 def _quality(judged):
@@ -90,8 +93,8 @@ def _quality(judged):
 def _info(learn, judged, start, n_epoch=0, best_epoch=(), n_folds=1):
     "How the losses in `judged`, `(k, 3)`, were made"
     model = vars(learn).get('arch', get_model(learn.model))
-    return dict(model=short_name(model), loss=short_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch), n_folds=n_folds,
-                seconds=time.perf_counter()-start, mean=judged[:,0].mean().item(), **_quality(judged))
+    return dict(model=short_name(model), loss=short_name(learn.loss_func), n_epoch=n_epoch, best_epoch=list(best_epoch),
+                n_folds=n_folds, seconds=time.perf_counter()-start, mean=judged[:,0].mean().item(), **_quality(judged))
 
 # %% ../nbs/13_irreducible.ipynb #2d837242
 def irreducible_losses(
@@ -106,10 +109,12 @@ def irreducible_losses(
     check_count('n_augment', n_augment, 0)
     start,marks,rows = time.perf_counter(),fingerprint(dl),None
     if old is not None:
-        if len(old) >= marks['n']: raise ValueError(f"old has {len(old)} rows and the data set {marks['n']}: there is no new row to score.")
+        if len(old) >= marks['n']:
+            raise ValueError(f"old has {len(old)} rows and the data set {marks['n']}: there is no new row to score.")
         old.check(dl, len(old))
         rows = torch.arange(len(old), marks['n'])
-    with batch_progress(max(1, n_augment)*len(scoring_loader(dl, rows)), progress and shows_progress(learn)) as step, preserve_rng():
+    with batch_progress(max(1, n_augment)*len(scoring_loader(dl, rows)), progress
+                        and shows_progress(learn)) as step, preserve_rng():
         if not n_augment: judged = score_rows(learn, dl, _judged, rows=rows, step=step).cpu()
         else:
             judged = 0
@@ -126,7 +131,8 @@ def irreducible_losses(
 # %% ../nbs/13_irreducible.ipynb #e47ce5a7
 class _EpochLosses(Callback):
     "Scores after each epoch and keeps the losses of the epoch with the lowest mean"
-    order,run_valid = 100,False # last: other callbacks have done their part at the end of training, and MixUp has given the loss back
+    # last: other callbacks have done their part at the end of training, and MixUp has given the loss back
+    order,run_valid = 100,False
     def __init__(self, score, step, keep_weights):
         store_attr()
         self.lowest,self.best_epoch,self.best_losses,self.best_weights = float('inf'),None,None,None
@@ -142,11 +148,13 @@ class _EpochLosses(Callback):
 def _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=None, validate=False, keep_weights=False, step=noop):
     "Fit `learn` and score all rows of `dl`, or `rows`, after each epoch: the `_EpochLosses`"
     item_losses = ItemLosses(learn.loss_func)
-    kept = _EpochLosses(partial(score_rows, dl=dl, score=_judged, rows=rows, item_losses=item_losses, step=step), step, keep_weights)
+    kept = _EpochLosses(partial(score_rows, dl=dl, score=_judged, rows=rows, item_losses=item_losses, step=step), step,
+                        keep_weights)
     fit_quietly(learn, n_epoch, lr, one_cycle, [kept], item_losses, validate, step)
     if kept.best_epoch is None:
-        raise ValueError(f"After none of {n_epoch} epoch(s) was the mean irreducible loss a finite number: the model diverged. Fit with a "
-                         f"learning rate lower than {learn.lr if lr is None else lr}, and check inputs and labels for NaN.")
+        raise ValueError(f"After none of {n_epoch} epoch(s) was the mean irreducible loss a finite number: the model "
+                         f"diverged. Fit with a learning rate lower than {learn.lr if lr is None else lr}, and check "
+                         "inputs and labels for NaN.")
     return kept
 
 def _n_batches(holdout_dl, dl, n_epoch, rows=None):
@@ -167,14 +175,17 @@ def fit_irreducible(
     check_count('n_epoch', n_epoch, 1)
     start,marks,holdout_dl = time.perf_counter(),fingerprint(train_dl),learn_il.dls.train
     if holdout_dl.dataset is train_dl.dataset:
-        raise ValueError("learn_il's own training data is train_dl's data set: its model would memorise the rows that it is to score. Fit "
-                         "on other data, or use crossfit_irreducible(make_learner, dls, ...), which needs no holdout data.")
+        raise ValueError("learn_il's own training data is train_dl's data set: its model would memorise the rows that "
+                         "it is to score. Fit on other data, or use crossfit_irreducible(make_learner, dls, ...), "
+                         "which needs no holdout data.")
     with batch_progress(_n_batches(holdout_dl, train_dl, n_epoch), progress and shows_progress(learn_il)) as step:
-        kept = _fit_and_score(learn_il, train_dl, n_epoch, lr, one_cycle, validate=validate, keep_weights=True, step=step)
+        kept = _fit_and_score(learn_il, train_dl, n_epoch, lr, one_cycle, validate=validate, keep_weights=True,
+                              step=step)
     get_model(learn_il.model).load_state_dict(kept.best_weights)
     learn_il.model.eval()
     judged = kept.best_losses.cpu()
-    return IrreducibleLosses.of_rows(judged[:,0], train_dl, marks, _info(learn_il, judged, start, n_epoch, [kept.best_epoch]))
+    return IrreducibleLosses.of_rows(judged[:,0], train_dl, marks,
+                                     _info(learn_il, judged, start, n_epoch, [kept.best_epoch]))
 
 # %% ../nbs/13_irreducible.ipynb #8264466a
 def _score_fold(make_learner, dls, dl, rows, seed, n_epoch, lr, one_cycle, earlier, step):
@@ -200,13 +211,15 @@ def crossfit_irreducible(
 )->IrreducibleLosses: # Every row's loss by a model that didn't train on it, at the epoch with the lowest mean over its fold
     "Irreducible losses without holdout data: each fold of the training set is scored by a model that never saw it"
     check_count('n_epoch', n_epoch, 1); check_count('n_folds', n_folds, 2); check_count('seed', seed, 0)
-    if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is split; got {type(dls).__name__}.")
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f"dls must be DataLoaders, whose train is split; got {type(dls).__name__}.")
     start,dl = time.perf_counter(),dls.train.dl if is_distributed(dls.train) else dls.train
     own,marks = own_rows(dl).sort().values,fingerprint(dl)
     n = len(own)
     if n_folds > n: raise ValueError(f"n_folds={n_folds}, but the data set has {n} rows: a fold needs at least one.")
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if parallel and executor is not None: raise ValueError("The processes of this run share the folds among them already: leave executor out.")
+    if parallel and executor is not None:
+        raise ValueError("The processes of this run share the folds among them already: leave executor out.")
     rank,world = (dist.get_rank(),dist.get_world_size()) if parallel else (0,1)
     generator,values,found = torch.Generator().manual_seed(seed),torch.zeros(marks['n'], 3),[]
     fold_of = torch.randperm(n, generator=generator) % n_folds
@@ -216,7 +229,8 @@ def crossfit_irreducible(
     total = sum(_n_batches(fold_dl, dl, n_epoch, rows) for rows,fold_dl in folds.values())
     if executor is not None: check_new_learners(make_learner, dls)
     shared = dict(make_learner=make_learner, dl=dl, n_epoch=n_epoch, lr=lr, one_cycle=one_cycle, earlier=[])
-    tasks = [dict(shared, rows=rows, dls=with_loaders(dls, [fold_dl]), seed=seeds[k]) for k,(rows,fold_dl) in folds.items()]
+    tasks = [dict(shared, rows=rows, dls=with_loaders(dls, [fold_dl]), seed=seeds[k])
+             for k,(rows,fold_dl) in folds.items()]
     with preserve_rng(), on_its_own(), batch_progress(total, progress and rank==0) as step:
         run_in_order(_score_fold, tasks, found.append, executor, step=step, n_steps=total)
     for (rows,_),(judged,*_) in zip(folds.values(), found): values[rows] = judged
@@ -228,15 +242,16 @@ def crossfit_irreducible(
         if dist.get_backend() == 'nccl': values = values.cuda()
         dist.all_reduce(values)
     values = values[own.to(values.device)]
-    info.update(n_epoch=n_epoch, best_epoch=[best[k] for k in range(n_folds)], n_folds=n_folds, mean=values[:,0].mean().item(),
-                seconds=time.perf_counter()-start, **_quality(values))
+    info.update(n_epoch=n_epoch, best_epoch=[best[k] for k in range(n_folds)], n_folds=n_folds,
+                mean=values[:,0].mean().item(), seconds=time.perf_counter()-start, **_quality(values))
     return IrreducibleLosses.of_rows(values[:,0], dl, marks, info)
 
 # %% ../nbs/13_irreducible.ipynb #a54a65a9
 class _GraphAsValues(TorchFunctionMode):
     "Inside, deep copies of tensors that are part of a graph are their values: PyTorch refuses these, and models hold activations"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None: return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        if func is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
         return func(*args, **(kwargs or {}))
 
 def _deepcopy(o):
@@ -265,12 +280,16 @@ def small_cnn(
     size:int=32 # Their height and width
 )->nn.Sequential:
     "Three blocks of convolution, batch norm, ReLU and max-pooling, and a linear layer: enough to tell which items can be learnt"
-    def block(n_in, n_out): return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*block(n_in, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128*(size//8)**2, n_classes))
+    def block(n_in, n_out):
+        return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*block(n_in, 32), *block(32, 64), *block(64, 128), nn.Flatten(),
+                         nn.Linear(128*(size//8)**2, n_classes))
 
 def _new_model(arch):
     model = arch() if callable(arch) and not isinstance(arch, nn.Module) else None
-    if not isinstance(model, nn.Module): raise TypeError(f"arch must be a function that returns a new model, such as partial(small_cnn, 10); got {arch!r}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError("arch must be a function that returns a new model, such as partial(small_cnn, 10); got "
+                        f"{arch!r}.")
     return model
 
 def learner_copies(
@@ -279,22 +298,27 @@ def learner_copies(
 ): # Function of `DataLoaders`: a new Learner on them each time
     "A `make_learner` for `crossfit_irreducible`: copies of `learn` as it stands now, without its callbacks and metrics"
     if arch is None and _was_fitted(learn):
-        raise ValueError("This Learner has already been fitted: copies of it would have seen the rows that they are to score, and their "
-                         "losses would be too low. Make a fresh Learner, or pass irreducible losses: learn.rho_loss(il=...).")
-    settings = {k: getattr(learn, k) for k in 'loss_func lr splitter path model_dir wd wd_bn_bias train_bn moms'.split()}
+        raise ValueError("This Learner has already been fitted: copies of it would have seen the rows that they are to "
+                         "score, and their losses would be too low. Make a fresh Learner, or pass irreducible losses: "
+                         "learn.rho_loss(il=...).")
+    settings = {k: getattr(learn, k) for k in 'loss_func lr splitter path model_dir wd wd_bn_bias train_bn '
+                                              'moms'.split()}
     opt_func,name = learn.opt_func,vars(learn).get('arch')
     if arch is not None:
         if isinstance(opt_func, OptimWrapper):
-            raise ValueError("This Learner's optimiser is made already, of the parameters of its own model: with arch give it a function that makes one, "
-                             "such as opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
+            raise ValueError("This Learner's optimiser is made already, of the parameters of its own model: with arch "
+                             "give it a function that makes one, such as opt_func=partial(OptimWrapper, "
+                             "opt=torch.optim.AdamW).")
         _new_model(arch)
         settings['splitter'],name = trainable_params,arch
     precision = [(cb.amp_mode, cb.kwargs) for cb in learn._grab_cbs(MixedPrecision)]
     # an optimiser that is made already holds the parameters: it is copied with the model
-    snapshot = None if arch else _deepcopy((get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None))
+    snapshot = (None if arch
+                else _deepcopy((get_model(learn.model), opt_func if isinstance(opt_func, OptimWrapper) else None)))
     def make_learner(dls):
         model,opt = (_new_model(arch), None) if arch else _deepcopy(snapshot)
-        cbs = [TrainEvalCallback, Recorder, CastToTensor] + [MixedPrecision(mode, **kwargs) for mode,kwargs in precision]
+        cbs = ([TrainEvalCallback, Recorder, CastToTensor]
+               + [MixedPrecision(mode, **kwargs) for mode,kwargs in precision])
         new = Learner(dls, model, opt_func=opt or opt_func, cbs=cbs, default_cbs=False, **settings)
         new.logger = noop
         if name is not None: new.arch = name

@@ -53,7 +53,8 @@ def _feed(h, o):
     elif isinstance(o, (set, frozenset)): _feed(h, sorted(o, key=str))
     elif isinstance(o, (list, tuple, L)):
         h.update(b'list %d '%len(o))
-        if len(o) > 64 and type(o[0]) in (int, float) and (values := np.asarray(o)).dtype.kind in 'iuf': _feed(h, values)
+        if len(o) > 64 and type(o[0]) in (int, float) and (values := np.asarray(o)).dtype.kind in 'iuf':
+            _feed(h, values)
         else:
             for v in o: _feed(h, v)
     elif hasattr(o, 'tobytes') and hasattr(o, 'mode'): _feed(h, [o.mode, *o.size, o.tobytes()])  # a PIL image
@@ -128,12 +129,14 @@ def _per_row(dataset):
         if 'targets' in inner: inner['targets'] = _at(inner['targets'], rows.tolist())
         if 'items' in inner: inner['items'] = RowSubset(inner['items'], rows)
         return inner
-    if isinstance(dataset, TensorDataset): return dict(zip(('items', 'targets'), (dataset.tensors[0], *dataset.tensors[1:][-1:])))
+    if isinstance(dataset, TensorDataset):
+        return dict(zip(('items', 'targets'), (dataset.tensors[0], *dataset.tensors[1:][-1:])))
     found = {}
     for kind,names in dict(targets=('targets', 'labels', 'ys'), items=('samples', 'imgs', 'data')).items():
         for values in (getattr(dataset, name, None) for name in names):
             if _in_memory(values) and len(values) == len(dataset): found.setdefault(kind, values)
-    if 'items' in found and isinstance(_first(found['items']), tuple): found['items'] = [o[0] for o in found['items']]  # (path, class)
+    # (path, class)
+    if 'items' in found and isinstance(_first(found['items']), tuple): found['items'] = [o[0] for o in found['items']]
     return found
 
 def _input_target(item):
@@ -154,11 +157,15 @@ def _identity(dataset):
         lists,n_inp = (dataset.tls, dataset.n_inp) if isinstance(dataset, Datasets) else ([dataset], 1)
         read = [_digest_first_transform(o) for o in lists[:n_inp]] if isinstance(dataset.items, pd.DataFrame) else []
         items = _digest(read) if read and all(read) else _digest_items(dataset.items)
-        targets = [_digest_targets(o.targets) if 'targets' in vars(o) else _digest_first_transform(o) for o in lists[n_inp:]]
-        if isinstance(_first(dataset.items), (int, np.integer)): items = _digest([items, _digest_first_transform(lists[0])])  # of an array
+        targets = [_digest_targets(o.targets) if 'targets' in vars(o) else _digest_first_transform(o)
+                   for o in lists[n_inp:]]
+        # of an array
+        if isinstance(_first(dataset.items), (int, np.integer)):
+            items = _digest([items, _digest_first_transform(lists[0])])
         return _digest(targets) if targets and all(targets) else '', items
     found = _per_row(dataset)
-    items,targets = (f(found[o]) if o in found else None for o,f in (('items', _digest_items), ('targets', _digest_targets)))
+    items,targets = (f(found[o]) if o in found else None
+                     for o,f in (('items', _digest_items), ('targets', _digest_targets)))
     if items is None or targets is None:
         read = _digest_reads(lambda i: _input_target(dataset[i]), len(dataset), 256 if _in_memory(dataset) else 32)
         items,targets = (a if b is None else b for a,b in zip(read, (items, targets)))
@@ -208,12 +215,15 @@ class ItemTable:
         info:dict=None # How the values were made: anything JSON can hold
     ):
         values = as_tensor(values).to('cpu', torch.float32).contiguous()
-        if values.ndim != 1: raise ValueError(f'values of shape {tuple(values.shape)}: expected one value per row, `(n,)`.')
+        if values.ndim != 1:
+            raise ValueError(f'values of shape {tuple(values.shape)}: expected one value per row, `(n,)`.')
         if len(values) != fingerprint['n']:
-            raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value per row.")
+            raise ValueError(f"{len(values)} values for a data set of {fingerprint['n']} rows: expected one value per "
+                             "row.")
         try: info = json.loads(json.dumps(info or {}))
         except (TypeError, ValueError) as e:
-            raise TypeError(f"info={info!r} can't be kept in a file ({e}): use numbers, strings, lists and dicts.") from e
+            raise TypeError(f"info={info!r} can't be kept in a file ({e}): use numbers, strings, lists and "
+                            "dicts.") from e
         self.values,self.fingerprint,self.info = values,dict(fingerprint),info
         self.validate()
 
@@ -237,7 +247,8 @@ class ItemTable:
         rows = own_rows(dl)
         if len(rows) < fingerprint['n']:
             if len(values) == len(rows): values = spread(values.float(), dl)
-            if len(values) == fingerprint['n'] and values.isnan().any() and not values[rows].isnan().any(): info = dict(info, n_known=int((~values.isnan()).sum()))
+            if len(values) == fingerprint['n'] and values.isnan().any() and not values[rows].isnan().any():
+                info = dict(info, n_known=int((~values.isnan()).sum()))
         return cls(values, fingerprint, info)
 
     @property
@@ -260,16 +271,20 @@ class ItemTable:
     ):
         "Raise unless `dl` goes through the data set that the values were made for, else return the table"
         name,here = type(self).__name__,fingerprint(dl, n)
-        mend = f'Load the {name} of this data set, or make it anew; where the two should be the same, sort the files and seed the split.'
+        mend = (f'Load the {name} of this data set, or make it anew; where the two should be the same, sort the files '
+                'and seed the split.')
         if here['n'] != self.fingerprint['n']:
-            raise ValueError(f"{name} for {self.fingerprint['n']} rows, but this data set has {here['n']} (length). {mend}")
-        differ = dict(targets='its targets differ, so it was relabelled or reordered', items='its items differ or stand in another order')
+            raise ValueError(f"{name} for {self.fingerprint['n']} rows, but this data set has {here['n']} (length). "
+                             f"{mend}")
+        differ = dict(targets='its targets differ, so it was relabelled or reordered',
+                      items='its items differ or stand in another order')
         for part,what in differ.items():
             if here[part] and self.fingerprint[part] and here[part] != self.fingerprint[part]:
                 raise ValueError(f'{name} for another data set of the same length: {what} ({part}). {mend}')
         if n is None and (missing := int(self.unknown[own_rows(dl)].sum())):
-            raise ValueError(f"{name} of {self.info['n_known']} of {len(self)} rows: nothing is known of {missing} of the rows that this loader goes through. Make it "
-                             "of this loader, or restrict the loader to the rows that it was made of.")
+            raise ValueError(f"{name} of {self.info['n_known']} of {len(self)} rows: nothing is known of {missing} of "
+                             "the rows that this loader goes through. Make it of this loader, or restrict the loader "
+                             "to the rows that it was made of.")
         return self
 
     def save(self,
@@ -306,7 +321,9 @@ class ItemTable:
                     raise ValueError(f'{path} is a safetensors file, but holds no {name}: it holds {names}. {mend}')
                 if kind != name: raise ValueError(f'{path} holds {kind}, not {name}. Load it with `{kind}.load`.')
                 if metadata['format'] != str(cls.format):
-                    raise ValueError(f"{path} has format {metadata['format']}, but this version reads {cls.format}. {mend}")
-                return cls(f.get_tensor('values').clone(), json.loads(metadata['fingerprint']), json.loads(metadata['info']))
+                    raise ValueError(f"{path} has format {metadata['format']}, but this version reads {cls.format}. "
+                                     f"{mend}")
+                return cls(f.get_tensor('values').clone(), json.loads(metadata['fingerprint']),
+                           json.loads(metadata['info']))
         except (SafetensorError, KeyError, json.JSONDecodeError) as e:
             raise ValueError(f'{path} is truncated, corrupt or no safetensors file at all ({e}). {mend}') from e

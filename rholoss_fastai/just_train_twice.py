@@ -30,7 +30,8 @@ from .loaders import restrict_rows, scoring_loader, with_loaders
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
 from .scores import training_loss
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own, score_rows, shows_progress)
+from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own,
+                                        score_rows, shows_progress)
 
 # %% ../nbs/37_just_train_twice.ipynb #08fe3385
 def misclassified(
@@ -38,10 +39,13 @@ def misclassified(
     targ:Tensor # `(bs,)` or `(bs, 1)` classes
 )->Tensor: # `(bs,)`, 1 where the likeliest class isn't the target
     "Is each item's class wrong?"
-    classes = targ[:,0] if isinstance(targ, Tensor) and targ.ndim == 2 and targ.shape[1] == 1 else targ # as fastai's tables have them
-    if not isinstance(classes, Tensor) or classes.ndim != 1 or classes.is_floating_point() or pred.ndim != 2 or pred.shape[1] < 2:
-        raise ValueError(f"Whether a row is right can't be told from predictions {tuple(pred.shape)} and targets {getattr(targ, 'shape', type(targ))}: "
-                         "expected (bs, C) and (bs,) classes. Pass wrong=, a function of pred and targ that returns 1 for each item that counts as an error.")
+    # as fastai's tables have them
+    classes = targ[:,0] if isinstance(targ, Tensor) and targ.ndim == 2 and targ.shape[1] == 1 else targ
+    if (not isinstance(classes, Tensor) or classes.ndim != 1 or classes.is_floating_point() or pred.ndim != 2
+        or pred.shape[1] < 2):
+        raise ValueError(f"Whether a row is right can't be told from predictions {tuple(pred.shape)} and targets "
+                         f"{getattr(targ, 'shape', type(targ))}: expected (bs, C) and (bs,) classes. Pass wrong=, a "
+                         "function of pred and targ that returns 1 for each item that counts as an error.")
     return (pred.argmax(1) != classes).float()
 
 # %% ../nbs/37_just_train_twice.ipynb #5f070228
@@ -68,7 +72,8 @@ def _check(dls, n_epoch, upweights, by, noise, seed):
     for o in upweights: check_number('upweight', o, 1, math.inf, schedule=False)
     check_number('noise', noise, schedule=False)
     if by not in ('sampling', 'loss'): raise ValueError(f"by must be 'sampling' or 'loss'; got {by!r}.")
-    if by == 'sampling': weighted_loaders(dls, torch.ones(dataset_size(dls.train))) # raises where the loader can't be weighted
+    # raises where the loader can't be weighted
+    if by == 'sampling': weighted_loaders(dls, torch.ones(dataset_size(dls.train)))
 
 def _seeded(dls, seed):
     "A copy of `dls` whose training loader has a random generator of its own"
@@ -88,7 +93,8 @@ def _error_sets(make_learner, dls, epochs, lr, seed, earlier, progress, il, nois
         learn = new_learner(make_learner, _seeded(dls, seed), seed, earlier)
         if il is not None: il = il_values(il, dls.train, learn)
         first = own_rows(dls.train).sort().values[:16]
-        for score in (wrong, *[training_loss][:by == 'loss']): score_rows(learn, reader(dls.train), score, rows=first) # what it can't judge is told before training
+        # what it can't judge is told before training
+        for score in (wrong, *[training_loss][:by == 'loss']): score_rows(learn, reader(dls.train), score, rows=first)
         total = max(epochs)*len(dls.train) + len(epochs)*len(scoring_loader(dls.train))
         with batch_progress(total, progress and shows_progress(learn)) as step:
             sets = _AtEpochs(epochs, partial(error_set, il=il, noise=noise, wrong=wrong, step=step))
@@ -99,12 +105,14 @@ def _problem(errors, dl, n_epoch_id, il):
     "Why this error set can't be upweighted, None where it can"
     n,also = len(own_rows(dl)),il is not None
     if len(errors) == n:
-        return (f"The error set is all of the {n} training rows: after n_epoch_id={n_epoch_id} epochs the first model gets none of them right, and to "
-                "upweight all is to upweight none. Raise n_epoch_id or the learning rate, and check that targets and predictions match.")
+        return (f"The error set is all of the {n} training rows: after n_epoch_id={n_epoch_id} epochs the first model "
+                "gets none of them right, and to upweight all is to upweight none. Raise n_epoch_id or the learning "
+                "rate, and check that targets and predictions match.")
     if not len(errors):
-        return (f"The error set is empty: after n_epoch_id={n_epoch_id} epochs the first model gets all of the {n} training rows right"
-                f"{', but for what il= calls noise' if also else ''}. Lower n_epoch_id{', or noise' if also else ''}, or regularise the "
-                "model more (weight decay, a lower learning rate).")
+        return (f"The error set is empty: after n_epoch_id={n_epoch_id} epochs the first model gets all of the {n} "
+                f"training rows right{', but for what il= calls noise' if also else ''}. Lower "
+                f"n_epoch_id{', or noise' if also else ''}, or regularise the model more (weight decay, a lower "
+                "learning rate).")
 
 def _upweighted(make_learner, dls, errors, upweight, by, seed, earlier):
     "A new Learner, to train with `errors` upweighted"
@@ -137,7 +145,8 @@ def just_train_twice(
     _check(dls, n_epoch, [upweight], by, noise, seed)
     with preserve_rng():
         earlier = []
-        errors = _error_sets(make_learner, dls, [n_epoch_id], lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong, by=by)[n_epoch_id]
+        errors = _error_sets(make_learner, dls, [n_epoch_id], lr, seed, earlier, progress, il=il, noise=noise,
+                             wrong=wrong, by=by)[n_epoch_id]
         problem = _problem(errors, dls.train, n_epoch_id, il)
         if problem: raise ValueError(problem)
         learn = _upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
@@ -146,15 +155,18 @@ def just_train_twice(
     return learn
 
 # %% ../nbs/37_just_train_twice.ipynb #bfc62245
-def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, groups, metric, worst, n_epoch, lr, one_cycle, earlier, step):
+def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, groups, metric, worst, n_epoch, lr,
+                 one_cycle, earlier, step):
     "The line of a pair in the table"
-    measured,learn = WorstGroup(metric, groups, worst),_upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
+    measured = WorstGroup(metric, groups, worst)
+    learn = _upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
     learn.metrics = [measured]
     fit_quietly(learn, n_epoch, lr, one_cycle, validate=True, step=step)
     values = measured.table.agg(worst, axis=1)
     best = values.max() if worst is min else values.min()
     step(f'T={n_epoch_id}, upweight={upweight}: worst group {best:.4g}')
-    return dict(n_epoch_id=n_epoch_id, upweight=upweight, errors=len(errors), worst_group=best, epoch=values.tolist().index(best))
+    return dict(n_epoch_id=n_epoch_id, upweight=upweight, errors=len(errors), worst_group=best,
+                epoch=values.tolist().index(best))
 
 def tune_just_train_twice(
     make_learner:Callable, # Function of `DataLoaders` that returns a new Learner on them
@@ -184,12 +196,16 @@ def tune_just_train_twice(
     table,earlier = [],[]
     if executor is not None: check_new_learners(make_learner, dls)
     with preserve_rng():
-        sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise, wrong=wrong, by=by)
+        sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise,
+                           wrong=wrong, by=by)
         problems = {t: _problem(errors, dls.train, t, il) for t,errors in sets.items()}
         if all(problems.values()): raise ValueError(problems[n_epochs_id[0]])
-        pairs = [(t, o) for t in n_epochs_id if not problems[t] for o in upweights] # an error set that is empty or total has nothing to try
-        shared = dict(make_learner=make_learner, dls=dls, by=by, seed=seed, groups=groups, metric=metric, worst=worst, n_epoch=n_epoch, lr=lr,
-                      one_cycle=one_cycle, earlier=earlier if executor is None else [])
-        tasks,total = [dict(shared, errors=sets[t], n_epoch_id=t, upweight=o) for t,o in pairs],len(pairs)*n_epoch*len(dls.train)
-        with on_its_own(), batch_progress(total, progress) as step: run_in_order(_worst_group, tasks, table.append, executor, step=step, n_steps=total)
+        # an error set that is empty or total has nothing to try
+        pairs = [(t, o) for t in n_epochs_id if not problems[t] for o in upweights]
+        shared = dict(make_learner=make_learner, dls=dls, by=by, seed=seed, groups=groups, metric=metric, worst=worst,
+                      n_epoch=n_epoch, lr=lr, one_cycle=one_cycle, earlier=earlier if executor is None else [])
+        tasks = [dict(shared, errors=sets[t], n_epoch_id=t, upweight=o) for t,o in pairs]
+        total = len(pairs)*n_epoch*len(dls.train)
+        with on_its_own(), batch_progress(total, progress) as step:
+            run_in_order(_worst_group, tasks, table.append, executor, step=step, n_steps=total)
     return pd.DataFrame(table).sort_values('worst_group', ascending=worst is not min, ignore_index=True)

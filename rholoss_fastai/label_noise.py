@@ -34,7 +34,8 @@ def _is_path(o): return isinstance(o, os.PathLike) or isinstance(o, str) and os.
 def _text(o):
     "A text as it can be read, of a string or of tokens"
     if isinstance(o, str): return o
-    if hasattr(o, '__iter__') and not isinstance(o, (bytes, Tensor, np.ndarray)) and all(isinstance(t, str) for t in o): return ' '.join(o)
+    if hasattr(o, '__iter__') and not isinstance(o, (bytes, Tensor, np.ndarray)) and all(isinstance(t, str) for t in o):
+        return ' '.join(o)
 
 def row_names(
     dl, # Any loader that `track_rows` takes
@@ -48,7 +49,8 @@ def row_names(
         chosen = _per_row(items, rows)
         if isinstance(chosen, (pd.DataFrame, pd.Series)):
             res['index'] = chosen.index.tolist()
-            texts = [_text(o) for o in chosen['text']] if isinstance(chosen, pd.DataFrame) and 'text' in chosen else [None]
+            texts = ([_text(o) for o in chosen['text']] if isinstance(chosen, pd.DataFrame) and 'text' in chosen
+                     else [None])
         else:
             chosen = [o[0] if isinstance(o, tuple) and len(o) else o for o in chosen]
             if all(map(_is_path, chosen)):
@@ -78,8 +80,8 @@ class LabelNoise:
         dl # The loader that they were made of
     ):
         if predictions.kind != 'classes':
-            raise ValueError(f"The targets are {predictions.kind}: wrong labels are told where each row has one class. For others, sort the rows by "
-                             "probe_predictions(...).losses(), the highest first.")
+            raise ValueError(f"The targets are {predictions.kind}: wrong labels are told where each row has one class. "
+                             "For others, sort the rows by probe_predictions(...).losses(), the highest first.")
         store_attr()
         self.share,self.low,self.high = share_of_wrong_labels(predictions.logits, predictions.targets)
 
@@ -95,8 +97,9 @@ class LabelNoise:
         probs = found.logits[at].softmax(1)
         def named(classes): return [names[i] if names is not None else i for i in classes.tolist()]
         rows = found.rows[at.cpu()]
-        return pd.DataFrame(dict(row=rows.tolist(), **row_names(self.dl, rows), label=named(found.targets[at]), predicted=named(probs.argmax(1)),
-                                 p_label=p_label[at].tolist(), p_predicted=probs.max(1).values.tolist()))
+        return pd.DataFrame(dict(row=rows.tolist(), **row_names(self.dl, rows), label=named(found.targets[at]),
+                                 predicted=named(probs.argmax(1)), p_label=p_label[at].tolist(),
+                                 p_predicted=probs.max(1).values.tolist()))
 
     @property
     def table(self)->pd.DataFrame:
@@ -113,11 +116,13 @@ class LabelNoise:
         with preserve_rng(): dataset = scoring_loader(self.dl, sorted(table.row)).dataset
         place = {row: i for i,row in enumerate(sorted(table.row))}
         with preserve_rng(): items = [dataset[place[row]] for row in table.row]
-        pictures = [_picture(next(iter(o.values())) if isinstance(o, dict) else o[0] if isinstance(o, (tuple, list)) else o) for o in items]
+        pictures = [_picture(next(iter(o.values())) if isinstance(o, dict) else o[0] if isinstance(o, (tuple, list))
+                             else o) for o in items]
         if any(o is None for o in pictures): return table
         ncols = ncols or int(np.ceil(len(table)**0.5))
         nrows = -(-len(table)//ncols)
-        fig,axs = plt.subplots(nrows, ncols, figsize=(ncols*size, nrows*(size + 0.3)), squeeze=False, layout='constrained')
+        fig,axs = plt.subplots(nrows, ncols, figsize=(ncols*size, nrows*(size + 0.3)), squeeze=False,
+                               layout='constrained')
         for ax in axs.flat: ax.set_axis_off()
         for ax,picture,line in zip(axs.flat, pictures, table.itertuples()):
             ax.imshow(picture, cmap='gray' if picture.ndim == 2 else None)
@@ -128,9 +133,11 @@ class LabelNoise:
 
     def __str__(self):
         info,n = self.predictions.info,len(self.predictions)
-        res = (f"About {self.share:.1%} of {n:,} labels look wrong (95 % interval {self.low:.1%} to {self.high:.1%}), by features {info['features']!r}, whose "
-               f"held-out accuracy on these labels is {info['accuracy']:.1%} (by chance {info['chance']:.1%}). ")
-        if self.high - self.low > 0.15: res += "These features tell too little to say it more exactly, and the estimate is likely too high. "
+        res = (f"About {self.share:.1%} of {n:,} labels look wrong (95 % interval {self.low:.1%} to {self.high:.1%}), "
+               f"by features {info['features']!r}, whose held-out accuracy on these labels is {info['accuracy']:.1%} "
+               f"(by chance {info['chance']:.1%}). ")
+        if self.high - self.low > 0.15:
+            res += "These features tell too little to say it more exactly, and the estimate is likely too high. "
         return res + f"The {len(self):,} most suspect rows are in `table`, `show()` draws the first."
     __repr__ = __str__
 
@@ -149,7 +156,8 @@ def label_noise(
     verbose:bool=True # Say which features were chosen and what they will cost?
 )->LabelNoise: # `share` with its interval, `low` to `high`; `table`; `show()`
     "How many labels of the training set are wrong, and which"
-    if not isinstance(learn, (Learner, DataLoaders)): raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
+    if not isinstance(learn, (Learner, DataLoaders)):
+        raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
     dl = (learn.train if isinstance(learn, DataLoaders) else learn.dls.train) if dl is None else dl
     if predictions is None: predictions = probe_predictions(learn, dl, features, folds, n_rows, seed, progress, verbose)
     return LabelNoise(predictions, dl)

@@ -24,7 +24,9 @@ class _Agreement:
         self.margin = np.array([margin[o].mean() for o in bins])/max(margin.std(), 1e-12)
         self.n,self.agree = np.array([float(len(o)) for o in bins]),np.array([agrees[o].sum() for o in bins])
         self.accident = 1/(n_classes - 1)
-        self.binary = n_classes == 2 # where the margin is 0 two classes are equally likely, so a prediction is right half the time at most, of two just so
+        # where the margin is 0 two classes are equally likely, so a prediction is right half the time at most, of two
+        # just so
+        self.binary = n_classes == 2
 
     def curve(self, params, margin):
         slope,shift,share = params
@@ -38,7 +40,9 @@ class _Agreement:
         by_p = self.agree/p - (self.n - self.agree)/(1 - p)
         by_right = by_p*span*right*(1 - right)
         loss = self.agree @ np.log(p) + (self.n - self.agree) @ np.log(1 - p)
-        return -loss, -np.array([by_right @ self.margin, 0 if self.binary else by_right.sum(), by_p @ (self.accident*(1 - right) - right)])
+        return (-loss,
+                -np.array([by_right @ self.margin, 0 if self.binary else by_right.sum(),
+                           by_p @ (self.accident*(1 - right) - right)]))
 
     def fit(self, start, share=None):
         "The likeliest slope, shift and share near `start`, or those with `share` given, and the negative log-likelihood"
@@ -51,7 +55,8 @@ class _Agreement:
 
     def excludes(self, share, params, loss, worse=1.92):
         "Is the likelihood with this share lower than chance explains (95 %)?"
-        return all(self.fit(start, share)[1] > loss + worse for start in (params, (1, 0, share), (0.01, -1, share), (10, 0, share)))
+        return all(self.fit(start, share)[1] > loss + worse
+                   for start in (params, (1, 0, share), (0.01, -1, share), (10, 0, share)))
 
     def bound(self, params, loss, beyond, n_steps=12):
         "How far the share may move towards `beyond` before the likelihood excludes it"
@@ -69,8 +74,10 @@ def share_of_wrong_labels(
 )->tuple: # The share, and the 95 % interval's ends
     "The estimated share of wrong labels, by how agreement rises with the predictions' margin"
     if logits.ndim != 2 or logits.shape[1] < 2 or len(labels) != len(logits):
-        raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(labels)} labels: expected (n, C) of at least two classes, and (n,) labels.")
-    if not logits.isfinite().all(): raise ValueError("logits hold NaN or infinite numbers: check the features that they were made by.")
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(labels)} labels: expected (n, C) of at least "
+                         "two classes, and (n,) labels.")
+    if not logits.isfinite().all():
+        raise ValueError("logits hold NaN or infinite numbers: check the features that they were made by.")
     top = logits.topk(2, 1)
     agreement = _Agreement(top.values[:,0] - top.values[:,1], top.indices[:,0] == labels, logits.shape[1])
     params,loss = agreement.best()

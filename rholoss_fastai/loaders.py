@@ -34,9 +34,11 @@ def _restricted(dataset, rows):
     elif not isinstance(rows, np.ndarray): rows = np.array(list(rows))
     if rows.ndim != 1: raise ValueError(f'rows of shape {rows.shape}: expected a list of row numbers.')
     if not len(rows): raise ValueError('No rows: a loader needs at least one.')
-    if rows.dtype.kind not in 'iu': raise TypeError(f'rows of type {rows.dtype}: expected whole numbers. For a mask, `mask.nonzero()`.')
+    if rows.dtype.kind not in 'iu':
+        raise TypeError(f'rows of type {rows.dtype}: expected whole numbers. For a mask, `mask.nonzero()`.')
     if rows.min() < 0 or rows.max() >= len(all_rows):
-        raise ValueError(f'row {rows.min() if rows.min() < 0 else rows.max()} of a data set of {len(all_rows)} rows, counted from 0.')
+        raise ValueError(f'row {rows.min() if rows.min() < 0 else rows.max()} of a data set of {len(all_rows)} rows, '
+                         'counted from 0.')
     if len(np.unique(rows)) < len(rows): raise ValueError('The same row more than once: give each row at most once.')
     rows = rows.astype(row_dtype(len(all_rows)))
     if all_rows is dataset: return RowSubset(all_rows, rows), rows
@@ -44,7 +46,8 @@ def _restricted(dataset, rows):
     positions[dataset.row_numbers] = np.arange(len(dataset))
     positions = positions[rows]
     if positions.min() < 0:
-        raise ValueError(f'row {rows[positions.argmin()]} is not among the {len(dataset)} rows that this loader is restricted to.')
+        raise ValueError(f'row {rows[positions.argmin()]} is not among the {len(dataset)} rows that this loader is '
+                         'restricted to.')
     return RowSubset(all_rows, rows), positions
 
 # %% ../nbs/06_loaders.ipynb #b7fc4433
@@ -57,19 +60,25 @@ def _restrict_torch(dl, rows, seed):
     else: generator.manual_seed(torch.initial_seed())
     own,share = dl.sampler,len(dataset)/len(dl.dataset)
     def drawn(n): return n and max(1, round(n*share))
-    if type(dl.batch_sampler) is not BatchSampler or type(own) not in (RandomSampler, SequentialSampler, WeightedRandomSampler):
-        raise ValueError(f"restrict_rows: a DataLoader with {type(own).__name__} in {type(dl.batch_sampler).__name__} can't be restricted, "
-                         "only PyTorch's Sequential-, Random- and WeightedRandomSampler. Make a DataLoader of the subset instead.")
+    if (type(dl.batch_sampler) is not BatchSampler
+        or type(own) not in (RandomSampler, SequentialSampler, WeightedRandomSampler)):
+        raise ValueError(f"restrict_rows: a DataLoader with {type(own).__name__} in {type(dl.batch_sampler).__name__} "
+                         "can't be restricted, only PyTorch's Sequential-, Random- and WeightedRandomSampler. Make a "
+                         "DataLoader of the subset instead.")
     if type(own) is SequentialSampler: sampler = SequentialSampler(dataset)
-    elif type(own) is RandomSampler: sampler = RandomSampler(dataset, own.replacement, drawn(own._num_samples), generator)
-    else: sampler = WeightedRandomSampler(_restrict_weights(own.weights, positions), drawn(own.num_samples), own.replacement, generator)
+    elif type(own) is RandomSampler:
+        sampler = RandomSampler(dataset, own.replacement, drawn(own._num_samples), generator)
+    else:
+        sampler = WeightedRandomSampler(_restrict_weights(own.weights, positions), drawn(own.num_samples),
+                                        own.replacement, generator)
     batches = BatchSampler(sampler, dl.batch_size, dl.drop_last)
     return copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_sampler=batches, generator=generator)
 
 def _restrict_weights(weights, positions):
     "The weights at `positions`, which must not all be 0"
     weights = weights[positions]
-    if not weights.sum() > 0: raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none would ever be drawn.')
+    if not weights.sum() > 0:
+        raise ValueError(f'The {len(positions)} rows have a sampling weight of 0 each: none would ever be drawn.')
     return weights/weights.sum()
 
 def _at_position(read_row, row_numbers, i): return read_row(row_numbers[i].tolist())
@@ -89,14 +98,18 @@ def restrict_rows(
         res.dataset = res.dl.dataset
         return res
     if isinstance(dl, LMDataLoader):
-        raise ValueError('restrict_rows: the rows of a LMDataLoader are sequences cut from one text. Restrict its texts instead.')
+        raise ValueError('restrict_rows: the rows of a LMDataLoader are sequences cut from one text. Restrict its '
+                         'texts instead.')
     if 'get_idxs' in vars(dl):
-        raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what that returns instead.')
+        raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what '
+                         'that returns instead.')
     res.dataset,positions = _restricted(dl.dataset, rows)
     res.n = len(res.dataset)
-    read_row = vars(dl).get('read_row', vars(dl).get('create_item')) # a function of the row that was passed in knows nothing of the subset
+    # a function of the row that was passed in knows nothing of the subset
+    read_row = vars(dl).get('read_row', vars(dl).get('create_item'))
     if read_row is not None and getattr(read_row, '__self__', None) is not dl:
-        res.__dict__.update(read_row=read_row, create_item=functools.partial(_at_position, read_row, res.dataset.row_numbers))
+        res.__dict__.update(read_row=read_row,
+                            create_item=functools.partial(_at_position, read_row, res.dataset.row_numbers))
     res.rng = copy.copy(dl.rng) if seed is None else random.Random(seed)
     if isinstance(dl, SortedDL):
         res.res = [dl.res[i] for i in positions]
@@ -119,10 +132,13 @@ def replace_dataset(
         res.dataset = res.dl.dataset
         return res
     own,all_rows = dl.dataset,whole(dl.dataset)
-    if len(dataset) != len(all_rows): raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(all_rows)}: expected the same rows.')
-    if 'create_item' in vars(dl) or getattr(type(dl), 'create_item', None) not in (None, DataLoader.create_item, TabDataLoader.create_item):
-        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not read another data set. Change the "
-                         "data set first, and make the loader of the changed one.")
+    if len(dataset) != len(all_rows):
+        raise ValueError(f'A data set of {len(dataset)} rows in place of one of {len(all_rows)}: expected the same '
+                         'rows.')
+    if ('create_item' in vars(dl)
+        or getattr(type(dl), 'create_item', None) not in (None, DataLoader.create_item, TabDataLoader.create_item)):
+        raise ValueError("replace_dataset: this loader makes its items in its own way (`create_item`), so it might not "
+                         "read another data set. Change the data set first, and make the loader of the changed one.")
     if isinstance(own, RowSubset): dataset = RowSubset(dataset, own.row_numbers)
     if isinstance(dl, TorchDataLoader): return copy_torch_loader(dl, dataset=dataset)
     res = copy_loader(dl, bs)
@@ -134,7 +150,8 @@ def _validation_view(dataset):
     "`dataset` with the transforms of validation (`split_idx` 1): a shallow copy, so that the original stays in training"
     if getattr(dataset, 'split_idx', None) is None: return dataset
     res = copy.copy(dataset)
-    if getattr(dataset, '_default', None) == 'dataset': res.dataset = _validation_view(dataset.dataset)  # a `RowSubset` or another wrapper
+    # a `RowSubset` or another wrapper
+    if getattr(dataset, '_default', None) == 'dataset': res.dataset = _validation_view(dataset.dataset)
     elif isinstance(dataset, Datasets): res.tls = L(map(_validation_view, dataset.tls))
     else:
         if isinstance(dataset, TfmdLists): res.tfms = _validation_pipeline(dataset.tfms)
@@ -165,7 +182,8 @@ def scoring_loader(
         sampler = SequentialSampler(dataset)
         bs = bs or dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
         batches = BatchSampler(sampler, bs, False)
-        return copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_sampler=batches, batch_size=bs, drop_last=False)
+        return copy_torch_loader(dl, dataset=dataset, sampler=sampler, batch_sampler=batches, batch_size=bs,
+                                 drop_last=False)
     check_rows_known(dl, bs)
     res = copy_loader(dl, bs)
     res.__dict__.pop('get_idxs', None)
@@ -176,7 +194,8 @@ def scoring_loader(
     res.shuffle,res.drop_last,res.rng = False,False,copy.copy(dl.rng)
     if 'partial_n' in vars(res): res.partial_n = None
     if not isinstance(res, SortedDL): res.get_idxs = MethodType(_in_order, res)
-    for name in ('after_item', 'before_batch', 'after_batch'):  # its own, since fastai sets their `split_idx` when an epoch begins
+    # its own, since fastai sets their `split_idx` when an epoch begins
+    for name in ('after_item', 'before_batch', 'after_batch'):
         if isinstance(getattr(res, name), Pipeline): setattr(res, name, copy.copy(getattr(res, name)))
     return res
 

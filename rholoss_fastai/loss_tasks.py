@@ -24,15 +24,16 @@ from torch import nn
 function_types = (FunctionType, BuiltinFunctionType, MethodType, partial, torch.jit.ScriptFunction)
 
 _families = dict(
-    classes='CrossEntropyLoss NLLLoss MultiMarginLoss KLDivLoss LabelSmoothingCrossEntropy FocalLoss DiceLoss cross_entropy nll_loss '
-            'multi_margin_loss kl_div log_softmax softmax',
-    multilabel='BCEWithLogitsLoss BCELoss MultiLabelSoftMarginLoss binary_cross_entropy_with_logits binary_cross_entropy '
-               'multilabel_soft_margin_loss sigmoid logsigmoid sigmoid_focal_loss',
-    regression='MSELoss L1Loss SmoothL1Loss HuberLoss GaussianNLLLoss PoissonNLLLoss mse_loss l1_loss smooth_l1_loss huber_loss '
-               'gaussian_nll_loss poisson_nll_loss',
-    other='MultiLabelMarginLoss SoftMarginLoss HingeEmbeddingLoss CosineEmbeddingLoss MarginRankingLoss TripletMarginLoss '
-          'TripletMarginWithDistanceLoss multilabel_margin_loss soft_margin_loss hinge_embedding_loss cosine_embedding_loss margin_ranking_loss '
-          'triplet_margin_loss triplet_margin_with_distance_loss')
+    classes='CrossEntropyLoss NLLLoss MultiMarginLoss KLDivLoss LabelSmoothingCrossEntropy FocalLoss DiceLoss '
+            'cross_entropy nll_loss multi_margin_loss kl_div log_softmax softmax',
+    multilabel='BCEWithLogitsLoss BCELoss MultiLabelSoftMarginLoss binary_cross_entropy_with_logits '
+               'binary_cross_entropy multilabel_soft_margin_loss sigmoid logsigmoid sigmoid_focal_loss',
+    regression='MSELoss L1Loss SmoothL1Loss HuberLoss GaussianNLLLoss PoissonNLLLoss mse_loss l1_loss smooth_l1_loss '
+               'huber_loss gaussian_nll_loss poisson_nll_loss',
+    other='MultiLabelMarginLoss SoftMarginLoss HingeEmbeddingLoss CosineEmbeddingLoss MarginRankingLoss '
+          'TripletMarginLoss TripletMarginWithDistanceLoss multilabel_margin_loss soft_margin_loss '
+          'hinge_embedding_loss cosine_embedding_loss margin_ranking_loss triplet_margin_loss '
+          'triplet_margin_with_distance_loss')
 _task_of_name = {name: task for task,names in _families.items() for name in names.split()}
 _give_probabilities = ('BCELoss', 'binary_cross_entropy') # their predictions went through a sigmoid already
 
@@ -49,11 +50,14 @@ def known_loss(
 )->str: # None for a loss of one's own
     "The name of a loss of PyTorch's or fastai's; of a subclass of one, its parent's"
     inner = inner_loss(loss_func)
-    names = [getattr(inner, '__name__', None)] if isinstance(inner, function_types) else [o.__name__ for o in type(inner).__mro__]
+    names = ([getattr(inner, '__name__', None)] if isinstance(inner, function_types)
+             else [o.__name__ for o in type(inner).__mro__])
     return next((o for o in names if o in _task_of_name), None)
 
 # %% ../nbs/01_loss_tasks.ipynb #efb8a31a
-def _is_own(o): return isinstance(o, (FunctionType, MethodType)) or isinstance(o, nn.Module) and not type(o).__module__.startswith('torch.')
+def _is_own(o):
+    return (isinstance(o, (FunctionType, MethodType)) or isinstance(o, nn.Module)
+            and not type(o).__module__.startswith('torch.'))
 
 def mentioned_losses(
     loss_func:Callable, # A loss function of one's own
@@ -64,10 +68,13 @@ def mentioned_losses(
     function = loss_func if is_function else getattr(type(loss_func), 'forward', type(loss_func).__call__)
     function = getattr(function, '__func__', function)
     code = getattr(function, '__code__', None)
-    called,names_global = getattr(code, 'co_names', ()),[o.argval for o in get_instructions(code) if o.opname == 'LOAD_GLOBAL'] if code else ()
-    held = [] if is_function else [*getattr(loss_func, '__dict__', {}).values(), *getattr(loss_func, '_modules', {}).values()]
+    called = getattr(code, 'co_names', ())
+    names_global = [o.argval for o in get_instructions(code) if o.opname == 'LOAD_GLOBAL'] if code else ()
+    held = ([] if is_function
+            else [*getattr(loss_func, '__dict__', {}).values(), *getattr(loss_func, '_modules', {}).values()])
     held += [o.cell_contents for o in getattr(function, '__closure__', None) or () if o != CellType()]
-    held += [getattr(function, '__globals__', {}).get(o) for o in names_global] # not an attribute that is called as some function is
+    # not an attribute that is called as some function is
+    held += [getattr(function, '__globals__', {}).get(o) for o in names_global]
     names = {o for o in called if o in _task_of_name}
     for o in map(inner_loss, held):
         if not callable(o) or isinstance(o, type) or o is loss_func: continue

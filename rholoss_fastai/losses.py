@@ -43,7 +43,8 @@ def _unreduced(loss_func):
             vars(res).update(held(vars(res)))
             if isinstance(res, nn.Module): vars(res)['_modules'] = held(res._modules)
         res.reduction = 'none'
-    elif hasattr(res, '__dict__'): vars(res)['reduction'] = 'none' # not by setattr, which a wrapper may hand on to the original
+    # not by setattr, which a wrapper may hand on to the original
+    elif hasattr(res, '__dict__'): vars(res)['reduction'] = 'none'
     else: res.reduction = 'none'
     return res
 
@@ -58,19 +59,24 @@ class ItemLosses:
     def __init__(self,
         loss_func:Callable, # A loss function of fastai's or PyTorch's, a `partial` of one, or any function of `(pred, *targs)`
     ):
-        if isinstance(loss_func, type) or (isinstance(loss_func, FunctionType) and loss_func.__module__ == BaseLoss.__module__):
+        if (isinstance(loss_func, type)
+            or (isinstance(loss_func, FunctionType) and loss_func.__module__ == BaseLoss.__module__)):
             name = loss_func.__name__
             raise TypeError(f"loss_func is {name}, which makes loss functions, expected what it makes: {name}()")
         if not callable(loss_func):
-            raise TypeError(f"loss_func is {loss_func!r}, expected a function of (pred, *targs), for example CrossEntropyLossFlat()")
+            raise TypeError(f"loss_func is {loss_func!r}, expected a function of (pred, *targs), for example "
+                            "CrossEntropyLossFlat()")
         if isinstance(loss_func, nn.CTCLoss) or getattr(loss_func, 'func', loss_func) is F.ctc_loss:
-            raise ValueError("CTC loss has the batch in the second dimension of its input, so has no item losses as it is. Wrap it in "
-                             "a function of (pred, *targs) whose pred is (bs, time, classes) and that transposes it.")
+            raise ValueError("CTC loss has the batch in the second dimension of its input, so has no item losses as it "
+                             "is. Wrap it in a function of (pred, *targs) whose pred is (bs, time, classes) and that "
+                             "transposes it.")
         self.loss_func = loss_func = getattr(loss_func, '_orig_mod', loss_func) # of a compiled module, the module
-        self.one_tensor,self.divisors,self.checked = from_library(loss_func),{},False # how the loss is reduced, once it is known
+        # how the loss is reduced, once it is known
+        self.one_tensor,self.divisors,self.checked = from_library(loss_func),{},False
         params = call_parameters(loss_func)
         self.params = {k: p.default for k,p in params.items() if k in ('reduction', 'ignore_index', 'weight')}
-        self.n_args = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in params.values())
+        self.n_args = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+                          for p in params.values())
         if not isinstance(loss_func, function_types) and _has_reduction(loss_func): self.route = 'attribute'
         else: self.route = 'argument' if 'reduction' in self.params else 'vmap'
 
@@ -114,11 +120,13 @@ class ItemLosses:
         pred,targs,bs = self._prepared(pred, targs)
         elements = self._elements(pred, targs, bs)
         if elements is None:
-            raise ValueError(f"{loss_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): it gives one number for all of them. Use "
-                             "a loss that takes reduction='none', such as CrossEntropyLossFlat().")
+            raise ValueError(f"{loss_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): "
+                             "it gives one number for all of them. Use a loss that takes reduction='none', such as "
+                             "CrossEntropyLossFlat().")
         elements = _laid_out(self.loss_func, elements, targs, bs)
         counted = self._counted(elements, targs)
-        return elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None else counted.reshape(elements.shape)
+        return (elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None
+                else counted.reshape(elements.shape))
 
     def _prepared(self, pred, targs):
         "What the loss function gets, in float32 at least, and the number of items"
@@ -129,16 +137,19 @@ class ItemLosses:
     def _batch_size(self, pred, targs):
         "The number of items, where prediction and targets agree on it"
         sizes = [t.shape[0] for t in tensors(targs) if t.ndim]
-        if not sizes: raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}. Check that the DataLoaders give targets, and their n_inp.")
+        if not sizes:
+            raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}. Check that "
+                             "the DataLoaders give targets, and their n_inp.")
         if 0 in sizes: raise ValueError(f"The batch is empty: {self._shapes(pred, targs)}. Give at least one item.")
         check_no_item_lists(targs)
         in_pred = [t.shape[0] for t in tensors(pred) if t.ndim]
         if not in_pred:
-            raise ValueError(f"The model returned no prediction of each item, only {describe(pred)}: a loss of the whole batch can't be told apart into its "
-                             f"items. {_own_loss_mend}")
+            raise ValueError(f"The model returned no prediction of each item, only {describe(pred)}: a loss of the "
+                             f"whole batch can't be told apart into its items. {_own_loss_mend}")
         if len(set(sizes)) > 1 or sizes[0] not in in_pred:
-            raise ValueError(f"Prediction and targets differ in their number of items: {self._shapes(pred, targs)}. Both need one row an "
-                             "item in their first dimension: check the model's output and the DataLoaders' targets.")
+            raise ValueError(f"Prediction and targets differ in their number of items: {self._shapes(pred, targs)}. "
+                             "Both need one row an item in their first dimension: check the model's output and the "
+                             "DataLoaders' targets.")
         return sizes[0]
 
     def _elements(self, pred, targs, bs):
@@ -160,9 +171,11 @@ class ItemLosses:
         if elements.shape == (bs,): return True
         shapes = [t.shape for t in tensors((pred, targs))]
         if elements.numel() > max(s.numel() for s in shapes) and len({len(s) for s in shapes}) > 1:
-            raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: {self._shapes(pred, targs)}. Give both "
-                             "the same shape: a missing or an extra dimension in the model's output or in the targets makes PyTorch broadcast them.")
-        return elements.shape[0] == bs or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs])
+            raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: "
+                             f"{self._shapes(pred, targs)}. Give both the same shape: a missing or an extra dimension "
+                             "in the model's output or in the targets makes PyTorch broadcast them.")
+        return (elements.shape[0] == bs
+                or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs]))
 
     def _reduced(self, elements, targs, bs):
         "Item losses from those of their elements, by the loss function's own reduction"
@@ -175,7 +188,8 @@ class ItemLosses:
 
     def _classes(self, elements, targs):
         "The classes of `elements`, where these are the targets; else None"
-        return next((plain(t) for t in targs if isinstance(t, Tensor) and t.numel() == elements.numel() and not t.is_floating_point()), None)
+        return next((plain(t) for t in targs if isinstance(t, Tensor) and t.numel() == elements.numel()
+                     and not t.is_floating_point()), None)
 
     def _counted(self, elements, targs):
         "Which elements count, in the shape of the targets; None where all do"
@@ -185,7 +199,8 @@ class ItemLosses:
 
     def _own(self, name):
         "The loss function's own `name`, as it is now"
-        if self.route == 'argument' or self.route != 'attribute' and isinstance(self.loss_func, function_types): return self.params.get(name)
+        if self.route == 'argument' or self.route != 'attribute' and isinstance(self.loss_func, function_types):
+            return self.params.get(name)
         return getattr(self.loss_func.func if isinstance(self.loss_func, BaseLoss) else self.loss_func, name, None)
 
     def _one_by_one(self, pred, targs, bs):
@@ -193,7 +208,8 @@ class ItemLosses:
         loss_func,items = _shallow(self.loss_func),(pred, targs) # what a loss notes on itself is not to outlive `vmap`
         def scalar(pred, targs):
             res = plain(loss_func(pred, *targs))
-            if not isinstance(res, Tensor) or res.numel() != 1: raise ValueError(f"expected one number, got {describe(res)}")
+            if not isinstance(res, Tensor) or res.numel() != 1:
+                raise ValueError(f"expected one number, got {describe(res)}")
             return res.reshape(())
         if self.route != 'loop':
             flat = [plain(t) for t in tensors(items)]
@@ -201,7 +217,8 @@ class ItemLosses:
                 rows = iter(rows)
                 return scalar(*map_tensors(lambda t: next(rows)[None] if _has_rows(t, bs) else next(rows), items))
             try:
-                res = torch.func.vmap(one, in_dims=tuple(0 if _has_rows(t, bs) else None for t in flat), randomness='different')(*flat)
+                res = torch.func.vmap(one, in_dims=tuple(0 if _has_rows(t, bs) else None for t in flat),
+                                      randomness='different')(*flat)
                 self.route = 'vmap'
                 return res
             except torch.cuda.OutOfMemoryError: raise
@@ -210,8 +227,10 @@ class ItemLosses:
         except torch.cuda.OutOfMemoryError: raise
         except Exception as e:
             self._whole_batch(pred, targs, e)
-            raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for an item alone ({self._shapes(pred, targs)}; "
-                             f"{type(e).__name__}: {e}). Give a loss that takes reduction='none', or a function of (pred, targ) that works on a batch of one item.") from e
+            raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for "
+                             f"an item alone ({self._shapes(pred, targs)}; {type(e).__name__}: {e}). Give a loss that "
+                             "takes reduction='none', or a function of (pred, targ) that works on a batch of one "
+                             "item.") from e
         self.route = 'loop'
         return res
 
@@ -219,8 +238,9 @@ class ItemLosses:
         "Raise where the loss fails as it is, for then the fault is not in asking for items"
         try: _shallow(self.loss_func)(pred, *targs)
         except Exception:
-            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} ({type(error).__name__}: {error}). Check that the model's output and "
-                             "the targets have the shapes and types that this loss expects.") from error
+            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} "
+                             f"({type(error).__name__}: {error}). Check that the model's output and the targets have "
+                             "the shapes and types that this loss expects.") from error
 
     def _shapes(self, pred, targs): return f"prediction {describe(pred)}, target {', '.join(map(describe, targs))}"
     def __repr__(self): return f'ItemLosses({loss_name(self.loss_func)}, by {self.route})'
@@ -235,7 +255,8 @@ def _laid_out(func, elements, targs, bs):
     shape = next((t.shape for t in tensors(targs) if t.numel() == elements.numel()), (bs, -1))
     while isinstance(func, partial): func = func.func
     if not isinstance(func, BaseLoss) or len(shape) < 3: return elements.reshape(shape)
-    order = torch.empty(shape, device='meta').transpose(func.axis, -1) # fastai's losses put this axis last before they flatten, in the targets too
+    # fastai's losses put this axis last before they flatten, in the targets too
+    order = torch.empty(shape, device='meta').transpose(func.axis, -1)
     return elements.reshape(order.shape).transpose(func.axis, -1)
 
 def _has_rows(t, bs): return t.ndim > 0 and t.shape[0] == bs
@@ -256,12 +277,15 @@ def _sums(self:ItemLosses, weights, pred, targs, bs):
     "Sums of the element losses and of the weighted ones, and what the batch's loss may be the sum divided by"
     elements = self._elements(pred, targs, bs)
     if elements is None:
-        if weights.numel() != bs: raise ValueError(f"weights of shape {tuple(weights.shape)} for a loss without elements: expected ({bs},), one an item.")
+        if weights.numel() != bs:
+            raise ValueError(f"weights of shape {tuple(weights.shape)} for a loss without elements: expected ({bs},), "
+                             "one an item.")
         items = self._one_by_one(pred, targs, bs)
         return items.sum(), (weights*items).sum(), dict(mean=bs, sum=1)
     elements = _laid_out(self.loss_func, elements, targs, bs).reshape(bs, -1)
     if weights.numel() not in (bs, elements.numel()):
-        raise ValueError(f"weights of shape {tuple(weights.shape)}: expected ({bs},), one an item, or the {elements.numel()} of the loss's elements.")
+        raise ValueError(f"weights of shape {tuple(weights.shape)}: expected ({bs},), one an item, or the "
+                         f"{elements.numel()} of the loss's elements.")
     return elements.sum(), (weights.reshape(bs, -1)*elements).sum(), self._possible_divisors(elements, targs, bs)
 
 @patch
@@ -274,7 +298,8 @@ def _possible_divisors(self:ItemLosses, elements, targs, bs):
     res = dict(mean=elements.numel() if counted is None else counted.sum())
     class_weights = self._own('weight')
     if isinstance(class_weights, Tensor) and class_weights.ndim == 1 and classes is not None and self.task == 'classes':
-        of_element = class_weights.to(elements.device)[classes.long() if counted is None else classes.long().where(counted, 0)]
+        of_element = class_weights.to(elements.device)[classes.long() if counted is None
+                                                       else classes.long().where(counted, 0)]
         res['class weights'] = of_element.sum() if counted is None else (of_element*counted).sum()
     return res
 
@@ -290,7 +315,8 @@ def weighted(self:ItemLosses,
     pred,targs,bs = self._prepared(pred, targs)
     total,weighted,divisors = self._sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
-    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio' # one's own divides by what is not void, say
+    # one's own divides by what is not void, say
+    name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio'
     if name in divisors: return weighted/divisors[name]
     whole = plain(self.loss_func(pred, *targs)).reshape(())
     if name is None: # the one time that the host waits for the device
@@ -311,12 +337,14 @@ def _dividing(total, whole, divisors):
 def _derivatives(self:ItemLosses, pred, targs, bs):
     "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)` each; None where they don't depend on them"
     if self.one_tensor: pred = prediction(pred)
-    leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs) else t.detach(), pred)
+    leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs)
+                         else t.detach(), pred)
     inputs = [t for t in tensors(leaves) if t.requires_grad]
     if not inputs: raise TypeError('an output whose tensors are not to be found')
     def of(loss):
         if not isinstance(loss, Tensor) or not loss.requires_grad: return None
-        grads = [g.reshape(bs, -1).float() for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
+        grads = [g.reshape(bs, -1).float()
+                 for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
         return torch.cat(grads, 1)
     items = self(leaves, *targs)
     return of(items), of(plain(self.loss_func(map_tensors(_full, leaves), *map_tensors(_full, targs))))
@@ -340,7 +368,8 @@ def _with_others(pred, bs, generator):
     def other(t):
         by = torch.rand(t.shape, generator=generator).to(t)*0.8 + 0.1
         return t*by/t.abs().max().clamp(max=1) if t.any() else -by # probabilities stay probabilities
-    both,half = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred),torch.randperm(bs, generator=generator) < bs//2
+    both = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred)
+    half = torch.randperm(bs, generator=generator) < bs//2
     for chosen in (half | ~half, half, ~half):
         others = iter(tensors(both))
         def mixed(t):
@@ -353,8 +382,10 @@ def _separates(self:ItemLosses, pred, targs, bs):
     "Does an item add as much to the batch's loss, whatever the model predicts for the others?"
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        whole,both,first,second = (plain(self.loss_func(o, *targs)).reshape(()) for o in (pred, *_with_others(pred, bs, generator)))
-        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9) # a part of it may be in single precision
+        whole,both,first,second = (plain(self.loss_func(o, *targs)).reshape(())
+                                   for o in (pred, *_with_others(pred, bs, generator)))
+        # a part of it may be in single precision
+        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9)
         slack = eps**0.5*(values - whole).abs().sum() + 100*eps*values.abs().sum()
         if (first + second - whole - both).abs() > slack: return False # not so where one is NaN
     return True
@@ -363,9 +394,13 @@ def _separates(self:ItemLosses, pred, targs, bs):
 def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
     "Is the batch's loss made of the item losses: their sum, a mean of them, or as PyTorch reduces?"
     whole,again = (plain(self.loss_func(pred, *targs)) for _ in range(2))
-    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again) or self.one_tensor: return True # not to be told: diverged, or random
-    for to in (torch.Tensor.double, torch.Tensor.float): # in double precision, unless the loss has class weights, say, in single
-        try: separates = self._separates(*map_tensors(lambda t: to(t) if t.is_floating_point() else t, (pred, targs)), bs)
+    # not to be told: diverged, or random
+    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again) or self.one_tensor: return True
+    # in double precision, unless the loss has class weights, say, in single
+    for to in (torch.Tensor.double, torch.Tensor.float):
+        try:
+            separates = self._separates(*map_tensors(lambda t: to(t) if t.is_floating_point() else t, (pred, targs)),
+                                        bs)
         except torch.cuda.OutOfMemoryError: raise
         except Exception: continue
         if not separates: return False
@@ -374,8 +409,10 @@ def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
     if _dividing(total, whole, divisors): return True
     if derivatives is None or any(o is None for o in derivatives): return bool(losses.amin() <= whole <= losses.amax())
     if not _adds_up(whole, losses, *derivatives): return False
-    others = next(_with_others(pred, bs, torch.Generator().manual_seed(1))) # far from all targets, what these are compared with hardly shows
-    return all(self._adds_up_for(map_tensors(lambda t: t*size if t.is_floating_point() and _has_rows(t, bs) else t, others), targs, bs) for size in (1., 0.05))
+    # far from all targets, what these are compared with hardly shows
+    others = next(_with_others(pred, bs, torch.Generator().manual_seed(1)))
+    return all(self._adds_up_for(map_tensors(lambda t: t*size if t.is_floating_point() and _has_rows(t, bs) else t,
+                                             others), targs, bs) for size in (1., 0.05))
 
 @patch
 def _adds_up_for(self:ItemLosses, pred, targs, bs):
@@ -400,30 +437,36 @@ def check(self:ItemLosses,
     if losses is None: losses = self(pred, *targs)
     bs,device,name = len(losses),losses.device,loss_name(self.loss_func)
     if bs == 1: return losses
-    mend = _own_loss_mend if not isinstance(pred, Tensor) else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
-                                                                "learn.select(pick='uniform').")
+    mend = (_own_loss_mend if not isinstance(pred, Tensor)
+            else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
+                  "learn.select(pick='uniform')."))
     with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda'), torch.enable_grad():
         try: derivatives = self._derivatives(pred, targs, bs)
         except torch.cuda.OutOfMemoryError: raise
         except Exception: derivatives = None # it can't be differentiated, for example since it leaves PyTorch
         if derivatives is not None:
             if all(o is None for o in derivatives):
-                raise ValueError(f"{name} does not depend on the predictions of the items ({self._shapes(pred, targs)}), so an item's loss means nothing: "
-                                 f"it is {losses[0].item():.4g} whatever the model says. {_own_loss_mend}")
+                raise ValueError(f"{name} does not depend on the predictions of the items "
+                                 f"({self._shapes(pred, targs)}), so an item's loss means nothing: it is "
+                                 f"{losses[0].item():.4g} whatever the model says. {_own_loss_mend}")
             steepest = [0. if o is None else o.abs().max().item() for o in derivatives]
             if steepest[1] > 0 and steepest[0] <= 1e-6*steepest[1]:
-                raise ValueError(f"{name} of an item alone is {_say(losses)}, whatever the model predicts for it: the loss compares the items of a "
-                                 f"batch with one another, so an item's own loss means nothing. {mend}")
+                raise ValueError(f"{name} of an item alone is {_say(losses)}, whatever the model predicts for it: the "
+                                 "loss compares the items of a batch with one another, so an item's own loss means "
+                                 f"nothing. {mend}")
     with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda'), torch.no_grad():
         prepared,prepared_targs,_ = self._prepared(pred, targs)
         finite = losses.isfinite()
-        if not finite.all() and (weighting or not finite.any()) and plain(self.loss_func(prepared, *prepared_targs)).isfinite().all():
-            raise ValueError(f"{name} is a number for the batch, but not for {int((~finite).sum())} of its {bs} items alone: {_say(losses)}. Where an item can "
-                             f"have nothing that counts, let the loss know: partial(F.cross_entropy, ignore_index=...). {mend}")
+        if (not finite.all() and (weighting or not finite.any())
+            and plain(self.loss_func(prepared, *prepared_targs)).isfinite().all()):
+            raise ValueError(f"{name} is a number for the batch, but not for {int((~finite).sum())} of its {bs} items "
+                             f"alone: {_say(losses)}. Where an item can have nothing that counts, let the loss know: "
+                             f"partial(F.cross_entropy, ignore_index=...). {mend}")
         if not self._reproduced(losses, prepared, prepared_targs, bs, derivatives):
             whole = plain(self.loss_func(prepared, *prepared_targs)).item()
-            raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' losses ({_say(losses)}): the loss is not "
-                             f"made of the items' own losses, so these mean nothing ({self._shapes(pred, targs)}). {mend}")
+            raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' "
+                             f"losses ({_say(losses)}): the loss is not made of the items' own losses, so these mean "
+                             f"nothing ({self._shapes(pred, targs)}). {mend}")
     self.checked = self.checked or weighting
     return losses
 

@@ -78,8 +78,9 @@ def prediction(
     if logits is not None: return prediction(logits)
     for t in tensors(pred):
         if t.ndim: return t
-    raise TypeError(f"Expected a prediction that is a tensor or holds one, got {describe(pred)}. Return a tensor from the model, or "
-                    "give the Learner a loss function of your own: it gets the prediction as the model returned it.")
+    raise TypeError(f"Expected a prediction that is a tensor or holds one, got {describe(pred)}. Return a tensor from "
+                    "the model, or give the Learner a loss function of your own: it gets the prediction as the model "
+                    "returned it.")
 
 # %% ../nbs/01_nested.ipynb #1303eca5
 def describe(o):
@@ -98,8 +99,9 @@ def _size(o):
 def _subset_tensor(o, idxs, bs):
     if not o.ndim: return o
     if o.shape[0] != bs:
-        raise ValueError(f'a {type(o).__name__} of shape {tuple(o.shape)} in a batch of {bs} items: its first dimension should '
-                         f'be {bs}. Collate it with the batch dimension first, or leave it out of the batch.')
+        raise ValueError(f'a {type(o).__name__} of shape {tuple(o.shape)} in a batch of {bs} items: its first '
+                         f'dimension should be {bs}. Collate it with the batch dimension first, or leave it out of the '
+                         'batch.')
     res = o.index_select(0, idxs if idxs.device == o.device else idxs.to(o.device))
     if type(o) is Tensor: return res
     res = res.as_subclass(type(o))
@@ -109,16 +111,21 @@ def _subset_tensor(o, idxs, bs):
 def _subset(o, idxs, bs, depth=0):
     if isinstance(o, Tensor): return _subset_tensor(o, idxs, bs)
     held = children(o)
-    if depth > 1 and isinstance(o, list) and len(o) == bs > 2 and all(isinstance(v, Tensor) for v in o): raise _item_list(o)
+    if depth > 1 and isinstance(o, list) and len(o) == bs > 2 and all(isinstance(v, Tensor) for v in o):
+        raise _item_list(o)
     if held is None:
         if isinstance(o, np.ndarray) and o.ndim and o.shape[0] == bs:
-            raise ValueError(f'a NumPy array of shape {o.shape} in a batch of {bs} items. Collate it into a tensor, or leave it out.')
+            raise ValueError(f'a NumPy array of shape {o.shape} in a batch of {bs} items. Collate it into a tensor, or '
+                             'leave it out.')
         return o
-    if isinstance(o, (tuple, list, L)) and bs > 1 and len(o) == bs and _size(o) is None and any(v is not None for v in o):
-        raise ValueError(f'a {type(o).__name__} of {bs} {type(o[0]).__name__} objects beside tensors of {bs} items: a subset of it '
-                         'would need the indices on the host. Collate it into a tensor, or leave it out of the batch.')
+    if (isinstance(o, (tuple, list, L)) and bs > 1 and len(o) == bs and _size(o) is None
+        and any(v is not None for v in o)):
+        raise ValueError(f'a {type(o).__name__} of {bs} {type(o[0]).__name__} objects beside tensors of {bs} items: a '
+                         'subset of it would need the indices on the host. Collate it into a tensor, or leave it out '
+                         'of the batch.')
     res = rebuilt(o, [_subset(v, idxs, bs, depth + 1) for v in held])
-    if getattr(res, '_encodings', None) is not None: res._encodings = None # a BatchEncoding's tokens are of the whole batch
+    # a BatchEncoding's tokens are of the whole batch
+    if getattr(res, '_encodings', None) is not None: res._encodings = None
     return res
 
 # %% ../nbs/01_nested.ipynb #090c160e
@@ -129,15 +136,18 @@ def check_no_item_lists(
     held = children(batch)
     if held is None: return
     if isinstance(batch, (list, L)) and held:
-        if len(held) > 1 and isinstance(held[0], Mapping) and all(isinstance(o, Mapping) and o.keys() == held[0].keys() for o in held) and tensors(held):
+        if (len(held) > 1 and isinstance(held[0], Mapping)
+            and all(isinstance(o, Mapping) and o.keys() == held[0].keys() for o in held) and tensors(held)):
             raise _item_list(held)
-        if isinstance(held[0], Tensor) and len({o.shape[:1] for o in held if isinstance(o, Tensor) and o.ndim}) > 1: raise _item_list(held)
+        if isinstance(held[0], Tensor) and len({o.shape[:1] for o in held if isinstance(o, Tensor) and o.ndim}) > 1:
+            raise _item_list(held)
     for o in held:
         if not isinstance(o, Tensor): check_no_item_lists(o)
 
 def _item_list(o):
-    return ValueError(f"a list of {len(o)} {'dicts' if isinstance(o[0], Mapping) else 'tensors'}, one an item ({', '.join(map(describe, o[:2]))}, ...): which "
-                      "item is which can be told in tensors only. Collate the items into tensors with the batch dimension first, padded to one size.")
+    return ValueError(f"a list of {len(o)} {'dicts' if isinstance(o[0], Mapping) else 'tensors'}, one an item "
+                      f"({', '.join(map(describe, o[:2]))}, ...): which item is which can be told in tensors only. "
+                      "Collate the items into tensors with the batch dimension first, padded to one size.")
 
 def batch_size(
     batch # Any nesting of tensors
@@ -146,7 +156,8 @@ def batch_size(
     check_no_item_lists(batch)
     with torch._C.DisableTorchFunctionSubclass(): bs = _size(batch)
     if bs is None:
-        raise ValueError(f'a {type(batch).__name__} without any tensor that has a batch dimension. Expected tensors of shape (bs, ...).')
+        raise ValueError(f'a {type(batch).__name__} without any tensor that has a batch dimension. Expected tensors of '
+                         'shape (bs, ...).')
     return bs
 
 def subset_batch(
@@ -171,9 +182,10 @@ def join_batches(
         if alike and (not isinstance(first, Mapping) or first.keys() == second.keys()):
             return rebuilt(first, [join_batches(a, b) for a,b in zip(held, others)])
     elif torch.equal(first, second) if isinstance(first, Tensor) else first is second or first == second: return first
-    first,second = (f"a {type(o).__name__}" + (f" of shape {tuple(o.shape)}" if isinstance(o, Tensor) else '') for o in (first, second))
-    raise ValueError(f"Items of different batches are to be joined, and these don't fit together: {first} and {second}. Let the DataLoader collate "
-                     "all batches alike (pad them to one length, say).")
+    first,second = (f"a {type(o).__name__}" + (f" of shape {tuple(o.shape)}" if isinstance(o, Tensor) else '')
+                    for o in (first, second))
+    raise ValueError(f"Items of different batches are to be joined, and these don't fit together: {first} and "
+                     f"{second}. Let the DataLoader collate all batches alike (pad them to one length, say).")
 
 # %% ../nbs/01_nested.ipynb #954394bd
 def class_targets(
@@ -198,8 +210,11 @@ def as_tensor(
         values = list(values)
         if values and isinstance(values[0], Tensor): return plain(torch.stack(values).detach()).to(dtype)
         try: return torch.tensor(values, dtype=dtype)
-        except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"values of kind {type(values[0]).__name__}: expected numbers, one a row; got {values!r:.100}.") from e
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TypeError(f"values of kind {type(values[0]).__name__}: expected numbers, one a row; got "
+                            f"{values!r:.100}.") from e
     array = values.to_numpy() if hasattr(values, 'to_numpy') else values
     if array.dtype == object: array = np.array(array.tolist()) # a nullable column
-    if array.dtype.kind not in 'biufc': raise TypeError(f"values of type {array.dtype}: expected numbers, one a row; got {values!r:.100}.")
+    if array.dtype.kind not in 'biufc':
+        raise TypeError(f"values of type {array.dtype}: expected numbers, one a row; got {values!r:.100}.")
     return torch.from_numpy(np.array(array)).to(dtype) # a copy: pandas may give an array that can't be written to

@@ -32,18 +32,22 @@ from .nested import as_tensor
 def _label_key(item):
     "Where a dict holds its label"
     key = next((k for k in ('labels', 'label', 'targets', 'target') if k in item), None)
-    if key is None: raise ValueError(f"A row has the entries {list(item)}, and no label among them: call it `labels`, `label`, `targets` or `target`.")
+    if key is None:
+        raise ValueError(f"A row has the entries {list(item)}, and no label among them: call it `labels`, `label`, "
+                         "`targets` or `target`.")
     return key
 
 def _label_list(dataset):
     "The `TfmdLists` of a `Datasets` that makes the label"
-    if len(dataset.tls) - dataset.n_inp != 1: raise ValueError(f"The data set has {len(dataset.tls) - dataset.n_inp} targets: expected one label per row.")
+    if len(dataset.tls) - dataset.n_inp != 1:
+        raise ValueError(f"The data set has {len(dataset.tls) - dataset.n_inp} targets: expected one label per row.")
     return dataset.tls[-1]
 
 def _label(item):
     "The label of an item that a data set delivers"
     if isinstance(item, Mapping): return item[_label_key(item)]
-    if not isinstance(item, (tuple, list)) or len(item) < 2: raise ValueError(f"A row is a {type(item).__name__} without a label: expected (input, label).")
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise ValueError(f"A row is a {type(item).__name__} without a label: expected (input, label).")
     return item[-1]
 
 def row_targets(
@@ -68,15 +72,17 @@ def _number(target):
     if isinstance(target, Image.Image): target = np.array(target)
     try: return torch.as_tensor(target).as_subclass(Tensor)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise TypeError(f"A row's target is a {type(target).__name__}: expected a number, an array or an image of them. Give the data set transforms that make "
-                        "one of it, such as Categorize().") from e
+        raise TypeError(f"A row's target is a {type(target).__name__}: expected a number, an array or an image of "
+                        "them. Give the data set transforms that make one of it, such as Categorize().") from e
 
 # %% ../nbs/12_noise.ipynb #6101ae18
 def _check_classes(targets):
     targets = _of_rows(as_tensor(targets))
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets of shape {tuple(targets.shape)} and {targets.dtype}: expected the number of one class for each row, (n,) of whole numbers.")
-    if len(targets) and targets.min() < 0: raise ValueError(f"a target of {targets.min().item()}: classes are numbered from 0.")
+        raise TypeError(f"targets of shape {tuple(targets.shape)} and {targets.dtype}: expected the number of one "
+                        "class for each row, (n,) of whole numbers.")
+    if len(targets) and targets.min() < 0:
+        raise ValueError(f"a target of {targets.min().item()}: classes are numbered from 0.")
     return targets
 
 def _confusion_matrix(confusion, n_classes):
@@ -84,14 +90,17 @@ def _confusion_matrix(confusion, n_classes):
     if isinstance(confusion, Mapping):
         matrix = torch.eye(n_classes)
         for a,b in confusion.items():
-            if not (0 <= a < n_classes and 0 <= b < n_classes): raise ValueError(f"confusion has {a}: {b}, but classes are numbered from 0 to {n_classes-1}.")
+            if not (0 <= a < n_classes and 0 <= b < n_classes):
+                raise ValueError(f"confusion has {a}: {b}, but classes are numbered from 0 to {n_classes-1}.")
             matrix[a] = torch.eye(n_classes)[b]
         return matrix
     matrix = torch.as_tensor(confusion, dtype=torch.float)
     if matrix.shape != (n_classes, n_classes):
-        raise ValueError(f"confusion of shape {tuple(matrix.shape)}: expected ({n_classes}, {n_classes}), a row for each class.")
+        raise ValueError(f"confusion of shape {tuple(matrix.shape)}: expected ({n_classes}, {n_classes}), a row for "
+                         "each class.")
     if not (matrix >= 0).all() or not torch.allclose(matrix.sum(1), torch.ones(n_classes), atol=1e-4):
-        raise ValueError("confusion: each row holds the chances of the classes that may be drawn for one class, from 0 and 1 in sum.")
+        raise ValueError("confusion: each row holds the chances of the classes that may be drawn for one class, from 0 "
+                         "and 1 in sum.")
     return matrix
 
 def redraw_labels(
@@ -108,7 +117,8 @@ def redraw_labels(
     generator = torch.Generator().manual_seed(seed)
     redrawn = torch.rand(len(targets), generator=generator) < share
     if confusion is None: others = torch.randint(0, n_classes, targets.shape, generator=generator)
-    else: others = torch.multinomial(_confusion_matrix(confusion, n_classes)[targets.long()], 1, generator=generator)[:,0]
+    else:
+        others = torch.multinomial(_confusion_matrix(confusion, n_classes)[targets.long()], 1, generator=generator)[:,0]
     labels = torch.where(redrawn, others.to(targets.dtype), targets)
     return labels,labels != targets
 
@@ -140,8 +150,10 @@ def _relabelled_list(lists, targets):
     "The `TfmdLists` of a target, with the classes `targets`"
     res,kinds = copy(lists),[hasattr(f, 'vocab') for f in lists.tfms.fs]
     first = kinds.index(True) if any(kinds) else len(kinds)
-    # what comes before the vocabulary has found the label in the item; without one, numbers are what the transforms end in
-    res.items = [lists.vocab[o] for o in targets.tolist()] if any(kinds) else [_like(o, lists[0]) for o in targets.tolist()]
+    # what comes before the vocabulary has found the label in the item; without one, numbers are what the transforms end
+    # in
+    res.items = ([lists.vocab[o] for o in targets.tolist()] if any(kinds)
+                 else [_like(o, lists[0]) for o in targets.tolist()])
     res.tfms = copy(lists.tfms)
     res.tfms.fs = L(lists.tfms.fs[first:])
     res.targets = targets
@@ -153,7 +165,9 @@ def relabel(
 ): # Copy of `dl` whose data set has these labels
     "A copy of `dl` with other labels"
     dataset,targets = whole_dataset(dl),_check_classes(targets)
-    if len(targets) != len(dataset): raise ValueError(f"{len(targets)} labels for a data set of {len(dataset)} rows: expected one a row, in its order.")
+    if len(targets) != len(dataset):
+        raise ValueError(f"{len(targets)} labels for a data set of {len(dataset)} rows: expected one a row, in its "
+                         "order.")
     if isinstance(dataset, Tabular):
         items,name = dataset.items.copy(),dataset.y_names[0]
         items[name] = targets.numpy().astype(items[name].dtype)
@@ -179,7 +193,9 @@ def _class_numbers(classes, names):
     "Numbers of `classes`, which may be given by name"
     names = list(names or ())
     unknown = [o for o in classes if isinstance(o, str) and o not in names]
-    if unknown: raise ValueError(f"{unknown[0]!r} is no class: the data set has {', '.join(map(str, names)) or 'numbers only'}.")
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no class: the data set has "
+                         f"{', '.join(map(str, names)) or 'numbers only'}.")
     return [names.index(o) if isinstance(o, str) else int(o) for o in classes]
 
 def _by_number(confusion, names):
@@ -240,7 +256,8 @@ def add_noise(
     seed:int=0
 )->tuple: # Inputs `(n, ...)`, and which rows have noise, `(n,)` bool
     "`inputs` with Gaussian noise in a share of the rows"
-    check_number('std', std, high=float('inf'), schedule=False); check_number('share', share, schedule=False); check_count('seed', seed, 0)
+    check_number('std', std, high=float('inf'), schedule=False)
+    check_number('share', share, schedule=False); check_count('seed', seed, 0)
     rows = _drawn(len(inputs), share, seed)
     noise = _Noise(std, rows, seed)
     return torch.stack([noise(i, x) for i,x in enumerate(inputs)]),rows
@@ -253,7 +270,8 @@ def noisy_inputs(
 )->DataLoaders: # A copy of `dls`, with the mask `noisy_inputs` of the rows with noise
     "`dls` with Gaussian noise in a share of the training inputs, the same for a row whenever it is read"
     _check_dls(dls)
-    check_number('std', std, high=float('inf'), schedule=False); check_number('share', share, schedule=False); check_count('seed', seed, 0)
+    check_number('std', std, high=float('inf'), schedule=False)
+    check_number('share', share, schedule=False); check_count('seed', seed, 0)
     dataset = whole_dataset(dls.train)
     rows = _drawn(len(dataset), share, seed)
     noise = _Noise(std, rows, seed)

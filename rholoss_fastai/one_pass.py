@@ -48,7 +48,8 @@ def _shuffled(dl, rows, bs, seed):
         if rows is None: return dl
         raise
     if isinstance(res, TorchDataLoader):
-        return TorchDataLoader(res.dataset, res.batch_size, shuffle=True, generator=generator, collate_fn=res.collate_fn)
+        return TorchDataLoader(res.dataset, res.batch_size, shuffle=True, generator=generator,
+                               collate_fn=res.collate_fn)
     if hasattr(res, 'seq_len'): return res # a `LMDataLoader`'s batches go on where the last one ended
     res.get_idxs = lambda: torch.randperm(res.n, generator=generator).tolist()
     return res
@@ -58,16 +59,20 @@ def _split(dl, share, bs, split_seed, seed):
     try:
         rows = own_rows(dl)
         n,order = round(share*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(split_seed))
-        with preserve_rng(): return restrict_rows(dl, rows[order[n:].sort().values]),_shuffled(dl, rows[order[:n].sort().values], bs, seed)
+        with preserve_rng():
+            return (restrict_rows(dl, rows[order[n:].sort().values]),
+                    _shuffled(dl, rows[order[:n].sort().values], bs, seed))
     except ValueError as e:
-        raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: pass valid_dl= in its place.") from e
+        raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: "
+                         "pass valid_dl= in its place.") from e
 
 def _shuffled_validation(dls, bs, seed):
     "`dls.valid` in random order, in batches as large as in training"
     sizes = [o for o in map(loader_batch_size, (dls.train, dls.valid)) if o]
     with preserve_rng(): res = _shuffled(dls.valid, None, bs or min(sizes, default=None), seed)
     if bs and res is dls.valid:
-        raise ValueError(f"valid_bs={bs}, but {type(res).__name__} can't be read in batches of another size: leave valid_bs out, or pass valid_dl=.")
+        raise ValueError(f"valid_bs={bs}, but {type(res).__name__} can't be read in batches of another size: leave "
+                         "valid_bs out, or pass valid_dl=.")
     return res
 
 def _cycle(dl):
@@ -77,7 +82,8 @@ def _cycle(dl):
             empty = False
             yield batch
         if empty:
-            raise ValueError("The validation batches came to an end, and there are none when they are read again: give a DataLoader, not a generator.")
+            raise ValueError("The validation batches came to an end, and there are none when they are read again: give "
+                             "a DataLoader, not a generator.")
 
 def _looks(dl): return math.ceil(512/(loader_batch_size(dl) or 64)) # single batches differ too much to tell what has diverged
 
@@ -103,8 +109,9 @@ class ValidationBatches:
         with values_in_place(weights, values), torch.set_grad_enabled(bool(weights)):
             try: loss = self.loss(batch[:n_inp], batch[n_inp:], training=False)
             except Exception as e:
-                raise RuntimeError(f"one_pass could not take the loss of a validation batch: {e}. It calls the model and `loss_func` itself, on plain tensors: "
-                                   "what other callbacks do in before_batch and after_pred must be done in them.") from e
+                raise RuntimeError(f"one_pass could not take the loss of a validation batch: {e}. It calls the model "
+                                   "and `loss_func` itself, on plain tensors: what other callbacks do in before_batch "
+                                   "and after_pred must be done in them.") from e
             return loss.detach(),torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
 
     def look(self)->float:
@@ -112,21 +119,25 @@ class ValidationBatches:
         return sum(self()[0].double() for _ in range(self.n_look)).item()/self.n_look
 
 # %% ../nbs/41_one_pass.ipynb #9114538c
-def _check_arguments(tune, every, n_terms, hyper_lr, valid_dl, valid_pct, valid_bs, per, hessian_share, hyper_clip, diverged, seed):
+def _check_arguments(tune, every, n_terms, hyper_lr, valid_dl, valid_pct, valid_bs, per, hessian_share, hyper_clip,
+                     diverged, seed):
     unknown = [o for o in tune if o not in SCALES]
     if unknown or not tune or len(set(tune)) < len(tune):
         raise ValueError(f"tune={tune!r}: expected one or several of {', '.join(map(repr, SCALES))}, each once.")
     if valid_bs is not None: check_count('valid_bs', valid_bs, 1)
     check_count('every', every, 1); check_count('n_terms', n_terms, 1); check_count('seed', seed, 0)
     check_number('hyper_lr', hyper_lr, high=math.inf, open_low=True, schedule=False)
-    check_number('valid_pct', valid_pct, high=0.9, schedule=False); check_number('hessian_share', hessian_share, open_low=True, schedule=False)
+    check_number('valid_pct', valid_pct, high=0.9, schedule=False)
+    check_number('hessian_share', hessian_share, open_low=True, schedule=False)
     if hyper_clip is not None: check_number('hyper_clip', hyper_clip, high=math.inf, open_low=True, schedule=False)
     if diverged is not None: check_number('diverged', diverged, low=1., high=math.inf, open_low=True, schedule=False)
     if per not in ('group', 'parameter'): raise ValueError(f"per must be 'group' or 'parameter'; got {per!r}.")
     if per == 'parameter' and 'lr' not in tune:
-        raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out 'lr'.")
+        raise ValueError(f"per='parameter' gives each weight a learning rate of its own, but tune={tune!r} leaves out "
+                         "'lr'.")
     if valid_dl is not None and (valid_pct or valid_bs):
-        raise ValueError(f"valid_dl with valid_pct={valid_pct} and valid_bs={valid_bs}: it brings its own rows and batches, so leave these out.")
+        raise ValueError(f"valid_dl with valid_pct={valid_pct} and valid_bs={valid_bs}: it brings its own rows and "
+                         "batches, so leave these out.")
 
 # %% ../nbs/41_one_pass.ipynb #90bbb315
 _mends = dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
@@ -135,39 +146,49 @@ def _check_start(tune, update, opt, wd):
     "Raise where the optimiser lacks what is to be learnt, or begins off its scale"
     for name in tune:
         if not update.has(name):
-            raise ValueError(f"tune={tune!r}, but the optimiser has no {dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, "
-                             f"or begin with some, for example {_mends[name]}.")
+            raise ValueError(f"tune={tune!r}, but the optimiser has no "
+                             f"{dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, or begin "
+                             f"with some, for example {_mends[name]}.")
         values = [hyper[name] for hyper in opt.hypers]
         if name=='wd' and wd is not None: values = [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
         for value in values:
             if not 0 < value < (1 if name=='mom' else math.inf):
-                raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < {name}{' < 1' if name=='mom' else ''}: begin "
-                                 f"elsewhere, for example {_mends[name]}, or leave {name!r} out of tune.")
+                raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < "
+                                 f"{name}{' < 1' if name=='mom' else ''}: begin elsewhere, for example {_mends[name]}, "
+                                 f"or leave {name!r} out of tune.")
 
 def _check_learner(learn, tune):
     "Raise where something in the Learner can't go with this"
     if any(isinstance(m, torch.jit.ScriptModule) for m in learn.model.modules()):
-        raise ValueError("one_pass can't guard the buffers of a TorchScript model, so validation batches would change its batch norm: tune the model it "
-                         "was scripted from.")
-    scheduled = {name for cb in learn._grab_cbs(ParamScheduler) for name in cb.scheds} | ({'lr'} if learn._grab_cbs(ReduceLROnPlateau) else set())
+        raise ValueError("one_pass can't guard the buffers of a TorchScript model, so validation batches would change "
+                         "its batch norm: tune the model it was scripted from.")
+    scheduled = {name for cb in learn._grab_cbs(ParamScheduler)
+                 for name in cb.scheds} | ({'lr'} if learn._grab_cbs(ReduceLROnPlateau) else set())
     if scheduled & set(tune):
         fought = ', '.join(sorted(scheduled & set(tune)))
-        raise ValueError(f"A schedule sets {fought}, which one_pass learns: they would fight. Use learn.fit(n_epoch), or leave {fought} out of tune.")
-    if num_distrib() > 1: raise ValueError("one_pass works in a single process: its gradients don't pass through DistributedDataParallel's exchange.")
+        raise ValueError(f"A schedule sets {fought}, which one_pass learns: they would fight. Use learn.fit(n_epoch), "
+                         f"or leave {fought} out of tune.")
+    if num_distrib() > 1:
+        raise ValueError("one_pass works in a single process: its gradients don't pass through "
+                         "DistributedDataParallel's exchange.")
     if learn._grab_cbs(NonNativeMixedPrecision):
-        raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use to_fp16().")
+        raise ValueError("one_pass does not work with to_non_native_fp16(), whose optimiser steps copies: use "
+                         "to_fp16().")
 
 def _check_validation(dls, valid_dl, valid_pct):
     "Raise where there is nothing to validate on"
     if valid_pct:
         n = dataset_size(dls.train)
-        if not 0 < round(valid_pct*n) < n: raise ValueError(f"valid_pct={valid_pct} of {n} training rows leaves nothing to validate on.")
+        if not 0 < round(valid_pct*n) < n:
+            raise ValueError(f"valid_pct={valid_pct} of {n} training rows leaves nothing to validate on.")
         return
     dl = dls[1] if valid_dl is None and len(dls.loaders) > 1 else valid_dl
     if dl is None or isinstance(dl, str) or not hasattr(dl, '__iter__'):
-        raise ValueError(f"one_pass needs validation batches, but got {dl!r}: pass valid_dl=, or valid_pct=0.1 to split them off the training set.")
+        raise ValueError(f"one_pass needs validation batches, but got {dl!r}: pass valid_dl=, or valid_pct=0.1 to "
+                         "split them off the training set.")
     if hasattr(dl, '__len__') and not len(dl):
-        raise ValueError("The validation set is empty: pass valid_dl=, or valid_pct=0.1 to split one off the training set.")
+        raise ValueError("The validation set is empty: pass valid_dl=, or valid_pct=0.1 to split one off the training "
+                         "set.")
 
 # %% ../nbs/41_one_pass.ipynb #d3e81c0e
 class OnePassTuner(FitCallback):
@@ -188,11 +209,14 @@ class OnePassTuner(FitCallback):
         seed:int=0 # Of the split and of the order of validation batches
     ):
         tune = tuple(L(tune))
-        _check_arguments(tune, every, n_terms, hyper_lr, valid_dl, valid_pct, valid_bs, per, hessian_share, hyper_clip, diverged, seed)
-        self.tune,self.every,self.n_terms,self.hessian_share,self.diverged,self.seed = tune,every,n_terms,hessian_share,diverged,seed
+        _check_arguments(tune, every, n_terms, hyper_lr, valid_dl, valid_pct, valid_bs, per, hessian_share, hyper_clip,
+                         diverged, seed)
+        self.tune,self.every,self.n_terms = tune,every,n_terms
+        self.hessian_share,self.diverged,self.seed = hessian_share,diverged,seed
         self.valid_dl,self.valid_pct,self.valid_bs,self.per = valid_dl,valid_pct,valid_bs,per
         self.hypers = (WeightRates if per == 'parameter' else HyperParams)(tune, hyper_lr, hyper_clip)
-        self.steps_done,self.reference,self.lines = 0,[None, None],[] # training steps, first losses, a line for each step of the hyper-parameters
+        # training steps, first losses, a line for each step of the hyper-parameters
+        self.steps_done,self.reference,self.lines = 0,[None, None],[]
 
     def check(self,
         learn:Learner, # The Learner to tune
@@ -212,7 +236,8 @@ class OnePassTuner(FitCallback):
         "What an interrupted fit left goes back to good weights; the hyper-parameters that this fit was given stay"
         learn = self.learn
         if self._fit is not None and not learn.lock.locked():
-            given = {name: [hyper[name] for hyper in learn.opt.hypers] for name in SCALES if name in learn.opt.hypers[0]}
+            given = {name: [hyper[name] for hyper in learn.opt.hypers] for name in SCALES
+                     if name in learn.opt.hypers[0]}
             self._tidy()
             for name,values in given.items(): learn.opt.set_hyper(name, values)
         super().before_fit()
@@ -220,8 +245,10 @@ class OnePassTuner(FitCallback):
     def begin_fit(self):
         "Check, begin with the optimiser's values, and add the columns"
         learn,fit,dls,seed = self.learn,self._fit,self.learn.dls,self.seed + self.steps_done
-        vars(fit).update(update=self.check(learn, learn.opt), guard=None, train_dl=None, due=False, size=None, verdict=None, stepping=False, skipped=False,
-                         loss=math.nan, loss_pass=ExtraPass(learn.model, learn.loss_func)) # the loss now: MixUp replaces it in training
+        # the loss now: MixUp replaces it in training
+        vars(fit).update(update=self.check(learn, learn.opt), guard=None, train_dl=None, due=False, size=None,
+                         verdict=None, stepping=False, skipped=False, loss=math.nan,
+                         loss_pass=ExtraPass(learn.model, learn.loss_func))
         self.hypers.begin(learn.opt)
         self._apply()
         valid_dl = self.valid_dl
@@ -229,7 +256,8 @@ class OnePassTuner(FitCallback):
         elif valid_dl is None: valid_dl = _shuffled_validation(dls, self.valid_bs, seed)
         fit.valid = ValidationBatches(valid_dl, fit.loss_pass, fit.device, getattr(dls, 'n_inp', None))
         if self.diverged is not None:
-            fit.guard = DivergenceGuard(self.diverged, self.reference, _looks(dls.train), bool(learn._grab_cbs(BatchSelector)))
+            fit.guard = DivergenceGuard(self.diverged, self.reference, _looks(dls.train),
+                                        bool(learn._grab_cbs(BatchSelector)))
         self.add_columns(**{name: partial(self._value, name) for name in self.tune})
 
     def before_train(self):
@@ -237,8 +265,8 @@ class OnePassTuner(FitCallback):
         learn,fit = self.learn,self._fit
         if fit.train_dl is not None:
             if learn.dl is not learn.dls.train:
-                raise ValueError("valid_pct puts a loader of fewer rows in the training loader's place, where another callback (a selector?) has put its own: "
-                                 "pass valid_dl= in place of valid_pct.")
+                raise ValueError("valid_pct puts a loader of fewer rows in the training loader's place, where another "
+                                 "callback (a selector?) has put its own: pass valid_dl= in place of valid_pct.")
             self.learn.dl = fit.train_dl
         if fit.guard is None or fit.guard.good: return
         fit.guard.begin(fit.valid.look())
@@ -281,13 +309,15 @@ class OnePassTuner(FitCallback):
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
         guard = self._fit.guard
-        if guard is None or guard.reference[0] is None or guard.reference[1] is None and guard.first is None: return # no step was taken yet
+        # no step was taken yet
+        if guard is None or guard.reference[0] is None or guard.reference[1] is None and guard.first is None: return
         if self._has_diverged(self._fit.valid()[0]): self._roll_back()
 
     def _tidy(self):
         "A fit that something else stopped may have left NaN"
         guard = getattr(self._fit, 'guard', None)
-        if guard and guard.good and not all(p.isfinite().all() for p in self.learn.model.parameters()): self._roll_back(stopped=True)
+        if guard and guard.good and not all(p.isfinite().all() for p in self.learn.model.parameters()):
+            self._roll_back(stopped=True)
         super()._tidy()
 
     # A step of the hyper-parameters
@@ -295,7 +325,8 @@ class OnePassTuner(FitCallback):
     def _tune(self):
         "The hypergradient of the step that is about to be taken; Adam's step by it follows that step"
         fit,opt,hypers = self._fit,self.learn.opt,self.hypers
-        places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers)) for i,p in enumerate(group)
+        places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers))
+                  for i,p in enumerate(group)
                   if p.grad is not None and p.requires_grad]
         weights,used = [p for p,*_ in places],[p.grad for p,*_ in places]
         def stepped(grads):
@@ -312,14 +343,16 @@ class OnePassTuner(FitCallback):
             slopes = hypergradient(stepped(used), weights, hypers.leaves, v, self.n_terms)
         except RuntimeError as e:
             if not any(o in str(e) for o in ('derivative', 'double backward', 'create_graph')): raise
-            raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no second derivative.") from e
+            raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no "
+                               "second derivative.") from e
         finite = torch.stack([o.isfinite().all() for o in slopes]).all()
         if self._has_diverged(loss): fit.verdict = 'diverged'
         elif finite: fit.verdict = slopes,[(k, i) for _,k,i,_ in places]
         elif not fit.skipped:
             fit.skipped = True
-            warnings.warn(f"The hypergradient at step {self.steps_done+1} is not finite: lr, wd and mom stay what they are in such steps. Where a second "
-                          "derivative is NaN, as that of a norm at 0, one_pass(n_terms=1) does without.")
+            warnings.warn(f"The hypergradient at step {self.steps_done+1} is not finite: lr, wd and mom stay what they "
+                          "are in such steps. Where a second derivative is NaN, as that of a norm at 0, "
+                          "one_pass(n_terms=1) does without.")
 
     def _has_diverged(self, loss):
         fit = self._fit
@@ -345,7 +378,8 @@ class OnePassTuner(FitCallback):
     def _value(self, name): return self.learn.opt.hypers[-1][name]
 
     def _note(self, rolled_back=False):
-        values = {name if len(v)==1 else f'{name}_{k}': o for name,v in self.hypers.values().items() for k,o in enumerate(v)}
+        values = {name if len(v)==1 else f'{name}_{k}': o for name,v in self.hypers.values().items()
+                  for k,o in enumerate(v)}
         self.lines.append(dict(step=self.steps_done, valid_loss=self._fit.loss, **values, rolled_back=rolled_back))
 
     @property
@@ -355,8 +389,10 @@ class OnePassTuner(FitCallback):
 
     def state_dict(self)->dict: # Tensors and numbers
         "What was learnt so far, to go on from in another process; weights and moments are `learn.save`'s"
-        if self.hypers.theta is None: raise ValueError("Nothing has been learnt yet, so there is no state to save: fit first.")
-        return deepcopy(dict(**self.hypers.state(), steps_done=self.steps_done, reference=self.reference, lines=self.lines))
+        if self.hypers.theta is None:
+            raise ValueError("Nothing has been learnt yet, so there is no state to save: fit first.")
+        return deepcopy(dict(**self.hypers.state(), steps_done=self.steps_done, reference=self.reference,
+                             lines=self.lines))
 
     def load_state_dict(self,
         state:dict # From `state_dict`
@@ -369,12 +405,14 @@ class OnePassTuner(FitCallback):
         self._apply()
 
     def __getstate__(self):
-        return dict(super().__getstate__(), valid_dl=None if self.valid_dl is None else 'nothing: the one given is not copied or exported with the Learner')
+        return dict(super().__getstate__(), valid_dl=None if self.valid_dl is None
+                    else 'nothing: the one given is not copied or exported with the Learner')
 
 # %% ../nbs/41_one_pass.ipynb #7adbbeee
 def _keep(learn, values):
     "Let the Learner's next fit begin with these values"
-    for name in values.keys() - {'mom'}: setattr(learn, name, values[name] if len(values[name]) > 1 else values[name][0])
+    for name in values.keys() - {'mom'}:
+        setattr(learn, name, values[name] if len(values[name]) > 1 else values[name][0])
 
 # %% ../nbs/41_one_pass.ipynb #096bed86
 @patch
@@ -383,12 +421,15 @@ def plot_hypers(self:OnePassTuner,
     axs=None # Matplotlib axes to draw on, one for each hyper-parameter and one for the validation loss
 ):
     "Each hyper-parameter, and the loss of the validation batches, by training step; returns the axes"
-    if not self.lines: raise ValueError("Nothing has been tuned yet, so there is nothing to plot: fit first, for at least `every` steps.")
+    if not self.lines:
+        raise ValueError("Nothing has been tuned yet, so there is nothing to plot: fit first, for at least `every` "
+                         "steps.")
     history,names = self.history,(*self.tune, 'valid_loss')
     if axs is None: _,axs = plt.subplots(1, len(names), figsize=figsize, layout='constrained')
     for ax,name in zip(axs, names):
         for column in [o for o in history.columns if o==name or o.rsplit('_', 1)[0]==name]:
-            ax.plot(history.step, history[column], drawstyle='default' if name=='valid_loss' else 'steps-post', label=column)
+            ax.plot(history.step, history[column], drawstyle='default' if name=='valid_loss' else 'steps-post',
+                    label=column)
         back = history[history.rolled_back]
         for step in back.step: ax.axvline(step, color='C3', lw=0.8, ls=':')
         ax.set(title=name, xlabel='step', yscale='linear' if name=='mom' else 'log')

@@ -19,7 +19,8 @@ from .checks import NotSaved, by_name, check_count, check_number, scheduled
 # %% ../nbs/04_picks.ipynb #3491100d
 class Selection(NamedTuple):
     "Which items of a candidate batch are trained on"
-    idxs: Tensor # `(n_b,)` long, positions in the candidate batch, ascending; with replacement one may stand there more than once
+    # `(n_b,)` long, positions in the candidate batch, ascending; with replacement one may stand there more than once
+    idxs: Tensor
     weights: Tensor = None # `(n_b,)`, one weight per item; None: all alike
 
 # %% ../nbs/04_picks.ipynb #dfff0549
@@ -41,7 +42,8 @@ class Pick(NotSaved):
     "A rule `scores -> Selection`; subclass it and define `__call__`, and `fraction` if the size is known beforehand"
     needs_scores = True # False: the selector doesn't score at all
     weighted = False # True: `Selection.weights` is given
-    needs = () # What `__call__` asks for beside the scores, as keyword arguments named as the inputs of a score are: `targ`
+    # What `__call__` asks for beside the scores, as keyword arguments named as the inputs of a score are: `targ`
+    needs = ()
     seed,_generator = 0,None
     _not_saved = dict(_generator=None)
 
@@ -83,10 +85,12 @@ class Pick(NotSaved):
         device:torch.device # Where it draws
     )->torch.Generator:
         "Its own random generator, begun with `seed`: the global one, which decides dropout and augmentation, isn't touched"
-        if self._generator is None or self._generator.device != device: self._generator = torch.Generator(device).manual_seed(self.seed)
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.__dict__.items() if k[0]!='_')})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.__dict__.items() if k[0]!='_')})"
 
 # %% ../nbs/04_picks.ipynb #93d60694
 class RankedPick(Pick):
@@ -148,14 +152,18 @@ class LossShare(Pick):
         multiple_of:int=1, # Round the number of items up to a multiple of this, as tensor cores like: 8
         keep_easiest:float=0. # Share of the items to keep from the other end, the easiest, in [0, 1], or a schedule
     ):
-        self.min_loss_perc,self.min_sample_perc = check_number('min_loss_perc', min_loss_perc),check_number('min_sample_perc', min_sample_perc)
-        self.multiple_of,self.keep_easiest = check_count('multiple_of', multiple_of, 1),check_number('keep_easiest', keep_easiest)
+        self.min_loss_perc = check_number('min_loss_perc', min_loss_perc)
+        self.min_sample_perc = check_number('min_sample_perc', min_sample_perc)
+        self.multiple_of = check_count('multiple_of', multiple_of, 1)
+        self.keep_easiest = check_number('keep_easiest', keep_easiest)
         if min_loss_perc == 0 and min_sample_perc == 0:
-            raise ValueError("min_loss_perc and min_sample_perc are both 0, which asks for no items at all: set at least one of them.")
+            raise ValueError("min_loss_perc and min_sample_perc are both 0, which asks for no items at all: set at "
+                             "least one of them.")
 
     def check(self, bs):
         if bs and self.multiple_of > bs:
-            raise ValueError(f"multiple_of={self.multiple_of} is larger than the batch of {bs} items, so nothing would ever be left out: use a smaller one.")
+            raise ValueError(f"multiple_of={self.multiple_of} is larger than the batch of {bs} items, so nothing would "
+                             "ever be left out: use a smaller one.")
 
     def __call__(self, scores, pct_train=0., size=None):
         n,share = len(scores),scheduled(self.min_loss_perc, pct_train)
@@ -167,9 +175,14 @@ class LossShare(Pick):
         # a hair below the share, for a sum that reaches it but for rounding
         enough = summed >= (share - 1e-12)*summed[-1]
         n_hard = enough.int().argmax() + 1 if share > 0 else torch.zeros((), dtype=torch.long, device=scores.device)
-        if share >= 1: n_hard = torch.maximum(n_hard, ((losses != 0) & finite).int().mul(torch.arange(1, n+1, device=scores.device)).amax())
-        n_hard = torch.maximum(n_hard, losses.isposinf().sum()) # an infinite loss is kept, but no share can be told from it
-        n_hard,n_numbers = torch.stack([n_hard, n - losses.isnan().sum()]).tolist() # the one time that the host waits for the device
+        if share >= 1:
+            n_hard = torch.maximum(n_hard,
+                                   ((losses != 0)
+                                    & finite).int().mul(torch.arange(1, n+1, device=scores.device)).amax())
+        # an infinite loss is kept, but no share can be told from it
+        n_hard = torch.maximum(n_hard, losses.isposinf().sum())
+        # the one time that the host waits for the device
+        n_hard,n_numbers = torch.stack([n_hard, n - losses.isnan().sum()]).tolist()
         n_hard = max(n_hard, math.ceil(n*scheduled(self.min_sample_perc, pct_train) - 1e-6), 1)
         n_easy = max(0, min(n_numbers - n_hard, math.ceil(n*scheduled(self.keep_easiest, pct_train) - 1e-6)))
         size = min(n, -(-(n_hard+n_easy)//self.multiple_of)*self.multiple_of)
@@ -197,7 +210,8 @@ class PercentileSample(Pick):
     )->Tensor: # `(n_B,)`
         "How likely each item is drawn; no host sync"
         key = rank_key(scores)
-        if self._losses is None or self._losses.device != scores.device: self._losses,self._n = key.new_empty(self.history),0
+        if self._losses is None or self._losses.device != scores.device:
+            self._losses,self._n = key.new_empty(self.history),0
         newest = key[-self.history:]
         slots = torch.arange(self._n, self._n + len(newest), device=scores.device) % self.history
         self._losses[slots] = newest
@@ -216,10 +230,12 @@ class PercentileSample(Pick):
     def figures(self):
         "Percentiles of the losses remembered; NaN while there are none"
         past = self.past_losses()
-        return {f'history_p{p}': past[round(p/100*(len(past)-1))].item() if len(past) else math.nan for p in (10, 50, 90)}
+        return {f'history_p{p}': past[round(p/100*(len(past)-1))].item() if len(past) else math.nan
+                for p in (10, 50, 90)}
 
     def __call__(self, scores, pct_train=0., size=None):
-        drawn = torch.rand(len(scores), generator=self.generator(scores.device), device=scores.device) < self.probabilities(scores, pct_train)
+        drawn = torch.rand(len(scores), generator=self.generator(scores.device),
+                           device=scores.device) < self.probabilities(scores, pct_train)
         return Selection(drawn.nonzero().flatten())
 
 
@@ -236,7 +252,8 @@ class RankSample(RankedPick):
 
     def keys(self, scores, pct_train=0.):
         rank = rank_key(scores).argsort().argsort() + 0.5 # the middle of each item's share of the ranks
-        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()).masked_fill(scores.isnan(), -math.inf)
+        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()).masked_fill(scores.isnan(),
+                                                                                                 -math.inf)
 
 # %% ../nbs/04_picks.ipynb #2a626e05
 class Boltzmann(RankedPick):
@@ -260,7 +277,8 @@ class ImportanceSample(Pick):
         uniform_share:float=0., # Share of the draws that is uniform, in [0, 1], or a schedule: weights are at most the reciprocal
         seed:int=0 # Seed of its own random generator
     ):
-        self.frac,self.uniform_share,self.seed = check_number('frac', frac, open_low=True),check_number('uniform_share', uniform_share),seed
+        self.frac = check_number('frac', frac, open_low=True)
+        self.uniform_share,self.seed = check_number('uniform_share', uniform_share),seed
 
     def fraction(self, pct_train=0.): return scheduled(self.frac, pct_train)
 
@@ -294,7 +312,8 @@ class PerClass(Pick):
     ):
         self.equal,self.pick = equal,_inner_pick(frac, pick)
         if not isinstance(self.pick, RankedPick):
-            raise TypeError(f"pick must be one that ranks the items, such as TopFraction, Boltzmann, RankSample or Uniform; got {pick!r}.")
+            raise TypeError("pick must be one that ranks the items, such as TopFraction, Boltzmann, RankSample or "
+                            f"Uniform; got {pick!r}.")
 
     needs_scores = property(lambda self: self.pick.needs_scores)
     def fraction(self, pct_train=0.): return self.pick.fraction(pct_train)
@@ -305,21 +324,25 @@ class PerClass(Pick):
         n = len(scores)
         if not isinstance(targ, Tensor) or targ.numel() != n:
             got = f"a tensor of shape {tuple(targ.shape)}" if isinstance(targ, Tensor) else type(targ).__name__
-            raise ValueError(f"PerClass needs one class per item as the target, shape ({n},); got {got}. For other targets use another pick.")
-        targ,keys = (targ.float() if targ.is_floating_point() else targ.long()).flatten(),rank_key(self.pick.keys(scores, pct_train))
+            raise ValueError(f"PerClass needs one class per item as the target, shape ({n},); got {got}. For other "
+                             "targets use another pick.")
+        targ,keys = ((targ.float() if targ.is_floating_point() else targ.long()).flatten(),
+                     rank_key(self.pick.keys(scores, pct_train)))
         order = keys.argsort(descending=True)
         by_class = order[targ[order].argsort(stable=True)] # one class after the other, the most wanted of each first
         classes = targ[by_class]
         begin,end = torch.searchsorted(classes, classes),torch.searchsorted(classes, classes, right=True)
         place = torch.arange(n, device=begin.device) - begin
         priority = place.float() if self.equal else (place > 0)*(place + 0.5)/(end - begin)
-        priority = torch.empty_like(priority).scatter_(0, by_class, priority).masked_fill_(keys == -math.inf, math.inf) # NaN after everything else
+        # NaN after everything else
+        priority = torch.empty_like(priority).scatter_(0, by_class, priority).masked_fill_(keys == -math.inf, math.inf)
         by_priority = order[priority[order].argsort(stable=True)] # the more wanted first where priorities are equal
         return Selection(by_priority[:size or self.size(n, pct_train)].sort().values)
 
 def _inner_pick(frac, pick):
     "`pick`, or the highest scores"
-    if pick is not None and frac != 0.1: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
+    if pick is not None and frac != 0.1:
+        raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
     return TopFraction(frac) if pick is None else pick
 
 # %% ../nbs/04_picks.ipynb #086c6db2
@@ -333,7 +356,8 @@ class ThenUniform(Pick):
     ):
         self.at,self.pick,self.seed = check_number('at', at, schedule=False),_inner_pick(frac, pick),seed
         if not isinstance(self.pick, Pick) or self.pick.fraction() is None:
-            raise TypeError(f"pick must be one of fixed size, such as TopFraction(0.1), so that as many can be drawn; got {pick!r}.")
+            raise TypeError("pick must be one of fixed size, such as TopFraction(0.1), so that as many can be drawn; "
+                            f"got {pick!r}.")
         self._uniform = Uniform(self.pick.fraction, seed)
 
     needs_scores = property(lambda self: self.pick.needs_scores)
@@ -347,8 +371,9 @@ class ThenUniform(Pick):
         return pick(scores, pct_train, size, **{name: o for name,o in needed.items() if name in pick.needs})
 
 # %% ../nbs/04_picks.ipynb #6ee844c3
-PICKS = dict(top=TopFraction, uniform=Uniform, boltzmann=Boltzmann, importance=ImportanceSample, rank=RankSample, per_class=PerClass,
-             then_uniform=ThenUniform, loss_share=LossShare, percentile=PercentileSample) # name -> class
+# name -> class
+PICKS = dict(top=TopFraction, uniform=Uniform, boltzmann=Boltzmann, importance=ImportanceSample, rank=RankSample,
+             per_class=PerClass, then_uniform=ThenUniform, loss_share=LossShare, percentile=PercentileSample)
 
 def find_pick(
     pick, # Name in `PICKS`, or a `Pick`
@@ -359,8 +384,12 @@ def find_pick(
         cls = by_name('pick', pick, PICKS)
         if frac is None: return cls()
         if cls.fraction is not Pick.fraction: return cls(frac)
-        raise ValueError(f"{pick!r} picks as many items as the scores ask for, and frac={frac} doesn't apply: leave it out, or give the pick its own numbers, "
-                         f"pick={cls()!r}.")
-    if not isinstance(pick, Pick): raise TypeError(f"pick must be a name ({', '.join(PICKS)}) or a `Pick`, such as TopFraction(0.1); got {pick!r}.")
-    if frac is not None: raise ValueError(f"frac={frac} belongs to a pick by name, but {pick!r} has a size of its own: give one of them.")
+        raise ValueError(f"{pick!r} picks as many items as the scores ask for, and frac={frac} doesn't apply: leave it "
+                         f"out, or give the pick its own numbers, pick={cls()!r}.")
+    if not isinstance(pick, Pick):
+        raise TypeError(f"pick must be a name ({', '.join(PICKS)}) or a `Pick`, such as TopFraction(0.1); got "
+                        f"{pick!r}.")
+    if frac is not None:
+        raise ValueError(f"frac={frac} belongs to a pick by name, but {pick!r} has a size of its own: give one of "
+                         "them.")
     return pick

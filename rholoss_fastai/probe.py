@@ -50,17 +50,19 @@ def target_kind(
     if isinstance(func, _binary_losses) or func is F.binary_cross_entropy_with_logits: kind = 'labels'
     else: kind = 'numbers' if targets.is_floating_point() else 'classes'
     if targets.ndim > 2 or targets.ndim == 2 and kind == 'classes' and targets.shape[1] > 1:
-        raise ValueError(f"Targets of shape {tuple(targets.shape[1:])} a row: a probe predicts one class, some numbers, or some yes or no for each row. "
-                         "For pixels or tokens cross-fit a model instead: crossfit_irreducible(make_learner, dls, n_epoch).")
+        raise ValueError(f"Targets of shape {tuple(targets.shape[1:])} a row: a probe predicts one class, some "
+                         "numbers, or some yes or no for each row. For pixels or tokens cross-fit a model instead: "
+                         "crossfit_irreducible(make_learner, dls, n_epoch).")
     return kind
 
 # %% ../nbs/14_probe.ipynb #1f7a63d6
 def _target(xb, yb):
     "The one target of a batch"
-    if not yb and isinstance(xb[0], Mapping): yb = [xb[0][k] for k in ('labels', 'label', 'targets', 'target') if k in xb[0]][:1]
+    if not yb and isinstance(xb[0], Mapping):
+        yb = [xb[0][k] for k in ('labels', 'label', 'targets', 'target') if k in xb[0]][:1]
     if len(yb) != 1 or not isinstance(yb[0], Tensor):
-        raise ValueError(f"A batch has {len(yb)} targets: expected one tensor, which the features are to predict. Pass a labelled DataLoader, "
-                         "such as dls.train, or irreducible losses of your own.")
+        raise ValueError(f"A batch has {len(yb)} targets: expected one tensor, which the features are to predict. Pass "
+                         "a labelled DataLoader, such as dls.train, or irreducible losses of your own.")
     return yb[0][:,0] if yb[0].ndim == 2 and yb[0].shape[1] == 1 and not yb[0].is_floating_point() else yb[0]
 
 def _alike(targets): return bool((targets == targets[:1]).all())
@@ -68,7 +70,9 @@ def _alike(targets): return bool((targets == targets[:1]).all())
 def _check_targets(targets, loss_func):
     "Raise where there is nothing to predict"
     kind = target_kind(targets, loss_func)
-    if _alike(targets): raise ValueError(f"All {len(targets)} targets are alike: there is nothing to predict, and no label can be told from another.")
+    if _alike(targets):
+        raise ValueError(f"All {len(targets)} targets are alike: there is nothing to predict, and no label can be told "
+                         "from another.")
     return kind
 
 # %% ../nbs/14_probe.ipynb #9f31cc8b
@@ -81,9 +85,13 @@ def _candidates(learn, xb):
     small = kind == 'patches' and max(xb[0].shape[2:]) <= 64
     if trained and not fitted: return ['body', 'patches'] if small else ['body'], "the model's body is trained"
     if small: return ['patches'], f"the images are small, {' x '.join(map(str, xb[0].shape[2:]))}"
-    if kind in ('tfidf', 'columns'): return [kind], dict(tfidf='the inputs are tokens', columns='the inputs are columns of a table')[kind]
-    if trained: return ['body'], "the model's body is trained, though on these labels too: what it has memorised of them looks right"
-    return [], "the model's body is not trained, and the inputs are neither small images nor texts nor columns of a table"
+    if kind in ('tfidf', 'columns'):
+        return [kind], dict(tfidf='the inputs are tokens', columns='the inputs are columns of a table')[kind]
+    if trained:
+        return (['body'], "the model's body is trained, though on these labels too: what it has memorised of them "
+                          "looks right")
+    return ([], "the model's body is not trained, and the inputs are neither small images nor texts nor columns of a "
+                "table")
 
 def _sampled(learn, dl, rows, n=200, seed=0):
     "Inputs and targets of `n` random rows: those of the batches whose shapes are those of the first"
@@ -146,7 +154,8 @@ class ProbePredictions:
     @property
     def probs(self)->Tensor: # `(m, C)`
         "Held-out probabilities of the classes, or of each label"
-        if self.kind == 'numbers': raise ValueError("The targets are numbers: there are predictions (`logits`), but no probabilities.")
+        if self.kind == 'numbers':
+            raise ValueError("The targets are numbers: there are predictions (`logits`), but no probabilities.")
         return self.logits.softmax(1) if self.kind == 'classes' else self.logits.sigmoid()
 
     @cached_property
@@ -166,11 +175,13 @@ class ProbePredictions:
         if loss_func is not None:
             try: return ItemLosses(loss_func)(self.logits, self.targets)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                if self.kind == 'numbers': raise # else it wants more than logits, a model's whole output maybe: cross entropy is what it stands for
+                # else it wants more than logits, a model's whole output maybe: cross entropy is what it stands for
+                if self.kind == 'numbers': raise
         targets = self.targets
         if self.kind == 'classes': return F.cross_entropy(self.logits, targets.long(), reduction='none')
         each = F.mse_loss if self.kind == 'numbers' else F.binary_cross_entropy_with_logits
-        return each(self.logits, targets.reshape(self.logits.shape).float(), reduction='none').reshape(len(self), -1).mean(1)
+        return each(self.logits, targets.reshape(self.logits.shape).float(),
+                    reduction='none').reshape(len(self), -1).mean(1)
 
     def irreducible(self,
         loss_func=None # The Learner's; None for cross entropy, or squared error
@@ -183,19 +194,24 @@ class ProbePredictions:
     @property
     def said(self)->str:
         "How good the predictions are, in words"
-        if self.kind == 'numbers': return f"Held-out predictions explain {self.info['r2']:.1%} of the variance; {self.info['seconds']:.1f} s."
-        return f"Held-out accuracy {self.info['accuracy']:.1%}, by chance {self.info['chance']:.1%}; {self.info['seconds']:.1f} s."
+        if self.kind == 'numbers':
+            return f"Held-out predictions explain {self.info['r2']:.1%} of the variance; {self.info['seconds']:.1f} s."
+        return (f"Held-out accuracy {self.info['accuracy']:.1%}, by chance {self.info['chance']:.1%}; "
+                f"{self.info['seconds']:.1f} s.")
 
     def __len__(self): return len(self.rows)
-    def __repr__(self): return f"ProbePredictions({len(self)} rows, {', '.join(f'{k}={v!r}' for k,v in self.info.items())})"
+    def __repr__(self):
+        return f"ProbePredictions({len(self)} rows, {', '.join(f'{k}={v!r}' for k,v in self.info.items())})"
 
 def _quality(logits, y, kind):
     "How good held-out predictions are, beside those of somebody who never looks at the inputs"
-    if kind == 'classes': return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), chance=(y.bincount().max()/len(y)).item())
+    if kind == 'classes':
+        return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), chance=(y.bincount().max()/len(y)).item())
     y = y.reshape(logits.shape).float()
     if kind == 'labels':
         share = (y > 0.5).float().mean(0)
-        return dict(accuracy=((logits > 0) == (y > 0.5)).float().mean().item(), chance=torch.maximum(share, 1-share).mean().item())
+        return dict(accuracy=((logits > 0) == (y > 0.5)).float().mean().item(),
+                    chance=torch.maximum(share, 1-share).mean().item())
     y,logits = y.reshape(len(y), -1).double(),logits.reshape(len(y), -1).double()
     return dict(r2=(1 - (y - logits).square().sum()/(y - y.mean(0)).square().sum()).item())
 
@@ -218,7 +234,8 @@ def _solved(x, y, kind, n_classes, folds, seed):
         rows = torch.linspace(0, len(y)-1, min(len(y), 20_000), dtype=torch.float64).round().long().to(x.device)
         scale,_ = fit_scale(pred[rows], dense[rows], shares, binary)
         logits,made['temperature'] = class_logits(pred, shares, scale, binary),1/max(scale, 1e-9)
-    return logits,dict(made, penalty=ridge.penalty(alpha), folds=folds, held_out='leave-one-out' if folds is None else f'{folds} folds')
+    return (logits,dict(made, penalty=ridge.penalty(alpha), folds=folds, held_out='leave-one-out' if folds is None
+                        else f'{folds} folds'))
 
 # %% ../nbs/14_probe.ipynb #ecc363fe
 def _trial(learn, read, xb, rows):
@@ -246,7 +263,8 @@ class ProbeCost:
         store_attr()
         self.bytes = n*dim*(2 if self.half else 4)
         # Gram matrix and rotation; patches take what their 128 filters do, slowly, since memory limits them
-        self.algebra = 2*n*dim*min(n, dim)*(1 if folds else 2) + (5*folds if folds else 30)*min(n, dim)**3 + patches*n*8e6
+        self.algebra = (2*n*dim*min(n, dim)*(1 if folds else 2) + (5*folds if folds else 30)*min(n, dim)**3
+                        + patches*n*8e6)
         # a step of the smallest model takes as long as some 2e8 operations
         self.steps = (self.algebra + forward*n*flops)/(3*flops*bs + 2e8) if flops and bs else None
         self.epochs = None if self.steps is None else self.steps*bs/n
@@ -255,8 +273,10 @@ class ProbeCost:
     def half(self): return self.n*self.dim*4 > 2**31
 
     def __str__(self):
-        passes = 'one forward pass of the model over the data' if self.forward else 'one pass over the data, without the model'
-        cost = '' if self.steps is None else f', about as dear as {self.steps:,.0f} training steps ({self.epochs:.2g} epochs)'
+        passes = ('one forward pass of the model over the data' if self.forward
+                  else 'one pass over the data, without the model')
+        cost = ('' if self.steps is None else f', about as dear as {self.steps:,.0f} training steps ({self.epochs:.2g} '
+                                              'epochs)')
         return f'{self.n:,} rows x {self.dim:,} features, {self.bytes/2**20:,.0f} MiB, {passes}{cost}'
 
 _dims = dict(tfidf=512, columns=600) # at most, or about
@@ -264,7 +284,8 @@ _dims = dict(tfidf=512, columns=600) # at most, or about
 def _cost(learn, dl, features, read, xb, rows, folds):
     x,flops = _trial(learn, read, xb, rows)
     name = features if isinstance(features, str) else None
-    return ProbeCost(len(rows), _dims.get(name) or x.shape[1], name == 'body', flops, name == 'patches', folds, loader_batch_size(dl))
+    return ProbeCost(len(rows), _dims.get(name) or x.shape[1], name == 'body', flops, name == 'patches', folds,
+                     loader_batch_size(dl))
 
 def probe_cost(
     learn:Learner,
@@ -287,10 +308,12 @@ def probe_cost(
 def _as_learner(learn, dl):
     "A Learner and its loader; of `DataLoaders`, with a model that is not asked"
     if isinstance(learn, DataLoaders): learn = Learner(learn, nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
-    if not isinstance(learn, Learner): raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
     if learn.dls.device is not None: get_model(learn.model).to(learn.dls.device) # as a fit would
     dl = learn.dls.train if dl is None else dl
-    if isinstance(dl, LMDataLoader): raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target per row.")
+    if isinstance(dl, LMDataLoader):
+        raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target per row.")
     return learn,dl
 
 def _decided(learn, dl, names, why, rows, xb, folds, seed, n=1000):
@@ -313,8 +336,9 @@ def _chosen(learn, dl, rows, xb, folds, seed):
     "What features='auto' stands for, and why"
     candidates,why = _candidates(learn, xb)
     if not candidates:
-        raise ValueError(f"No features are at hand: {why}. Pass features='body' if it serves all the same, or a function of the inputs that returns "
-                         "one line of numbers for each; or cross-fit a model: crossfit_irreducible(make_learner, dls, n_epoch).")
+        raise ValueError(f"No features are at hand: {why}. Pass features='body' if it serves all the same, or a "
+                         "function of the inputs that returns one line of numbers for each; or cross-fit a model: "
+                         "crossfit_irreducible(make_learner, dls, n_epoch).")
     return _decided(learn, dl, candidates, why, rows, xb, folds, seed)
 
 def probe_features(
@@ -331,7 +355,8 @@ def probe_features(
     with preserve_rng():
         xb,_ = _sampled(learn, dl, rows, seed=seed)
         if isinstance(features, str) and features == 'auto': features,_ = _chosen(learn, dl, rows, xb, None, seed)
-        x,y = _collected(learn, dl, rows, *feature_reader(features, learn, dl, xb), show=progress and shows_progress(learn))
+        x,y = _collected(learn, dl, rows, *feature_reader(features, learn, dl, xb), show=progress
+                         and shows_progress(learn))
     return rows,x.float(),y
 
 def probe_predictions(
@@ -353,7 +378,8 @@ def probe_predictions(
     marks,rows,names = fingerprint(dl),own_rows(dl).sort().values,class_names(dl)
     if n_rows is not None and n_rows < len(rows):
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]].sort().values
-    if len(rows) < 2: raise ValueError(f"{len(rows)} row: a prediction for a row comes from the others, so two are needed at least.")
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} row: a prediction for a row comes from the others, so two are needed at least.")
     with preserve_rng():
         (xb,y),why = _sampled(learn, dl, rows, seed=seed),''
         if _alike(y): _check_targets(row_targets(dl)[rows], learn.loss_func) # before anything is spent
@@ -363,7 +389,8 @@ def probe_predictions(
         read,finish = feature_reader(features, learn, dl, xb)
         cost = _cost(learn, dl, features, read, xb, rows, folds)
         if verbose: print(f"Probe by features {name!r}{f' ({why})' if why else ''}: {cost}.")
-        x,y = _collected(learn, dl, rows, read, finish, cost.half and finish is None, progress and shows_progress(learn))
+        x,y = _collected(learn, dl, rows, read, finish, cost.half and finish is None, progress
+                         and shows_progress(learn))
         kind = _check_targets(y, learn.loss_func)
         n_classes = max(int(y.max()) + 1, len(names) if names is not None else 0) if kind == 'classes' else None
         logits,made = _solved(x, y, kind, n_classes, folds, seed)

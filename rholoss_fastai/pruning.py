@@ -26,7 +26,9 @@ from .noise import row_targets
 from .rows import own_rows, whole_dataset
 
 # %% ../nbs/31_pruning.ipynb #8d0232ce
-def _is_class(o): return isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0 and not (o.is_floating_point() or o.is_complex())
+def _is_class(o):
+    return (isinstance(o, (int, np.integer)) or isinstance(o, Tensor) and o.ndim == 0
+            and not (o.is_floating_point() or o.is_complex()))
 
 # %% ../nbs/31_pruning.ipynb #06f76162
 def row_classes(
@@ -53,7 +55,8 @@ def _ranked(values, generator):
 def _stratified(scores, size, n_strata, generator):
     "About as many of each of `n_strata` equal ranges of the score: the small ones whole (Zheng et al. 2023, algorithm 1)"
     low,high = scores.aminmax()
-    stratum = ((scores - low)/(high - low).clamp(min=torch.finfo(scores.dtype).tiny)*n_strata).long().clamp(max=n_strata-1)
+    stratum = ((scores - low)/(high - low).clamp(min=torch.finfo(scores.dtype).tiny)*n_strata).long().clamp(max=n_strata
+                                                                                                            -1)
     order = torch.randperm(len(scores), generator=generator)
     strata = sorted((order[stratum[order] == o] for o in stratum.unique()), key=len)
     chosen = []
@@ -66,7 +69,8 @@ def _kept(scores, noise, keep, strategy, offset, n_strata, generator):
     "Positions of the scores that a strategy keeps"
     n = len(scores)
     size,n_left_out = max(1, round(keep*n)),round(offset*n)
-    left = _ranked(-scores if noise is None and strategy == 'easiest' else scores if noise is None else noise, generator)[min(n_left_out, n - size):]
+    left = _ranked(-scores if noise is None and strategy == 'easiest' else scores if noise is None else noise,
+                   generator)[min(n_left_out, n - size):]
     scores = scores[left]
     if strategy == 'stratified': return left[_stratified(scores, size, n_strata, generator)]
     if strategy == 'moderate': wanted = -(scores - scores.median()).abs()
@@ -86,30 +90,40 @@ def prune(
     seed:int=0 # Of what is chosen at random, ties included
 )->DataLoaders: # A copy, with the same transforms, batch size, workers and validation set
     "DataLoaders whose training set is a part of what it was, chosen by score; rows keep their numbers in the whole"
-    if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is pruned; got {type(dls).__name__}.")
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f"dls must be DataLoaders, whose train is pruned; got {type(dls).__name__}.")
     check_choice('strategy', strategy, _strategies)
     check_number('keep', keep, open_low=True, schedule=False); check_number('offset', offset, schedule=False)
     check_count('n_strata', n_strata, 1); check_count('seed', seed, 0)
-    if keep + offset > 1 + 1e-9: raise ValueError(f"keep={keep} and offset={offset} are more than the whole: together they may be 1 at most.")
+    if keep + offset > 1 + 1e-9:
+        raise ValueError(f"keep={keep} and offset={offset} are more than the whole: together they may be 1 at most.")
     if offset and il is None and strategy in ('moderate', 'random'):
-        raise ValueError(f"offset={offset} leaves out the hardest rows, by which strategy={strategy!r} doesn't choose: use 'hardest', 'easiest' or "
-                         "'stratified', or pass il=... to leave out what irreducible losses call noise.")
-    if il is not None and not offset: raise ValueError("il says which rows the offset leaves out, but offset=0 leaves out none: pass offset=... as well.")
+        raise ValueError(f"offset={offset} leaves out the hardest rows, by which strategy={strategy!r} doesn't choose: "
+                         "use 'hardest', 'easiest' or 'stratified', or pass il=... to leave out what irreducible "
+                         "losses call noise.")
+    if il is not None and not offset:
+        raise ValueError("il says which rows the offset leaves out, but offset=0 leaves out none: pass offset=... as "
+                         "well.")
     dl,generator = dls.train,torch.Generator().manual_seed(seed)
     if isinstance(scores, (str, Path)): scores = DatasetScores.load(scores)
-    if isinstance(scores, ItemTable): scores = DatasetScores(scores.values, scores.fingerprint, scores.info) # no NaN, which would rank first
+    # no NaN, which would rank first
+    if isinstance(scores, ItemTable): scores = DatasetScores(scores.values, scores.fingerprint, scores.info)
     values = (scores if isinstance(scores, ItemTable) else DatasetScores.of(scores, dl)).check(dl).values
     rows,classes = own_rows(dl),row_classes(dl)
-    if per_class and classes is None: raise ValueError("per_class=True needs one class per row, and the targets of this data set aren't: use per_class=False.")
+    if per_class and classes is None:
+        raise ValueError("per_class=True needs one class per row, and the targets of this data set aren't: use "
+                         "per_class=False.")
     noise,values = None if il is None else il_values(il, dl)[rows],values[rows]
     groups = [(classes == c).nonzero().flatten() for c in classes.unique()] if per_class else [torch.arange(len(rows))]
-    kept = torch.cat([g[_kept(values[g], None if noise is None else noise[g], keep, strategy, offset, n_strata, generator)] for g in groups]).sort().values
+    kept = torch.cat([g[_kept(values[g], None if noise is None else noise[g], keep, strategy, offset, n_strata,
+                              generator)] for g in groups]).sort().values
     gone = [] if classes is None else sorted(set(classes.tolist()) - set(classes[kept].tolist()))
     if gone:
-        raise ValueError(f"No row of class {', '.join(map(str, gone[:5]))} would be left of {(classes[:,None] == torch.tensor(gone)).sum()}: "
-                         "keep more, use per_class=True, or another strategy.")
+        raise ValueError(f"No row of class {', '.join(map(str, gone[:5]))} would be left of "
+                         f"{(classes[:,None] == torch.tensor(gone)).sum()}: keep more, use per_class=True, or another "
+                         "strategy.")
     res = with_loaders(dls, [restrict_rows(dl, rows[kept])])
     if not len(res.train):
-        raise ValueError(f"{len(kept)} rows are left, fewer than a batch, and drop_last is on: an epoch would have no batches. Keep more, or use a smaller "
-                         "batch size or drop_last=False.")
+        raise ValueError(f"{len(kept)} rows are left, fewer than a batch, and drop_last is on: an epoch would have no "
+                         "batches. Keep more, or use a smaller batch size or drop_last=False.")
     return res

@@ -103,7 +103,9 @@ class RowCounts:
     ):
         "Begin an epoch; of another data set all counts are 0"
         known = self.counts is not None and self.counts.shape[1] == n_rows and self._dataset() is dataset
-        if not known: self.counts,self._dataset,self.missed = torch.zeros(2, n_rows, dtype=torch.int32, device=device),_reference(dataset),False
+        if not known:
+            self.counts = torch.zeros(2, n_rows, dtype=torch.int32, device=device)
+            self._dataset,self.missed = _reference(dataset),False
         self.counts = self.counts.to(device)
         self._epoch = self.counts if _n_processes() == 1 else torch.zeros_like(self.counts)
 
@@ -139,7 +141,8 @@ class ValueSample:
         if self.n_parts % self.stride: return
         step = -(-len(selected)//self.size)
         self.parts.append(({name: o.detach().flatten()[::step] for name,o in values.items()}, selected[::step]))
-        if len(self.parts) > 1 and sum(len(o) for _,o in self.parts) > self.size: self.parts,self.stride = self.parts[::2],2*self.stride
+        if len(self.parts) > 1 and sum(len(o) for _,o in self.parts) > self.size:
+            self.parts,self.stride = self.parts[::2],2*self.stride
 
     def percentiles(self)->dict: # `{(name, 'selected' or 'rejected'): [...]}`
         "Percentiles of what was kept; waits for the device"
@@ -150,7 +153,8 @@ class ValueSample:
             values = torch.cat([o[name] for o,_ in self.parts]).float()
             q = torch.tensor(PERCENTILES, device=values.device)/100
             for items,mask in dict(selected=selected, rejected=~selected).items():
-                res[name,items] = torch.nanquantile(values[mask], q).tolist() if mask.any() else [math.nan]*len(PERCENTILES)
+                res[name,items] = (torch.nanquantile(values[mask], q).tolist() if mask.any()
+                                   else [math.nan]*len(PERCENTILES))
         return res
 
 # %% ../nbs/10_record.ipynb #78ede41e
@@ -164,7 +168,8 @@ def _positions(idxs, n, device):
     "Where the selected of several batches of `n` stand among the items of all of them"
     idxs = [torch.arange(n, device=device) if o is None else o for o in idxs]
     sizes = torch.tensor([len(o) for o in idxs], device=device)
-    return torch.cat(idxs) + torch.arange(0, n*len(idxs), n, device=device).repeat_interleave(sizes, output_size=sum(map(len, idxs)))
+    return (torch.cat(idxs)
+            + torch.arange(0, n*len(idxs), n, device=device).repeat_interleave(sizes, output_size=sum(map(len, idxs))))
 
 class EpochSums:
     "Counts of an epoch on the host, sums on the device"
@@ -230,21 +235,25 @@ class EpochSums:
             sums['score_selected'] += wanted.flatten()[chosen].sum()
             sums['nan_batches'] += scores.isnan().all(1).sum()
             selected = torch.zeros(k*n, dtype=torch.bool, device=chosen.device).index_fill_(0, chosen, True)
-            self.sample.add({name: o for name,o in dict(loss=losses, il=column('il'), score=scores).items() if o is not None}, selected)
+            self.sample.add({name: o for name,o in dict(loss=losses, il=column('il'), score=scores).items()
+                             if o is not None}, selected)
         if correct is not None: sums['correct'] += correct.flatten()[chosen].sum()
 
     def read(self)->Tensor: # `(k,)` float64 on the CPU, in the order of `names`
         "All counts and sums; waits for the device"
         self.sum_up()
-        counts = torch.stack([o.detach().cpu().double() if isinstance(o, Tensor) else torch.tensor(float(o), dtype=torch.float64) for o in self.counts.values()])
+        counts = torch.stack([o.detach().cpu().double() if isinstance(o, Tensor)
+                              else torch.tensor(float(o), dtype=torch.float64) for o in self.counts.values()])
         return torch.cat([counts, torch.stack(list(self.sums.values())).cpu().double()])
 
     @property
     def names(self): return [*self.counts, *self.sums]
 
 # %% ../nbs/10_record.ipynb #a0cdd54d
-STEP_COST = 3. # of a training step, in units of its forward: 2.7 for a ResNet-18, 3.3 for a small CNN (benchmarks/step_cost.py)
-LEDGER_COLUMNS = ['epoch', 'loaded', 'scored', 'trained', 'selected', 'loss_share', 'score_share', 'top20_share', 'correct',
+# of a training step, in units of its forward: 2.7 for a ResNet-18, 3.3 for a small CNN (benchmarks/step_cost.py)
+STEP_COST = 3.
+LEDGER_COLUMNS = ['epoch', 'loaded', 'scored', 'trained', 'selected', 'loss_share', 'score_share', 'top20_share',
+                  'correct',
                   'forward', 'step_cost', 'seconds', 'seconds_scoring', 'seconds_training', 'seconds_il']
 
 def _share(part, whole): return part/whole if whole else math.nan
@@ -253,12 +262,14 @@ def _ledger_line(o, forward, scoring_cost):
     "The shares and costs that counts and sums `o` of an epoch amount to"
     loaded,scored,trained = (int(o[k]) for k in ('loaded', 'scored', 'trained'))
     # nothing left out, nothing to measure
-    loss_share,score_share = (1. if not o[k] and 0 < trained == loaded else _share(o[f'{k}_selected'], o[k]) for k in ('loss', 'score'))
+    loss_share,score_share = (1. if not o[k] and 0 < trained == loaded else _share(o[f'{k}_selected'], o[k])
+                              for k in ('loss', 'score'))
     forward = 'none' if forward == 'twice' and not scored else forward
     if forward == 'reuse': step_cost = _share(loaded, trained) # a whole step for every candidate
     else: step_cost = 1 + _share(scoring_cost*scored, STEP_COST*trained) if scored else 1.
-    return dict(loaded=loaded, scored=scored, trained=trained, selected=_share(trained, loaded), loss_share=loss_share, score_share=score_share,
-                top20_share=_share(o['loss_top20'], o['loss']), correct=_share(o['correct'], o['judged']), forward=forward, step_cost=step_cost)
+    return dict(loaded=loaded, scored=scored, trained=trained, selected=_share(trained, loaded), loss_share=loss_share,
+                score_share=score_share, top20_share=_share(o['loss_top20'], o['loss']),
+                correct=_share(o['correct'], o['judged']), forward=forward, step_cost=step_cost)
 
 # %% ../nbs/10_record.ipynb #0588223d
 class SelectionRecord:
@@ -304,7 +315,8 @@ class SelectionRecord:
         "Count one candidate batch; no host sync"
         self._epoch.add(_Batch(loaded, rows, trained_rows, idxs, scores, losses, il, correct), scored, trained)
         if isinstance(elements_loaded, Tensor) or elements_loaded:
-            for name,n in zip(_ELEMENTS, (elements_loaded, elements_trained)): self._epoch.counts[name] = self._epoch.counts[name] + n
+            for name,n in zip(_ELEMENTS, (elements_loaded, elements_trained)):
+                self._epoch.counts[name] = self._epoch.counts[name] + n
         self._last = time.perf_counter()
 
     def _read(self, ended):
@@ -316,9 +328,11 @@ class SelectionRecord:
     def _line(self, counts, seconds):
         "A line of the ledger"
         o = dict(zip(self._epoch.names, counts.tolist()))
-        line = dict(epoch=len(self.lines), **_ledger_line(o, self.forward, self.scoring_cost), **dict(zip(LEDGER_COLUMNS[-4:], seconds.tolist())))
+        line = dict(epoch=len(self.lines), **_ledger_line(o, self.forward, self.scoring_cost),
+                    **dict(zip(LEDGER_COLUMNS[-4:], seconds.tolist())))
         if o['elements_loaded']: line.update({name: int(o[name]) for name in _ELEMENTS})
-        return {**line, **{name: _share(o[name], o['known']) for name in self._epoch.track}, **(self.figures() if self.figures else {})}
+        return {**line, **{name: _share(o[name], o['known']) for name in self._epoch.track},
+                **(self.figures() if self.figures else {})}
 
     def end_epoch(self,
         interrupted:bool=False # Was the epoch cut short? Then processes don't wait for one another, and nothing is warned
@@ -332,14 +346,16 @@ class SelectionRecord:
             dist.all_reduce(counts)
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
             self._rows.end()
-        self._percentiles += [dict(epoch=len(self.lines), value=name, items=items, **{f'p{p}': v for p,v in zip(PERCENTILES, values)})
+        self._percentiles += [dict(epoch=len(self.lines), value=name, items=items,
+                                   **{f'p{p}': v for p,v in zip(PERCENTILES, values)})
                               for (name,items),values in self._epoch.sample.percentiles().items()]
         self.lines.append(self._line(counts, seconds))
         nan_batches = int(counts[self._epoch.names.index('nan_batches')])
         self._epoch,self.seconds_il = None,0.
         if nan_batches and not interrupted:
-            warnings.warn(f"In {nan_batches} batches of this epoch every score was NaN, so the items trained on were arbitrary. "
-                          "The model has probably diverged: lower the learning rate, or add TerminateOnNaNCallback().")
+            warnings.warn(f"In {nan_batches} batches of this epoch every score was NaN, so the items trained on were "
+                          "arbitrary. The model has probably diverged: lower the learning rate, or add "
+                          "TerminateOnNaNCallback().")
 
     @property
     def percentiles(self)->pd.DataFrame: # A line per epoch, value (loss, il, score) and group of items (selected, rejected)
@@ -384,14 +400,17 @@ class SelectionRecord:
         "Share of the candidates that the newest epoch trained on"
         return self.lines[-1]['selected'] if self.lines else None
 
-    def __getstate__(self): return dict(vars(SelectionRecord()), lines=self.lines, seconds_il=self.seconds_il, _percentiles=self._percentiles)
+    def __getstate__(self):
+        return dict(vars(SelectionRecord()), lines=self.lines, seconds_il=self.seconds_il,
+                    _percentiles=self._percentiles)
 
     def __repr__(self):
         if not self.lines: return 'SelectionRecord: nothing trained yet'
         total = self.ledger.sum(numeric_only=True)
-        return (f"SelectionRecord: {len(self.lines)} epochs, {total.loaded:.0f} items loaded, {total.scored:.0f} scored, "
-                f"{total.trained:.0f} trained on; {total.seconds:.1f} s, of these {total.seconds_scoring:.1f} s scoring and "
-                f"{total.seconds_training:.1f} s training; {total.seconds_il:.1f} s for irreducible losses beside them")
+        return (f"SelectionRecord: {len(self.lines)} epochs, {total.loaded:.0f} items loaded, {total.scored:.0f} "
+                f"scored, {total.trained:.0f} trained on; {total.seconds:.1f} s, of these {total.seconds_scoring:.1f} "
+                f"s scoring and {total.seconds_training:.1f} s training; {total.seconds_il:.1f} s for irreducible "
+                "losses beside them")
 
 # %% ../nbs/10_record.ipynb #4e7d5abe
 _aside = WeakKeyDictionary() # records of Learners that select no more

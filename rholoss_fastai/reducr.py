@@ -56,9 +56,11 @@ def class_irreducible(
             own = x[train & (y == c)]
             own_cross = torch.zeros_like(cross)
             own_cross[:,c] = own.sum(0)
-            preds[held_out,c] = x[held_out] @ torch.linalg.solve(gram + boost*own.T @ own + ridge, cross + boost*own_cross)
+            preds[held_out,c] = x[held_out] @ torch.linalg.solve(gram + boost*own.T @ own + ridge,
+                                                                 cross + boost*own_cross)
     shares = smoothed_shares(y, C)
-    losses = [F.cross_entropy(class_logits(p, shares, fit_scale(p, y, shares)[0]), y, reduction='none') for p in preds.float().unbind(1)]
+    losses = [F.cross_entropy(class_logits(p, shares, fit_scale(p, y, shares)[0]), y, reduction='none')
+              for p in preds.float().unbind(1)]
     return torch.stack(losses, 1)
 
 # %% ../nbs/26_reducr.ipynb #dbdfa542
@@ -70,12 +72,17 @@ class ClassIL(ILSource):
     ):
         self.values_by_class = as_tensor(table).float()
         if self.values_by_class.ndim != 2 or not self.values_by_class.isfinite().all():
-            raise ValueError(f"Irreducible losses by class of shape {tuple(self.values_by_class.shape)}: expected finite numbers (n, C), one line per row.")
+            raise ValueError(f"Irreducible losses by class of shape {tuple(self.values_by_class.shape)}: expected "
+                             "finite numbers (n, C), one line per row.")
 
     def check(self, learn):
-        if self.values_by_class is None: raise ValueError("Irreducible losses are not exported with a Learner: give them again to learn.reducr(...).")
+        if self.values_by_class is None:
+            raise ValueError("Irreducible losses are not exported with a Learner: give them again to "
+                             "learn.reducr(...).")
         n,own = dataset_size(learn.dls.train),len(self.values_by_class)
-        if own != n: raise ValueError(f"Irreducible losses by class for {own} rows, but the training set has {n}: give one line per row, in its order.")
+        if own != n:
+            raise ValueError(f"Irreducible losses by class for {own} rows, but the training set has {n}: give one line "
+                             "per row, in its order.")
 
     def begin(self, learn, device):
         self.check(learn)
@@ -100,9 +107,11 @@ class ClassProbeIL(ClassIL):
         dl,began = learn.dls.train,time.perf_counter()
         if self.of is dl and self.on_device.device == device: return 0.
         if self.of is not dl:
-            rows,x,y = probe_features(learn, dl, self.features, progress=any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
+            rows,x,y = probe_features(learn, dl, self.features,
+                                      progress=any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
             table = class_irreducible(x, y, **self.kwargs)
-            self.values_by_class = table.mean(0).repeat(dataset_size(dl), 1).index_copy_(0, rows, table.cpu()) # of rows that are left out, the mean
+            # of rows that are left out, the mean
+            self.values_by_class = table.mean(0).repeat(dataset_size(dl), 1).index_copy_(0, rows, table.cpu())
         self.of,self.on_device = dl,self.values_by_class.to(device)
         return time.perf_counter() - began
 
@@ -111,7 +120,9 @@ class ClassProbeIL(ClassIL):
 @candidate_input
 def class_il(c):
     "Irreducible losses of each item by the reference for each class, `(n_B, C)`"
-    if not hasattr(c.il, 'by_class'): raise ValueError("Class weights need irreducible losses by class, (n, C): use learn.reducr(il=table), see class_irreducible.")
+    if not hasattr(c.il, 'by_class'):
+        raise ValueError("Class weights need irreducible losses by class, (n, C): use learn.reducr(il=table), see "
+                         "class_irreducible.")
     return c.il.by_class(c)
 
 # %% ../nbs/26_reducr.ipynb #15722f4b
@@ -124,8 +135,11 @@ class ClassWeights(Pick):
         eta:float=1., # How fast the weights change
         pick:Pick=None # What takes items by these scores; default `TopFraction(frac)`
     ):
-        if pick is not None and frac != 0.1: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
-        self.eta,self.pick = check_number('eta', eta, high=1e6, schedule=False),TopFraction(frac) if pick is None else find_pick(pick)
+        if pick is not None and frac != 0.1:
+            raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of "
+                             "them.")
+        self.eta = check_number('eta', eta, high=1e6, schedule=False)
+        self.pick = TopFraction(frac) if pick is None else find_pick(pick)
         self._sums,self._held_out = 0.,0.
 
     weighted = property(lambda self: self.pick.weighted)
@@ -149,7 +163,8 @@ class ClassWeights(Pick):
         if not isinstance(self._sums, Tensor): self._sums = class_il.new_zeros(class_il.shape[1])
         reducible = (loss[:,None] - class_il).clamp(min=0)
         selection = self.pick(reducible @ self.class_weights.to(reducible.device), pct_train, size)
-        self._sums = self._sums.to(reducible.device) + (reducible[selection.idxs] - self._held_out).nan_to_num(0.).sum(0)
+        self._sums = (self._sums.to(reducible.device)
+                      + (reducible[selection.idxs] - self._held_out).nan_to_num(0.).sum(0))
         return selection
 
 
@@ -173,11 +188,14 @@ class ClassHoldout(FitCallback):
                 losses.append(item_losses(model(*xb), *yb)); targs.append(class_targets(yb[0]))
                 n += len(targs[-1])
                 if n >= self.n_rows: break
-        if not n: raise ValueError("REDUCR weighs classes by their held-out loss, and there are no held-out rows: give the DataLoaders a validation set.")
+        if not n:
+            raise ValueError("REDUCR weighs classes by their held-out loss, and there are no held-out rows: give the "
+                             "DataLoaders a validation set.")
         losses,targs = torch.cat(losses),torch.cat(targs)
         C = learn.selector.il_source.values_by_class.shape[1]
         sums,counts = torch.zeros(C, device=device).index_add_(0, targs, losses),targs.bincount(minlength=C)
-        self.pick.note_held_out(torch.where(counts > 0, sums/counts.clamp(min=1), losses.mean())) # a class without held-out rows: the mean
+        # a class without held-out rows: the mean
+        self.pick.note_held_out(torch.where(counts > 0, sums/counts.clamp(min=1), losses.mean()))
 
 # %% ../nbs/26_reducr.ipynb #284c422a
 @patch

@@ -25,19 +25,23 @@ class SelectionReport:
         ledger = record.ledger
         if not len(ledger) or not ledger.trained.sum():
             raise ValueError("Nothing has been trained with selection yet, so there is nothing to report: fit first.")
-        if plain_seconds is not None: check_number('plain_seconds', plain_seconds, high=math.inf, open_low=True, schedule=False)
+        if plain_seconds is not None:
+            check_number('plain_seconds', plain_seconds, high=math.inf, open_low=True, schedule=False)
         self.plain_seconds,self.ledger,self.il = plain_seconds,ledger,_il_quality(record)
         # `prune_epochs` doesn't even load what it leaves out
-        at_hand = (ledger.trained/ledger.selected.where(ledger.selected > 0)).round().fillna(0).clip(lower=ledger.loaded).astype(int)
+        at_hand = (ledger.trained
+                   /ledger.selected.where(ledger.selected > 0)).round().fillna(0).clip(lower=ledger.loaded).astype(int)
         loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
-        columns = ['epoch', 'at_hand', 'loaded', 'scored', 'trained', 'selected', 'forward', 'seconds', 'seconds_loading', 'seconds_scoring', 'seconds_training',
+        columns = ['epoch', 'at_hand', 'loaded', 'scored', 'trained', 'selected', 'forward', 'seconds',
+                   'seconds_loading', 'seconds_scoring', 'seconds_training',
                    'seconds_il']
         self.table = ledger.assign(at_hand=at_hand, seconds_loading=loading)[columns]
         # with one forward for both, every candidate took part in the step
         in_step = ledger.trained.where(ledger.forward != 'reuse', ledger.loaded)
         a_step = (ledger.seconds_training/in_step.where(in_step > 0)).fillna(0) # seconds per item
         a_load = (loading/ledger.loaded.where(ledger.loaded > 0)).fillna(0)
-        self.seconds,self.seconds_scoring,self.seconds_il = ledger.seconds.sum(),ledger.seconds_scoring.sum(),ledger.seconds_il.sum()
+        self.seconds,self.seconds_scoring = ledger.seconds.sum(),ledger.seconds_scoring.sum()
+        self.seconds_il = ledger.seconds_il.sum()
         self.seconds_all = (a_step*at_hand + a_load*at_hand).sum() # of training on everything at hand
         self.seconds_as_many = (a_step*ledger.trained + a_load*ledger.trained).sum() # of as many plain steps
 
@@ -63,14 +67,17 @@ class SelectionReport:
 
     def __str__(self): return '\n'.join(_sentences(self))
     def __repr__(self): return f"{self.table.round(2).to_string(index=False)}\n\n{self}"
-    def _repr_html_(self): return self.table.round(2).to_html(index=False) + ''.join(f'<p>{o}</p>' for o in _sentences(self))
+    def _repr_html_(self):
+        return self.table.round(2).to_html(index=False) + ''.join(f'<p>{o}</p>' for o in _sentences(self))
 
 # %% ../nbs/51_report.ipynb #75e973d6
 def _il_quality(record):
     "How good the irreducible losses of the Learner's selector are, in words; None where that isn't known"
     source = getattr(getattr(record.learner, 'selector', None), 'il_source', None)
     info = getattr(getattr(source, 'table', None), 'info', None) or {}
-    if 'accuracy' in info: return f"the predictions behind them are right for {info['accuracy']:.0%} of the rows, by chance {info['chance']:.0%} would be"
+    if 'accuracy' in info:
+        return (f"the predictions behind them are right for {info['accuracy']:.0%} of the rows, by chance "
+                f"{info['chance']:.0%} would be")
     if 'r2' in info: return f"the predictions behind them explain {info['r2']:.0%} of the variance"
 
 def _share_of(ledger, column):
@@ -86,17 +93,21 @@ def _bought(report):
     ledger = report.ledger
     for column,what in dict(score_share='score', loss_share='loss').items():
         share,selected = _share_of(ledger, column),_share_of(ledger, 'selected') if column in ledger else None
-        if share is not None: return f"The {selected:.0%} of the candidates that were selected hold {share:.0%} of the {what}."
+        if share is not None:
+            return f"The {selected:.0%} of the candidates that were selected hold {share:.0%} of the {what}."
 
 def _against(report):
     "Did it save seconds?"
     plain,saved,pruned = report.plain_seconds,report.saved,(report.table.at_hand > report.table.loaded).any()
-    against = f'the plain run of {_seconds(plain)}' if plain is not None else 'training on every row' if pruned else 'training on every candidate'
+    against = (f'the plain run of {_seconds(plain)}' if plain is not None else 'training on every row' if pruned
+               else 'training on every candidate')
     if plain is None and not report.left_out:
         cost = f", though {_seconds(report.seconds_scoring)} went into scoring" if report.seconds_scoring else ''
         return f"Nothing was left out, so this was plain training{cost}."
-    if saved > 0: return f"Against {against}, {'leaving rows out' if pruned else 'selection'} saved {_seconds(saved)} per run."
-    if plain is not None: return f"Against {against}, selection cost {_seconds(-saved)} more than it saved: it does not pay here."
+    if saved > 0:
+        return f"Against {against}, {'leaving rows out' if pruned else 'selection'} saved {_seconds(saved)} per run."
+    if plain is not None:
+        return f"Against {against}, selection cost {_seconds(-saved)} more than it saved: it does not pay here."
     whole = f"{against} would have taken {_seconds(report.seconds_all)}"
     if report.table.scored.sum() and not pruned and report.seconds_scoring:
         return (f"Scoring cost more than the backward passes that were left out: {whole}. "
@@ -107,7 +118,10 @@ def _il_bill(report):
     "What the irreducible losses cost, and how good they are"
     cost = f"The irreducible losses cost {_seconds(report.seconds_il)}"
     if report.il: cost += f" ({report.il})"
-    if report.saved > 0: return f"{cost}, which {'one run brings' if report.break_even == 1 else f'{report.break_even} runs that share them bring'} back."
+    if report.saved > 0:
+        return (f"{cost}, which "
+                f"{'one run brings' if report.break_even == 1 else f'{report.break_even} runs that share them bring'} "
+                "back.")
     return f"{cost} on top, which no number of runs brings back."
 
 def _sentences(report):
@@ -120,8 +134,9 @@ def _sentences(report):
     yield _against(report)
     if report.seconds_il: yield _il_bill(report)
     if report.plain_seconds is None and report.left_out and report.step_cost > 1:
-        yield (f"A step cost as much as {report.step_cost:.2f} plain steps on as many items: against plain training, selection pays if it gets there in "
-               f"less than {1/report.step_cost:.0%} of the steps. A plain run tells: report(plain_seconds=...).")
+        yield (f"A step cost as much as {report.step_cost:.2f} plain steps on as many items: against plain training, "
+               f"selection pays if it gets there in less than {1/report.step_cost:.0%} of the steps. A plain run "
+               "tells: report(plain_seconds=...).")
 
 # %% ../nbs/51_report.ipynb #8bbde8f6
 @patch

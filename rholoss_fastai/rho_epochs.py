@@ -35,7 +35,8 @@ def label_probability(
     scale:float=1. # For losses that aren't the logarithm of a probability: one of this size counts as 1/e
 )->Tensor: # `(bs,)`
     "Probability that the model gives to each item's label: by softmax for classes, `exp(-loss/scale)` for anything else"
-    classes = isinstance(targ, Tensor) and not targ.is_floating_point() and targ.numel() == len(pred) and pred.ndim == 2 and pred.shape[1] > 1
+    classes = (isinstance(targ, Tensor) and not targ.is_floating_point() and targ.numel() == len(pred)
+               and pred.ndim == 2 and pred.shape[1] > 1)
     if classes: return pred.softmax(1).gather(1, targ.long().view(-1, 1))[:,0]
     return (-loss/scale).exp()
 
@@ -52,13 +53,17 @@ class Reducible(EpochRule):
     ):
         for name,o in dict(drop=drop, keep=keep, explore=explore).items():
             if o is not None: check_number(name, o, open_low=name == 'keep', schedule=False)
-        if keep + explore > 1 + 1e-9: raise ValueError(f"keep={keep} and explore={explore} are more than the whole: together they may be 1 at most.")
+        if keep + explore > 1 + 1e-9:
+            raise ValueError(f"keep={keep} and explore={explore} are more than the whole: together they may be 1 at "
+                             "most.")
         self.il,self.drop,self.keep,self.explore,self.by_memory,self.scale = il,drop,keep,explore,by_memory,1.
 
     def score(self, loss, pred, targ): return label_probability(loss, pred, targ, self.scale)
 
     def check(self, learn):
-        if self.il is None: raise ValueError("rule='reducible' needs irreducible losses: pass il=..., or use learn.rho_epochs(), which makes them.")
+        if self.il is None:
+            raise ValueError("rule='reducible' needs irreducible losses: pass il=..., or use learn.rho_epochs(), which "
+                             "makes them.")
 
     def begin(self, learn, dl):
         self.table,seconds = given_table(self.il, learn, dl)
@@ -73,15 +78,18 @@ class Reducible(EpochRule):
         il = self.table[epoch.rows]
         pool = learnable_rows(il, self.drop, epoch.classes if self.drop else None, generator)
         if not self.by_memory: return epoch.rows[pool] if len(pool) < len(il) else None
-        wanted = (-il[pool]/self.scale).exp()*(1 - remembered[pool,0].nan_to_num(0.)) # a row that was never trained on is not learnt
+        # a row that was never trained on is not learnt
+        wanted = (-il[pool]/self.scale).exp()*(1 - remembered[pool,0].nan_to_num(0.))
         order = ranked(wanted, generator)
         n = max(1, round(self.keep*len(pool)))
         others = order[n:][torch.randperm(len(order) - n, generator=generator)[:round(self.explore*len(pool))]]
         return epoch.rows[pool[torch.cat([order[:n], others])]]
 
     def says(self, epoch):
-        left = f"leaves out the {self.drop:.0%} of the rows that look least learnable" if self.drop else 'leaves out nothing for good'
-        return left + (f", and goes through the best {self.keep:.0%} of the others and {self.explore:.0%} at random, chosen anew each round" if self.by_memory else '')
+        left = (f"leaves out the {self.drop:.0%} of the rows that look least learnable" if self.drop
+                else 'leaves out nothing for good')
+        return left + (f", and goes through the best {self.keep:.0%} of the others and {self.explore:.0%} at random, "
+                       "chosen anew each round" if self.by_memory else '')
 
 def given_table(il, learn, dl):
     "Irreducible losses in any form as a table for the data set of `dl`, and the seconds they took that are in no ledger yet"
@@ -92,7 +100,8 @@ def given_table(il, learn, dl):
 EPOCH_RULES['reducible'] = Reducible
 
 # %% ../nbs/33_rho_epochs.ipynb #d6f2f52b
-_log_losses = ('CrossEntropyLoss', 'BCEWithLogitsLoss', 'BCELoss', 'NLLLoss', 'LabelSmoothingCrossEntropy', 'FocalLoss', 'MultiLabelSoftMarginLoss',
+_log_losses = ('CrossEntropyLoss', 'BCEWithLogitsLoss', 'BCELoss', 'NLLLoss', 'LabelSmoothingCrossEntropy', 'FocalLoss',
+               'MultiLabelSoftMarginLoss',
                'cross_entropy', 'nll_loss', 'binary_cross_entropy', 'binary_cross_entropy_with_logits')
 
 def is_log_loss(
@@ -121,9 +130,11 @@ class RhoEpochs(Reducible):
         look:int=4000, # Rows for the first estimate, at most
         il_budget:float=0.2 # Train plainly where irreducible losses would cost a larger share of the fit to come, by counts
     ):
-        super().__init__(None if isinstance(il, str) and il == 'auto' else il, 0. if drop is None else drop, keep, explore, True if by_memory is None else by_memory)
+        super().__init__(None if isinstance(il, str) and il == 'auto' else il, 0. if drop is None else drop, keep,
+                         explore, True if by_memory is None else by_memory)
         self.asked = dict(drop=drop, by_memory=by_memory, refresh=refresh)
-        self.gate,self.threshold,self.features,self.look = gate,check_number('threshold', threshold, schedule=False),features,look
+        self.gate,self.threshold = gate,check_number('threshold', threshold, schedule=False)
+        self.features,self.look = features,look
         self.il_budget = check_number('il_budget', il_budget, high=float('inf'), open_low=True, schedule=False)
         self.plain,self.wrong,self.table,self.share,self._source,self._refreshed = False,None,None,None,None,False
 
@@ -136,11 +147,14 @@ class RhoEpochs(Reducible):
         if self.plain: return
         fine_tune = self.table.info.get('features') == 'body' or bool(vars(learn).get('pretrained'))
         asked = self.asked
-        self.by_memory = not fine_tune or learn.n_epoch >= self.short if asked['by_memory'] is None else asked['by_memory']
-        self.will_refresh = self.by_memory and not fine_tune and learn.n_epoch >= self.long if asked['refresh'] is None else asked['refresh']
+        self.by_memory = (not fine_tune or learn.n_epoch >= self.short if asked['by_memory'] is None
+                          else asked['by_memory'])
+        self.will_refresh = (self.by_memory and not fine_tune and learn.n_epoch >= self.long if asked['refresh'] is None
+                             else asked['refresh'])
         made = self.share if self._made_now and self.il is None else 0.
         anew = probe_cost(learn, dl, 'body') if self.will_refresh else None
-        self.own_cost = min(0.9, (made or 0.) + (anew.steps/(learn.n_epoch*len(dl)) if anew is not None and anew.steps else 0.))
+        self.own_cost = min(0.9, (made or 0.) + (anew.steps/(learn.n_epoch*len(dl)) if anew is not None
+                                                 and anew.steps else 0.))
         booked,self._to_book,self._made_now = self._to_book,0.,False
         return booked
 
@@ -179,13 +193,19 @@ class RhoEpochs(Reducible):
 
     def _estimate(self, learn, dl, n_rows):
         "The share of wrong labels, and the predictions that it comes from, of `n_rows` rows or of all"
-        folds = 5 if (n_rows or len(own_rows(dl))) > 50_000 else None # leave-one-out is exact, and the cheaper where rows are few
-        try: found = probe_predictions(learn, dl, self.chosen_features, folds, n_rows, verbose=n_rows is None and learn.logger is not noop)
+        # leave-one-out is exact, and the cheaper where rows are few
+        folds = 5 if (n_rows or len(own_rows(dl))) > 50_000 else None
+        try:
+            found = probe_predictions(learn, dl, self.chosen_features, folds, n_rows, verbose=n_rows is None
+                                      and learn.logger is not noop)
         except ValueError as e:
-            mend = "pass the share to leave out, drop=..., and gate=False." if self.il is not None else ("pass features=..., a function of the inputs; or "
-                   "il='crossfit', drop=... and gate=False.")
-            raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: {mend}") from e
-        if isinstance(self.features, str): self.chosen_features = found.info['features'] # a trial of several is not run twice
+            mend = ("pass the share to leave out, drop=..., and gate=False." if self.il is not None
+                    else ("pass features=..., a function of the inputs; or "
+"il='crossfit', drop=... and gate=False."))
+            raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
+                             f"{mend}") from e
+        # a trial of several is not run twice
+        if isinstance(self.features, str): self.chosen_features = found.info['features']
         return found.wrong,found
 
     def prepare(self, learn, dl, epoch, memory):
@@ -199,10 +219,14 @@ class RhoEpochs(Reducible):
 
     def says(self, epoch):
         if self.plain and self.wrong is None:
-            return (f"irreducible losses would cost {self.share:.0%} of this fit, more than il_budget={self.il_budget:.0%}: trains plainly, as without it. Train for "
-                    "longer, pass a larger il_budget, or il=, some that are made already")
-        looks = f"about {self.wrong:.0%} of the labels look wrong" if self.wrong is not None else 'the labels were not looked at'
-        if self.plain: return (f"{looks}, fewer than {self.threshold:.0%}: trains plainly, as without it (gate=False selects all the same)")
+            return (f"irreducible losses would cost {self.share:.0%} of this fit, more than "
+                    f"il_budget={self.il_budget:.0%}: trains plainly, as without it. Train for longer, pass a larger "
+                    "il_budget, or il=, some that are made already")
+        looks = (f"about {self.wrong:.0%} of the labels look wrong" if self.wrong is not None
+                 else 'the labels were not looked at')
+        if self.plain:
+            return (f"{looks}, fewer than {self.threshold:.0%}: trains plainly, as without it (gate=False selects all "
+                    "the same)")
         refresh = ', anew once at a quarter of the fit' if self.will_refresh else ''
         return f"{looks}; {super().says(epoch)}; irreducible losses took {self.seconds:.1f} s{refresh}"
 

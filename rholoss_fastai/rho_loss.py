@@ -25,19 +25,23 @@ def _il_source(il, budget, update_il, crossfit):
     crossfit = {k: v for k,v in crossfit.items() if v is not None}
     named = il if isinstance(il, str) else None
     if crossfit and named not in ('auto', 'crossfit'):
-        raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is given: leave one of them out.")
+        raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is "
+                         "given: leave one of them out.")
     source = CrossFitIL(**crossfit) if crossfit or named == 'crossfit' else il_source(il, budget)
     if update_il:
         if not isinstance(source, ModelIL):
-            raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a Learner, not its losses.")
+            raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a "
+                             "Learner, not its losses.")
         source.update = True
     return source
 
 def _pick(pick, frac):
     "The pick, of size `frac` where it has one"
     if pick is None: return TopFraction(0.5 if frac is None else frac)
-    if isinstance(pick, str): return find_pick(pick, frac if frac is not None else 0.5 if find_pick(pick).fraction() is not None else None)
-    if frac is not None: raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
+    if isinstance(pick, str):
+        return find_pick(pick, frac if frac is not None else 0.5 if find_pick(pick).fraction() is not None else None)
+    if frac is not None:
+        raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
     return pick
 
 # %% ../nbs/23_rho_loss.ipynb #55965490
@@ -59,7 +63,8 @@ class RhoLossCallback(BatchSelector):
         il_arch:Callable=None, # Cross-fitting: function that returns a new model, such as `partial(small_cnn, 10)`; default copies of the Learner's
         **kwargs
     ):
-        source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il, dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
+        source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il,
+                            dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
         parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
         if score is None: score = worth_learning if source.by_probe else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
@@ -76,7 +81,8 @@ def rho_loss(self:Learner,
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
-    if before and isinstance(il, str) and il == 'auto': il = before[0].il_source # another `frac`, the same irreducible losses
+    # another `frac`, the same irreducible losses
+    if before and isinstance(il, str) and il == 'auto': il = before[0].il_source
     return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
 
 UNITS['rho_loss','item'] = RhoLossCallback

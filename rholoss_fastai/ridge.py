@@ -22,11 +22,13 @@ def check_features(
     block:int=8192 # Rows at a time
 ):
     "Raise unless `x` is a matrix of finite numbers"
-    if x.ndim != 2 or not len(x): raise ValueError(f"Features of shape {tuple(x.shape)}: expected (n, d), one line a row of the data set.")
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"Features of shape {tuple(x.shape)}: expected (n, d), one line a row of the data set.")
     bad = torch.cat([~x[rows].isfinite().all(1) for rows in _blocks(len(x), block)])
     if bad.any():
-        raise ValueError(f"{bad.sum().item()} of {len(x)} rows have features that are NaN or infinite, the first {bad.nonzero()[:5,0].tolist()}: check "
-                         "these inputs, fill in what is missing (`FillMissing` in a table), or pass other `features`.")
+        raise ValueError(f"{bad.sum().item()} of {len(x)} rows have features that are NaN or infinite, the first "
+                         f"{bad.nonzero()[:5,0].tolist()}: check these inputs, fill in what is missing (`FillMissing` "
+                         "in a table), or pass other `features`.")
 
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -42,7 +44,8 @@ def standardise(
         total += torch.stack([values.sum(0), (values*values).sum(0)])
     shift,square = total/len(x)
     std = (square - shift*shift).clamp(min=0).sqrt()
-    known = std > 4*torch.finfo(x.dtype).eps*torch.maximum(square.sqrt(), first.double().abs()) # else its digits are spent
+    # else its digits are spent
+    known = std > 4*torch.finfo(x.dtype).eps*torch.maximum(square.sqrt(), first.double().abs())
     shift,scale = (shift + first).to(first.dtype),torch.where(known, 1/std, 0).to(first.dtype)
     for rows in _blocks(len(x), block): x[rows] = _wide(x[rows]).sub_(shift).mul_(scale)
     return x
@@ -70,7 +73,8 @@ class _Ridge:
         if y.ndim == 1 and not y.is_floating_point() and n_classes is None: n_classes = int(y.max()) + 1
         store_attr('y,n_classes,block')
         self.n,self.d = x.shape
-        if self.n < 2: raise ValueError(f"{self.n} row: a prediction for a row comes from the others, so two are needed at least.")
+        if self.n < 2:
+            raise ValueError(f"{self.n} row: a prediction for a row comes from the others, so two are needed at least.")
         if len(y) != self.n: raise ValueError(f"{len(y)} targets for {self.n} rows of features: expected one a row.")
         self.x,self.dtype = standardise(x, block),_wide(x[:1]).dtype
         self.mean = sum(self.targets(rows).double().sum(0) for rows in _blocks(self.n, block))/self.n
@@ -117,7 +121,8 @@ class HeldOutRidge(_Ridge):
     )->Tensor: # `(m, k)`, each row's by a fit to all the other rows
         "Leave-one-out predictions"
         inverse = 1/(self.squares + self.penalty(alpha))
-        weights,inverse,mean = (self.cross*inverse[:,None]).to(self.dtype),inverse.to(self.dtype),self.mean.to(self.dtype)
+        weights,inverse,mean = ((self.cross*inverse[:,None]).to(self.dtype),inverse.to(self.dtype),
+                                self.mean.to(self.dtype))
         idxs,res = torch.arange(self.n, device=self.x.device)[rows],[]
         for part in _blocks(len(idxs), self.block):
             x,y = _wide(self.x[idxs[part]]),self.targets(idxs[part]) - mean
@@ -150,7 +155,8 @@ class FoldRidge(_Ridge):
         "Gram matrix, product with the targets, and the sums of both, of `rows`"
         blocks = [rows[part] for part in _blocks(len(rows), self.block)]
         return (_gram(self.x, self.block, rows), _cross(self.x, self.targets, self.block, rows),
-                sum(_wide(self.x[o]).sum(0).double() for o in blocks), sum(self.targets(o).double().sum(0) for o in blocks))
+                sum(_wide(self.x[o]).sum(0).double() for o in blocks),
+                sum(self.targets(o).double().sum(0) for o in blocks))
 
     penalty = HeldOutRidge.penalty
 
@@ -213,11 +219,13 @@ def fit_scale(
         else:
             p = logits.softmax(1)
             mean = (p*lean).sum(1)
-            slope,curve = (mean - lean.gather(1, y.long()[:,None])[:,0]).mean(), ((p*lean*lean).sum(1) - mean*mean).mean()
+            slope = (mean - lean.gather(1, y.long()[:,None])[:,0]).mean()
+            curve = ((p*lean*lean).sum(1) - mean*mean).mean()
         if slope > 0: highest = scale
         else: lowest = scale
         new = scale - (slope/curve.clamp(min=1e-12)).item()
-        if not lowest <= new <= highest: new = (lowest + highest)/2 # Newton's step leaves where the lowest point is known to be
+        # Newton's step leaves where the lowest point is known to be
+        if not lowest <= new <= highest: new = (lowest + highest)/2
         done = abs(new - scale) < 1e-4*max(scale, 1e-2)
         scale = new
         if done: break

@@ -33,7 +33,9 @@ def _checked_weights(weights, dl):
     "`(n,)` float64 on the CPU: one number from 0 for each row of `dl`'s data set, by position"
     weights = as_tensor(weights).detach().cpu().double()
     n = dataset_size(dl)
-    if weights.shape != (n,): raise ValueError(f"weights of shape {tuple(weights.shape)} for a data set of {n} rows: expected one a row, ({n},).")
+    if weights.shape != (n,):
+        raise ValueError(f"weights of shape {tuple(weights.shape)} for a data set of {n} rows: expected one a row, "
+                         f"({n},).")
     if not weights.isfinite().all() or (weights < 0).any() or not weights[own_rows(dl)].sum():
         raise ValueError("weights must be finite numbers, none negative and not all 0.")
     return weights
@@ -44,10 +46,12 @@ def weighted_loaders(
     weights:Tensor|list # `(n,)`, how much more often than with weight 1 a row is drawn
 )->DataLoaders: # A copy, with the same transforms, batch size, workers and validation set
     "DataLoaders that draw the training rows in proportion to `weights`, with replacement"
-    if not isinstance(dls, DataLoaders): raise TypeError(f"dls must be DataLoaders, whose train is weighted; got {type(dls).__name__}.")
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f"dls must be DataLoaders, whose train is weighted; got {type(dls).__name__}.")
     dl = dls.train
     if not isinstance(dl, DataLoader) or is_distributed(dl):
-        raise TypeError(f"Weighted sampling needs a fastai DataLoader in one process; got {type(dl).__name__}. Weight the loss: by='loss', or RowWeights.")
+        raise TypeError(f"Weighted sampling needs a fastai DataLoader in one process; got {type(dl).__name__}. Weight "
+                        "the loss: by='loss', or RowWeights.")
     own = own_rows(dl)
     train = restrict_rows(dl, own)
     drawn = vars(train).get('wgts', 1)*_checked_weights(weights, dl)[own].numpy() # it may be weighted already
@@ -63,9 +67,12 @@ class RowLoss(FitCallback):
     def begin_fit(self):
         "Raise where rows can't be known"
         mix = self.learn._grab_cbs(MixHandler)
-        if mix: raise ValueError(f"{type(mix[0]).__name__} makes one item of two, which {type(self).__name__} has no row for: use one or the other.")
-        track_rows(self.learn.dls.train, way_out=f'{type(self).__name__} must know the row of each item: give the Learner a map-style data set in a DataLoader that '
-                   'goes through rows in an order of its own, or weigh the items in the loss function.')
+        if mix:
+            raise ValueError(f"{type(mix[0]).__name__} makes one item of two, which {type(self).__name__} has no row "
+                             "for: use one or the other.")
+        track_rows(self.learn.dls.train, way_out=f'{type(self).__name__} must know the row of each item: give the '
+                                                 'Learner a map-style data set in a DataLoader that goes through rows '
+                                                 'in an order of its own, or weigh the items in the loss function.')
 
     def before_train(self):
         "A loader that knows its rows; `learn.dls` stays as it is"
@@ -104,7 +111,8 @@ class GroupDRO(RowLoss):
         eta:float=0.01, # Step size of the groups' weights
         adjustment:float=0. # C of the generalisation adjustment C/sqrt(n_g), n_g being the rows of the group
     ):
-        check_number('eta', eta, 0, math.inf, open_low=True, schedule=False); check_number('adjustment', adjustment, 0, math.inf, schedule=False)
+        check_number('eta', eta, 0, math.inf, open_low=True, schedule=False)
+        check_number('adjustment', adjustment, 0, math.inf, schedule=False)
         self.groups,self.eta,self.adjustment,self.source,self.history = groups,eta,adjustment,None,[]
 
     def begin_fit(self):
@@ -112,13 +120,15 @@ class GroupDRO(RowLoss):
         super().begin_fit()
         train = self.learn.dls.train
         if self.source is not train: self._begin(train)
-        self.log_q,self.margin,self.codes,self.numbers = (o.to(self._fit.device) for o in (self.log_q, self.margin, self.codes, self.numbers))
+        self.log_q,self.margin,self.codes,self.numbers = (o.to(self._fit.device)
+                                                          for o in (self.log_q, self.margin, self.codes, self.numbers))
 
     def _begin(self, train):
         "Equal weights"
         self.known = row_groups(train, self.groups)
         counts = self.known.codes[own_rows(train)].bincount(minlength=len(self.known.names))
-        self.log_q,self.margin = torch.full((len(counts),), -math.log(len(counts))),self.adjustment/counts.float().sqrt()
+        self.log_q = torch.full((len(counts),), -math.log(len(counts)))
+        self.margin = self.adjustment/counts.float().sqrt()
         self.codes,self.numbers = self.known.codes,torch.arange(len(counts))
         self.source,self.history = train,[]
 
@@ -126,7 +136,8 @@ class GroupDRO(RowLoss):
         "Refuse several processes"
         super().before_train()
         if is_distributed(self.learn.dl):
-            raise ValueError("GroupDRO trains in one process, since each would have weights of its own: train without DistributedTrainer.")
+            raise ValueError("GroupDRO trains in one process, since each would have weights of its own: train without "
+                             "DistributedTrainer.")
 
     @torch.no_grad()
     def item_weights(self, rows):
@@ -134,7 +145,8 @@ class GroupDRO(RowLoss):
         losses,groups = self.item_losses()(self.learn.pred, *self.learn.yb),self.codes[rows]
         member = (groups[:,None] == self.numbers).float()
         counts = member.sum(0)
-        means = (losses[:,None]*member).sum(0)/counts.clamp(min=1) # a matrix product would be in half precision under autocast
+        # a matrix product would be in half precision under autocast
+        means = (losses[:,None]*member).sum(0)/counts.clamp(min=1)
         self.log_q = (self.log_q + self.eta*(means + self.margin)*(counts > 0)).log_softmax(0)
         return (self.log_q.exp()*len(rows)/counts.clamp(min=1))[groups]
 

@@ -48,7 +48,8 @@ class RowSubset(GetAttr):
     def items(self):
         "The rows' items, where the data set has items"
         items = self.dataset.items
-        return items.iloc[self.row_numbers] if hasattr(items, 'iloc') else L(items, use_list=None)[self.row_numbers.tolist()]
+        return (items.iloc[self.row_numbers] if hasattr(items, 'iloc')
+                else L(items, use_list=None)[self.row_numbers.tolist()])
 
     @property
     def iloc(self):
@@ -68,8 +69,9 @@ def whole(dataset):
 def row_dtype(n): return np.int32 if n < 2**31 else np.int64
 
 # %% ../nbs/05_rows.ipynb #eef1e0f2
-_way_out = ('Way out: a DataLoader whose index names a row: of a data set with a length and with items by position (`__len__`, `__getitem__`), none of '
-            'which is skipped, and in the order that its own `get_idxs` or sampler gives.')
+_way_out = ('Way out: a DataLoader whose index names a row: of a data set with a length and with items by position '
+            '(`__len__`, `__getitem__`), none of which is skipped, and in the order that its own `get_idxs` or sampler '
+            'gives.')
 
 class RowsUnknown(ValueError):
     "The rows of a loader's items can't be known; what to do instead depends on who asks"
@@ -87,7 +89,8 @@ class RowsUnknown(ValueError):
 
 _not_begun = 'No epoch has begun: iterate the loader that `track_rows` returned, then ask for its rows.'
 
-def _unknown(loader, why): return RowsUnknown(f"{type(loader).__name__}: the data set's row of each item can't be known, since {why}.")
+def _unknown(loader, why):
+    return RowsUnknown(f"{type(loader).__name__}: the data set's row of each item can't be known, since {why}.")
 
 def is_distributed(
     dl # A loader
@@ -111,20 +114,24 @@ def check_rows_known(dl, bs=None):
         if isinstance(dl.dataset, IterableDataset): raise _unknown(dl, 'its data set is iterable')
         if dl.batch_sampler is None: raise _unknown(dl, 'batch_size=None: its data set delivers whole batches')
         if not getattr(dl, 'in_order', True): raise _unknown(dl, 'in_order=False lets batches overtake each other')
-        if type(dl).__iter__ is not TorchDataLoader.__iter__: raise _unknown(dl, 'its class iterates in its own way (`__iter__`)')
+        if type(dl).__iter__ is not TorchDataLoader.__iter__:
+            raise _unknown(dl, 'its class iterates in its own way (`__iter__`)')
         if bs is not None and type(dl.batch_sampler) is not BatchSampler:
-            raise ValueError(f'bs={bs} for a DataLoader whose {type(dl.batch_sampler).__name__} decides the batch size. '
-                             'Keep its batches (`enlarge=False`), or give the DataLoader a `sampler` and a `batch_size`.')
+            raise ValueError(f'bs={bs} for a DataLoader whose {type(dl.batch_sampler).__name__} decides the batch '
+                             'size. Keep its batches (`enlarge=False`), or give the DataLoader a `sampler` and a '
+                             '`batch_size`.')
         return
     dl = reader(dl)
     if not isinstance(dl, DataLoader): raise _unknown(dl, "it is neither fastai's nor PyTorch's DataLoader")
-    if dl.dataset is None or not dl.indexed or isinstance(dl.dataset, IterableDataset): raise _unknown(dl, 'its data set is iterable')
+    if dl.dataset is None or not dl.indexed or isinstance(dl.dataset, IterableDataset):
+        raise _unknown(dl, 'its data set is iterable')
     if dl.bs is None: raise _unknown(dl, 'bs=None: its data set delivers whole batches')
     if dl.n is None: raise _unknown(dl, 'its data set has no length')
     if isinstance(dl, LMDataLoader):
         if dl.shuffle: raise _unknown(dl, 'shuffling cuts the text anew each epoch')
         if bs not in (None, dl.bs):
-            raise ValueError(f'bs={bs} for a LMDataLoader of bs={dl.bs}, which cuts its sequences so. Keep its batches (`enlarge=False`).')
+            raise ValueError(f'bs={bs} for a LMDataLoader of bs={dl.bs}, which cuts its sequences so. Keep its batches '
+                             '(`enlarge=False`).')
     for name in ('__iter__', 'sample', 'create_batches', 'chunkify'):
         own = name in vars(dl) or getattr(type(dl), name) is not getattr(DataLoader, name)
         if own: raise _unknown(dl, f'it has a `{name}` of its own')
@@ -132,7 +139,8 @@ def check_rows_known(dl, bs=None):
 def untracked(dl, bs=None):
     "What `track_rows` was called with to make `dl`, and its batch size where it was changed: `dl` and `bs` for any other loader"
     tracker = dl if isinstance(dl, TorchRows) else getattr(dl, '__dict__', {}).get('tracker')
-    return (tracker.source, tracker.bs if bs is None else bs) if isinstance(tracker, (TorchRows, RowTracker)) else (dl, bs)
+    return ((tracker.source, tracker.bs if bs is None else bs) if isinstance(tracker, (TorchRows, RowTracker))
+            else (dl, bs))
 
 def copy_loader(dl, bs=None):
     "Shallow copy of a fastai `dl`, to be configured apart from it"
@@ -156,7 +164,8 @@ class RowTracker:
     ):
         self.loader,self.source,self.bs = loader,source,bs
         self.order = self.uploaded = self.device = None
-        self.skipped = torch.zeros((), dtype=torch.int64) # 1 + the row that was skipped; a worker's word reaches this process
+        # 1 + the row that was skipped; a worker's word reaches this process
+        self.skipped = torch.zeros((), dtype=torch.int64)
         if getattr(loader.fake_l, 'num_workers', 0): self.skipped.share_memory_()
         self.reader,self.generator = reader(loader),untracked(reader(source))[0]
         self.own_get_idxs,self.own_do_item = vars(loader).get('get_idxs'),type(self.reader).do_item
@@ -197,11 +206,13 @@ class RowTracker:
         if self.order is None: raise ValueError(_not_begun)
         if skipped := int(self.skipped.numpy()): # no device is asked
             row,dataset = skipped - 1,self.reader.dataset
-            raise _unknown(self.source, f'row {dataset.row_numbers[row] if isinstance(dataset, RowSubset) else row} was skipped (SkipItemException, or an item '
-                           'that is None) and all later items moved up. Leave such rows out of the data set')
+            raise _unknown(self.source, f'row {dataset.row_numbers[row] if isinstance(dataset, RowSubset) else row} '
+                                        'was skipped (SkipItemException, or an item that is None) and all later items '
+                                        'moved up. Leave such rows out of the data set')
         bs,n = self.reader.bs,self.order.numel()
         n_batches = n//bs if self.reader.drop_last else -(-n//bs)
-        if not 0 <= i < n_batches: raise ValueError(f'There is no batch {i}: the epoch has {n_batches} batches, counted from 0.')
+        if not 0 <= i < n_batches:
+            raise ValueError(f'There is no batch {i}: the epoch has {n_batches} batches, counted from 0.')
         order = self.order
         if device is not None:  # the whole order once an epoch, not a batch of it each step
             if self.uploaded is None or device != self.device:
@@ -216,7 +227,8 @@ class _NotedBatches:
     def __len__(self): return len(self.batch_sampler)
     def __iter__(self):
         self.drawn = deque()
-        return map(self._note, iter(self.batch_sampler))  # `iter` now, not at the first batch: it may draw random numbers
+        # `iter` now, not at the first batch: it may draw random numbers
+        return map(self._note, iter(self.batch_sampler))
     def _note(self, idxs):
         self.drawn.append(idxs)
         return idxs
@@ -260,14 +272,17 @@ class TorchRows(GetAttr):
         "Rows of the data set in the `i`-th batch, the current one"
         if self.current is None: raise ValueError(_not_begun)
         if i != self.current:
-            raise ValueError(f"rows({i}) while batch {self.current} is the current one: a PyTorch DataLoader's rows are known for that.")
+            raise ValueError(f"rows({i}) while batch {self.current} is the current one: a PyTorch DataLoader's rows "
+                             "are known for that.")
         try: rows = np.fromiter(self.idxs, np.int64, len(self.idxs))
-        except (TypeError, ValueError) as e: raise _unknown(self.loader, f'its sampler does not yield row numbers ({e})') from e
+        except (TypeError, ValueError) as e:
+            raise _unknown(self.loader, f'its sampler does not yield row numbers ({e})') from e
         if isinstance(self.dataset, RowSubset): rows = self.dataset.row_numbers[rows].astype(np.int64)
         rows = torch.from_numpy(rows)
         return rows if device is None else rows.to(device, non_blocking=True)
 
-_with_workers = WeakKeyDictionary()  # loaders with persistent workers: new ones each epoch would draw other random numbers
+# loaders with persistent workers: new ones each epoch would draw other random numbers
+_with_workers = WeakKeyDictionary()
 
 # %% ../nbs/05_rows.ipynb #30513b97
 def track_rows(
@@ -283,7 +298,8 @@ def track_rows(
         raise e.mended(way_out) from None
     if not isinstance(dl, TorchDataLoader): return RowTracker(copy_loader(dl, bs), dl, bs).loader
     if not (dl.persistent_workers and dl.num_workers): return TorchRows(dl, bs)
-    if dl not in _with_workers or _with_workers[dl].bs != bs: _with_workers[dl] = TorchRows(dl, bs) # the old one's workers end with it
+    # the old one's workers end with it
+    if dl not in _with_workers or _with_workers[dl].bs != bs: _with_workers[dl] = TorchRows(dl, bs)
     return _with_workers[dl]
 
 # %% ../nbs/05_rows.ipynb #7acd411c
@@ -311,7 +327,8 @@ def epoch_size(
     check_rows_known(dl)
     if isinstance(dl, TorchDataLoader):
         try: return len(getattr(dl.batch_sampler, 'sampler', dl.sampler))
-        except TypeError as e: raise ValueError(f'{type(dl).__name__}: its sampler has no length, nor has an epoch. Give it one.') from e
+        except TypeError as e:
+            raise ValueError(f'{type(dl).__name__}: its sampler has no length, nor has an epoch. Give it one.') from e
     return vars(dl).get('partial_n') or dl.n
 
 def whole_dataset(
@@ -325,7 +342,8 @@ def own_rows(
 )->Tensor: # `(k,)` int64, ascending or as they were given
     "Rows of the whole data set that `dl` goes through: all of them, unless it is restricted"
     dataset = getattr(reader(untracked(dl)[0]), 'dataset', None)
-    return torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset) else torch.arange(dataset_size(dl))
+    return (torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset)
+            else torch.arange(dataset_size(dl)))
 
 # %% ../nbs/05_rows.ipynb #0033e1c6
 @contextmanager

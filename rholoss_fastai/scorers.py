@@ -66,7 +66,8 @@ class Scorer(NotSaved):
 def _drops(m):
     "Does the module, in training mode, act on an item by chance: dropout of every kind?"
     dropout = getattr(m, 'dropout', 0.) # of a recurrent or attention layer
-    named = any(word in type(m).__name__.lower() for word in ('drop', 'stochastic')) # DropPath, RNNDropout, StochasticDepth
+    # DropPath, RNNDropout, StochasticDepth
+    named = any(word in type(m).__name__.lower() for word in ('drop', 'stochastic'))
     return named or isinstance(m, _DropoutNd) or (isinstance(dropout, float) and dropout > 0)
 
 @contextmanager
@@ -91,13 +92,15 @@ class SeparateForward(Scorer):
     ):
         check_choice('mode', mode, ('eval', 'train'))
         if precision not in ('auto', None, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError("precision must be 'auto', None (the Learner's own), torch.float32, torch.bfloat16 or torch.float16; "
-                             f"got {precision!r}.")
+            raise ValueError("precision must be 'auto', None (the Learner's own), torch.float32, torch.bfloat16 or "
+                             f"torch.float16; got {precision!r}.")
         check_number('scale_factor', scale_factor, open_low=True, schedule=False)
         if score_bs is not None: check_count('score_bs', score_bs, 1)
         if not isinstance(compile, (bool, dict)):
-            raise TypeError(f"compile must be True, False or a dictionary of torch.compile's arguments; got {compile!r}.")
-        self.precision,self.mode,self.compile,self.scale_factor,self.score_bs = precision,mode,compile,scale_factor,score_bs
+            raise TypeError("compile must be True, False or a dictionary of torch.compile's arguments; got "
+                            f"{compile!r}.")
+        self.precision,self.mode,self.compile = precision,mode,compile
+        self.scale_factor,self.score_bs = scale_factor,score_bs
         self.n_mc,self._run = check_count('n_mc', n_mc, 1),None
 
     @property
@@ -122,8 +125,8 @@ class SeparateForward(Scorer):
     def check_asked(self, asked):
         watching = [o for o in asked if getattr(FIGURES[o], 'watch', None)]
         if self.compile and watching:
-            raise ValueError(f"{', '.join(watching)}: a score or pick that asks for this looks into the model as it scores, and a compiled one can't be looked "
-                             "into: use compile=False.")
+            raise ValueError(f"{', '.join(watching)}: a score or pick that asks for this looks into the model as it "
+                             "scores, and a compiled one can't be looked into: use compile=False.")
 
     def context(self): return scoring_mode(self.model, self.device, self.mode == 'train', modules=self.modules)
 
@@ -138,18 +141,21 @@ class SeparateForward(Scorer):
     def log_probs(self, c):
         "Log-probabilities `(n_mc, n_B, n_classes)` with dropout, and nothing else, as in training (Gal and Ghahramani 2016)"
         if not self.dropouts:
-            raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add one, or use another score.")
+            raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add "
+                             "one, or use another score.")
         axis = getattr(c.item_losses, 'axis', None)
         axis = 1 if axis is None else axis # where the loss has its classes
         with modules_in_mode(self.dropouts, True), _without_fused_attention():
-            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis) for _ in range(self.n_mc)])
+            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis)
+                                  for _ in range(self.n_mc)])
                      for xb,_ in c.chunks(self.score_bs)]
         c.scored += c.n*self.n_mc
         return torch.cat(parts, 1)
 
     def check_batch(self, c):
         xb = c.xb
-        if self.scale_factor < 1 and not (len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].is_floating_point()):
+        if (self.scale_factor < 1
+            and not (len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].is_floating_point())):
             raise ValueError("scale_factor needs batches of one image tensor (bs, channels, height, width) of floating point; got "
                              f"{', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)}. Use scale_factor=1.")
 
@@ -178,7 +184,8 @@ class ProxyForward(SeparateForward):
         **kwargs # Of `SeparateForward`
     ):
         if not isinstance(proxy, Learner):
-            raise TypeError(f"proxy must be a Learner, whose model, loss function and optimiser are used; got {type(proxy).__name__}.")
+            raise TypeError("proxy must be a Learner, whose model, loss function and optimiser are used; got "
+                            f"{type(proxy).__name__}.")
         super().__init__(**kwargs)
         self.proxy,self.share,self.correlations,self.n_batches = proxy,None,[],0
 
@@ -210,7 +217,8 @@ class ProxyForward(SeparateForward):
         c.scored += c.n
         self.correlations.append(rank_correlation(c.get('loss'), own))
 
-    def figures(self): return dict(spearman=torch.stack(self.correlations).nanmean().item() if self.correlations else math.nan)
+    def figures(self):
+        return dict(spearman=torch.stack(self.correlations).nanmean().item() if self.correlations else math.nan)
 
     def __deepcopy__(self, memo): return self
 
@@ -220,18 +228,21 @@ class SharedForward(Scorer):
     forward = 'reuse'
     def check_asked(self, asked):
         if names := own_forward(asked):
-            raise ValueError(f"{', '.join(names)}: a score or pick that asks for this needs a forward pass of its own, so use forward='twice' with it.")
+            raise ValueError(f"{', '.join(names)}: a score or pick that asks for this needs a forward pass of its own, "
+                             "so use forward='twice' with it.")
 
     def check(self, learn, asked):
         if any(isinstance(cb, MixHandler) for cb in learn.cbs):
-            raise ValueError("forward='reuse' selects after the forward pass, when MixUp or CutMix have already mixed selected with rejected items: "
-                             "use forward='twice' with them.")
+            raise ValueError("forward='reuse' selects after the forward pass, when MixUp or CutMix have already mixed "
+                             "selected with rejected items: use forward='twice' with them.")
 
     def begin_epoch(self, learn, device, kept=None):
         self.model = unwrapped(learn.model)
         return self
 
-    def __call__(self, c): raise RuntimeError("SharedForward scores by the prediction that training makes: a figure was asked for before it.")
+    def __call__(self, c):
+        raise RuntimeError("SharedForward scores by the prediction that training makes: a figure was asked for before "
+                           "it.")
 
 # %% ../nbs/18_scorers.ipynb #ea46a57e
 class CheaperForward(Scorer):
@@ -240,7 +251,8 @@ class CheaperForward(Scorer):
         separate:SeparateForward=None # Default `SeparateForward()`
     ):
         self.separate,self.shared = separate or SeparateForward(),SharedForward()
-        self.divides,self.asked = None,() # can the model's prediction be narrowed to some items? Known after the first batch
+        # can the model's prediction be narrowed to some items? Known after the first batch
+        self.divides,self.asked = None,()
 
     def check_asked(self, asked): self.separate.check_asked(asked)
 
@@ -250,10 +262,14 @@ class CheaperForward(Scorer):
 
     def begin_epoch(self, learn, device, kept=None):
         separate = self.separate.begin_epoch(learn, device, kept)
-        if separate.cheaper or own_forward(self.asked) or any(isinstance(cb, MixHandler) for cb in learn.cbs): return separate
-        # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's choice
-        if self.divides is False or any(isinstance(m, _BatchNorm) or _drops(m) for m in separate.modules): return separate
-        # one forward with gradients costs a whole step: its backward goes through the whole batch, with zeros for the rejected
+        if separate.cheaper or own_forward(self.asked) or any(isinstance(cb, MixHandler) for cb in learn.cbs):
+            return separate
+        # batch norm and dropout act on candidates and selected items differently, so there one forward is the user's
+        # choice
+        if self.divides is False or any(isinstance(m, _BatchNorm) or _drops(m) for m in separate.modules):
+            return separate
+        # one forward with gradients costs a whole step: its backward goes through the whole batch, with zeros for the
+        # rejected
         pays = kept is not None and separate.relative_cost + STEP_COST*kept > STEP_COST
         return self.shared.begin_epoch(learn, device) if pays else separate
 
@@ -282,8 +298,10 @@ def find_scorer(
     if forward == 'twice' or proxy is not None and forward == 'auto': return separate
     if forward == 'auto': return CheaperForward(separate)
     if proxy is not None:
-        raise ValueError("forward='reuse' takes the scores from the target's own forward, so a proxy would have nothing to do: use forward='twice'.")
+        raise ValueError("forward='reuse' takes the scores from the target's own forward, so a proxy would have "
+                         "nothing to do: use forward='twice'.")
     if separate.cheaper:
-        raise ValueError("forward='reuse' takes the scores from the training forward, so there is nothing that scale_factor, staleness, score_bs or "
-                         f"compile could make cheaper: use forward='twice' with {', '.join(separate.cheaper)}.")
+        raise ValueError("forward='reuse' takes the scores from the training forward, so there is nothing that "
+                         "scale_factor, staleness, score_bs or compile could make cheaper: use forward='twice' with "
+                         f"{', '.join(separate.cheaper)}.")
     return SharedForward()

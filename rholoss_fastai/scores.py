@@ -83,7 +83,8 @@ def gradient_norm_bound(
     if _is_multilabel('gradient_norm_bound', task):
         grad = _label_probabilities(pred, activated)
         if grad.numel() != targ.numel():
-            raise ValueError(f"gradient_norm_bound expected labels of the shape of pred, {tuple(grad.shape)}, got {tuple(targ.shape)}. {_mend}")
+            raise ValueError(f"gradient_norm_bound expected labels of the shape of pred, {tuple(grad.shape)}, got "
+                             f"{tuple(targ.shape)}. {_mend}")
         return (grad - targ.reshape(grad.shape).to(grad.dtype)).flatten(1).norm(dim=1).float()
     grad = _logits(pred, axis).softmax(axis)
     targ = class_targets(targ, grad)
@@ -102,9 +103,12 @@ def _is_multilabel(name, task, several_passes=False):
     "Is the `task` a multi-label one? Raise where it is none that the score `name` is for"
     if task == 'multilabel' and not several_passes: return True
     if task not in (None, 'classes'):
-        what = dict(regression='numbers', multilabel='several labels', other='no classes, or several targets').get(task, 'something that it does not tell')
-        raise ValueError(f"{name} is for the probabilities of classes{'' if several_passes else ' or labels'}, and the loss has the model predict {what}. "
-                         f"{_mend}" + (f" If these are classes, say so: partial({name}, task='classes')." if task == 'unknown' else ''))
+        what = dict(regression='numbers', multilabel='several labels',
+                    other='no classes, or several targets').get(task, 'something that it does not tell')
+        raise ValueError(f"{name} is for the probabilities of classes{'' if several_passes else ' or labels'}, and the "
+                         f"loss has the model predict {what}. {_mend}"
+                         + (f" If these are classes, say so: partial({name}, "
+                            "task='classes')." if task == 'unknown' else ''))
     return False
 
 def _float32(pred):
@@ -118,17 +122,19 @@ def _logits(pred, axis):
     "The tensor of a classifier's prediction; raise where `axis` can't hold classes"
     pred = _float32(pred)
     if not (1 <= axis < pred.ndim or 1 - pred.ndim <= axis < 0) or pred.shape[axis] < 2:
-        raise ValueError(f"expected logits (bs, n_classes, ...) with two or more classes on axis {axis}, got {tuple(pred.shape)}. If the classes are "
-                         f"on another axis, give it: partial(score, axis=...). {_mend}")
+        raise ValueError(f"expected logits (bs, n_classes, ...) with two or more classes on axis {axis}, got "
+                         f"{tuple(pred.shape)}. If the classes are on another axis, give it: partial(score, axis=...). "
+                         f"{_mend}")
     return pred
 
 def _check_classes(pred, targ, axis):
     "Raise where `targ` isn't of the shape that goes with `pred`"
     without_axis = pred.shape[:axis] + pred.shape[axis:][1:]
     if targ.shape != (pred.shape if targ.is_floating_point() else without_axis):
-        raise ValueError(f"gradient_norm_bound expected classes of shape {tuple(without_axis)} or their probabilities of shape "
-                         f"{tuple(pred.shape)}, got pred {tuple(pred.shape)} and targ {tuple(targ.shape)} {targ.dtype}. If the classes are not on "
-                         f"axis {axis} of pred, give partial(gradient_norm_bound, axis=...). {_mend}")
+        raise ValueError(f"gradient_norm_bound expected classes of shape {tuple(without_axis)} or their probabilities "
+                         f"of shape {tuple(pred.shape)}, got pred {tuple(pred.shape)} and targ {tuple(targ.shape)} "
+                         f"{targ.dtype}. If the classes are not on axis {axis} of pred, give "
+                         f"partial(gradient_norm_bound, axis=...). {_mend}")
 
 # %% ../nbs/03_scores.ipynb #8da89409
 def _positions(values): return values.reshape(len(values), -1).mean(1).float() # an item of several positions has their mean, as item losses do
@@ -171,7 +177,9 @@ def least_confidence(
 def _passes(log_probs, axis):
     "Each pass's log-probabilities anew, normalised in float32: those of half precision don't sum to one"
     log_probs = plain(log_probs)
-    if log_probs.ndim < 3: raise ValueError(f"expected log_probs (n_mc, bs, n_classes, ...), the passes first, got {tuple(log_probs.shape)}.")
+    if log_probs.ndim < 3:
+        raise ValueError("expected log_probs (n_mc, bs, n_classes, ...), the passes first, got "
+                         f"{tuple(log_probs.shape)}.")
     return _logits(log_probs.flatten(0, 1), axis).log_softmax(axis).unflatten(0, log_probs.shape[:2])
 
 def mc_entropy(
@@ -181,7 +189,8 @@ def mc_entropy(
 ) -> Tensor: # `(bs,)` nats
     "Entropy of the mean prediction of several passes"
     _is_multilabel('mc_entropy', task, several_passes=True)
-    return entropy(_passes(log_probs, axis).logsumexp(0), axis) # `entropy` normalises, so the logarithm of a sum does for that of a mean
+    # `entropy` normalises, so the logarithm of a sum does for that of a mean
+    return entropy(_passes(log_probs, axis).logsumexp(0), axis)
 
 def conditional_entropy(
     log_probs:Tensor, # `(n_mc, bs, n_classes, ...)` log-probabilities
@@ -222,7 +231,8 @@ def loss_plus_conditional_entropy(
     return loss + conditional_entropy(log_probs, axis)
 
 # %% ../nbs/03_scores.ipynb #23e5d873
-FIGURES = dict.fromkeys(('loss', 'il', 'hopeless', 'pred', 'targ', 'log_probs')) # name -> function of `Candidates` (see `candidates`)
+# name -> function of `Candidates` (see `candidates`)
+FIGURES = dict.fromkeys(('loss', 'il', 'hopeless', 'pred', 'targ', 'log_probs'))
 
 # %% ../nbs/03_scores.ipynb #cd7b913f
 def score_inputs(
@@ -231,22 +241,28 @@ def score_inputs(
 ) -> tuple[str, ...]: # The names of those parameters, in order
     "What `score` needs"
     if not callable(score):
-        raise TypeError(f"{name} is {score!r}, expected a function of one or more of {', '.join(FIGURES)}, such as training_loss")
+        raise TypeError(f"{name} is {score!r}, expected a function of one or more of {', '.join(FIGURES)}, such as "
+                        "training_loss")
     try: params = signature(score).parameters.values()
     except ValueError: params = [] # a builtin
     params = [p for p in params if p.default is Parameter.empty and p.kind is not Parameter.VAR_KEYWORD]
     names = tuple(p.name for p in params)
-    wrong = [str(p) for p in params if p.name not in FIGURES or p.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_POSITIONAL)]
+    wrong = [str(p) for p in params if p.name not in FIGURES
+             or p.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_POSITIONAL)]
     if wrong or not names:
-        raise ValueError(f"{name} has the parameters ({', '.join(names)}), expected one or more of {', '.join(FIGURES)}, positional. Rename "
-                         "them, or give the others a default or a value by functools.partial.")
+        raise ValueError(f"{name} has the parameters ({', '.join(names)}), expected one or more of "
+                         f"{', '.join(FIGURES)}, positional. Rename them, or give the others a default or a value by "
+                         "functools.partial.")
     return names
 
 # %% ../nbs/03_scores.ipynb #2d8e779e
-SCORES = dict(loss=training_loss, reducible=reducible_loss, reducible_part=reducible_part, learnable=learnable_error, worth_learning=worth_learning, negative_il=negative_irreducible_loss,
-              gradient_norm=gradient_norm_bound, entropy=entropy, margin=margin, least_confidence=least_confidence, mc_entropy=mc_entropy,
-              conditional_entropy=conditional_entropy, bald=bald, loss_minus_conditional_entropy=loss_minus_conditional_entropy,
-              loss_plus_conditional_entropy=loss_plus_conditional_entropy) # name -> function
+# name -> function
+SCORES = dict(loss=training_loss, reducible=reducible_loss, reducible_part=reducible_part, learnable=learnable_error,
+              worth_learning=worth_learning, negative_il=negative_irreducible_loss, gradient_norm=gradient_norm_bound,
+              entropy=entropy, margin=margin, least_confidence=least_confidence, mc_entropy=mc_entropy,
+              conditional_entropy=conditional_entropy, bald=bald,
+              loss_minus_conditional_entropy=loss_minus_conditional_entropy,
+              loss_plus_conditional_entropy=loss_plus_conditional_entropy)
 
 # %% ../nbs/03_scores.ipynb #17bcdddd
 def check_known_outside(
@@ -255,10 +271,11 @@ def check_known_outside(
 ):
     "Raise where a score asks for what only a selector knows of its candidates"
     if 'log_probs' in inputs:
-        raise ValueError(f"The score {name} needs several passes with dropout; here one is made, without: use another score.")
+        raise ValueError(f"The score {name} needs several passes with dropout; here one is made, without: use another "
+                         "score.")
     if others := [o for o in inputs if o not in ('loss', 'il', 'pred', 'targ')]:
-        raise ValueError(f"The score {name} asks for {', '.join(others)}, which only a selector knows of its candidates: use it with "
-                         "learn.select, or another score here.")
+        raise ValueError(f"The score {name} asks for {', '.join(others)}, which only a selector knows of its "
+                         "candidates: use it with learn.select, or another score here.")
 
 def find_score(
     score:str|Callable, # Name in `SCORES`, or a function (see `score_inputs`)
@@ -278,7 +295,8 @@ def for_loss(
     try: params = signature(score).parameters
     except (TypeError, ValueError): return score
     if 'task' not in params: return score
-    known = dict(task=item_losses.task or 'unknown', axis=item_losses.axis, ignore_index=item_losses.ignore_index, activated=item_losses.activated)
+    known = dict(task=item_losses.task or 'unknown', axis=item_losses.axis, ignore_index=item_losses.ignore_index,
+                 activated=item_losses.activated)
     given,inner = set(),score
     while isinstance(inner, partial): given,inner = given | set(inner.keywords),inner.func
     return partial(score, **{k: v for k,v in known.items() if v is not None and k in params and k not in given})

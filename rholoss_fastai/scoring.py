@@ -49,14 +49,16 @@ def _buffers_kept(
 
 # %% ../nbs/08_scoring.ipynb #73025270
 _every_module_has = frozenset(vars(nn.Module()))
-_watched,_written = WeakKeyDictionary(),WeakKeyDictionary() # model -> what to look at; module -> attributes that a scoring forward changed
+# model -> what to look at; module -> attributes that a scoring forward changed
+_watched,_written = WeakKeyDictionary(),WeakKeyDictionary()
 
 def _from_torch(module): return type(module).__module__.startswith('torch.nn.')
 
 def _names_watched(module):
     "The plain attributes of `module` that a forward may change: of PyTorch's own modules those with tensors, which only hooks and wrappers put there"
+    # which a recurrent layer keeps beside its weights
     return [k for k,v in module.__dict__.items() if k not in _every_module_has and not callable(v)
-            and (not _from_torch(module) or tensors(v) or k == '_flat_weight_refs')] # which a recurrent layer keeps beside its weights
+            and (not _from_torch(module) or tensors(v) or k == '_flat_weight_refs')]
 
 def _sizes(modules): return list(map(len, map(vars, modules))) # numbers of attributes
 
@@ -66,13 +68,15 @@ def _plan(modules):
     ids,sizes = list(map(id, modules)),_sizes(modules)
     known = _watched.get(modules[0])
     if known is None or known[0] != ids or known[1] != sizes:
-        known = _watched[modules[0]] = ids,sizes,[(i, names) for i,m in enumerate(modules) if (names := _names_watched(m))]
+        known = _watched[modules[0]] = (ids,sizes,
+                                        [(i, names) for i,m in enumerate(modules) if (names := _names_watched(m))])
     return known
 
 def _contents(o):
     "What is needed to make the object `o` what it is now; None where it can't change"
     if isinstance(o, Tensor): return None if isinstance(o, nn.Parameter) or o.requires_grad else (o._version, o.clone())
-    return (list(o) if isinstance(o, dict) else None, [(v, _contents(v)) for v in children(o)]) if isinstance(o, (list, tuple, dict)) else None
+    return ((list(o) if isinstance(o, dict) else None, [(v, _contents(v)) for v in children(o)])
+            if isinstance(o, (list, tuple, dict)) else None)
 
 def _restore(o, contents):
     "Make `o` what it was; tells whether it had changed"
@@ -82,7 +86,8 @@ def _restore(o, contents):
         return True
     keys,kept = contents
     values,held = [v for v,_ in kept],children(o)
-    changed = len(held) != len(values) or any(a is not b for a,b in zip(held, values)) or keys is not None and list(o) != keys
+    changed = (len(held) != len(values) or any(a is not b for a,b in zip(held, values)) or keys is not None
+               and list(o) != keys)
     if changed and isinstance(o, list): o[:] = values
     if changed and isinstance(o, dict): o.clear(); o.update(zip(keys, values))
     return any([_restore(v, inner) for v,inner in kept if inner is not None]) or changed
@@ -93,7 +98,8 @@ def _attributes_kept(
 ):
     "Plain attributes, such as the hidden state of a recurrent model, as they were, bit for bit"
     _,sizes,watched = _plan(modules)
-    kept = [(modules[i].__dict__, name, o := modules[i].__dict__[name], _contents(o)) for i,names in watched for name in names]
+    kept = [(modules[i].__dict__, name, o := modules[i].__dict__[name], _contents(o)) for i,names in watched
+            for name in names]
     try: yield
     finally:
         if _sizes(modules) != sizes:
@@ -103,7 +109,8 @@ def _attributes_kept(
         for module,(held,name,value,contents) in zip(owners, kept):
             changed = held.get(name) is not value
             if changed: held[name] = value
-            if contents is not None and _restore(value, contents) or changed: _written.setdefault(module, set()).add(name)
+            if contents is not None and _restore(value, contents) or changed:
+                _written.setdefault(module, set()).add(name)
 
 @contextmanager
 def scoring_mode(
@@ -117,14 +124,17 @@ def scoring_mode(
     # in eval mode batch norm reads its statistics only
     writers = modules if training else [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type=='cuda' else [], device_type='cuda'), \
-         nullcontext() if training else modules_in_mode(modules, False), _buffers_kept(writers), _attributes_kept(modules):
+         nullcontext() if training else modules_in_mode(modules,
+                                                        False), _buffers_kept(writers), _attributes_kept(modules):
         yield
 
 # %% ../nbs/08_scoring.ipynb #d2628589
 def _state_of(model):
     "Attributes that hold state: changed by a scoring forward, and now without a graph"
-    names = [(m, name) for m in model.modules() if not _from_torch(m) for name in _written.get(m, ()) if name in vars(m)]
-    return [(m, name) for m,name in names if (held := tensors(vars(m)[name])) and not any(t.requires_grad or isinstance(t, nn.Parameter) for t in held)]
+    names = [(m, name) for m in model.modules() if not _from_torch(m) for name in _written.get(m, ())
+             if name in vars(m)]
+    return [(m, name) for m,name in names if (held := tensors(vars(m)[name]))
+            and not any(t.requires_grad or isinstance(t, nn.Parameter) for t in held)]
 
 def carried_state(
     model:nn.Module # A model that was run in `scoring_mode`
@@ -138,23 +148,28 @@ def carries_state(
 )->bool:
     "Does `model` seem to carry state from batch to batch: has it recurrent layers and a `reset`, or such attributes?"
     recurrent = any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules())
-    return recurrent and any(callable(getattr(m, 'reset', None)) for m in model.modules() if not _from_torch(m)) or bool(_state_of(model))
+    return (recurrent and any(callable(getattr(m, 'reset', None)) for m in model.modules() if not _from_torch(m))
+            or bool(_state_of(model)))
 
 def copy_state(
     model:nn.Module # A model in `scoring_mode`, after a forward of all candidates
 )->list: # For `merge_state`
     "The state that `model` carries now, of every row of the batch"
     values = [(m, name, vars(m)[name]) for m in model.modules() if not _from_torch(m) for name in _names_watched(m)]
-    return [(m, name, map_tensors(Tensor.clone, o)) for m,name,o in values if not any(t.requires_grad or isinstance(t, nn.Parameter) for t in tensors(o))]
+    return [(m, name, map_tensors(Tensor.clone, o)) for m,name,o in values
+            if not any(t.requires_grad or isinstance(t, nn.Parameter) for t in tensors(o))]
 
 def _row_dim(t, n, name, recurrent):
     "The dimension of a state that counts the rows of the batch; None without"
     dims = [i for i,size in enumerate(t.shape) if size == n]
-    if recurrent and t.ndim == 3 and t.shape[1] == 1 != n: return None # as it begins, of one row, which the model itself makes as many as it needs
+    # as it begins, of one row, which the model itself makes as many as it needs
+    if recurrent and t.ndim == 3 and t.shape[1] == 1 != n: return None
     if len(dims) < 2 and not (recurrent and t.ndim == 3 and dims != [1]): return dims[0] if dims else None
-    if recurrent and t.ndim == 3 and 1 in dims: return 1 # (layers, rows, features), as PyTorch's recurrent layers have it
-    raise ValueError(f"The model carries state from batch to batch in `{name}`, of shape {tuple(t.shape)}, and it can't be told which of it belongs to which of "
-                     f"the {n} rows of a batch: select within a model without such state, or prune the data set instead.")
+    # (layers, rows, features), as PyTorch's recurrent layers have it
+    if recurrent and t.ndim == 3 and 1 in dims: return 1
+    raise ValueError(f"The model carries state from batch to batch in `{name}`, of shape {tuple(t.shape)}, and it "
+                     f"can't be told which of it belongs to which of the {n} rows of a batch: select within a model "
+                     "without such state, or prune the data set instead.")
 
 def _recurrent(model): return any(isinstance(m, nn.RNNBase) for m in model.modules())
 
@@ -179,13 +194,15 @@ def merge_state(
     "The state of all rows again: of those that the model saw what it left, of the others `state`"
     recurrent = _recurrent(model)
     for m,name,all_rows in state:
-        if isinstance(all_rows, int) and vars(m)[name] == len(idxs): vars(m)[name] = all_rows # the number of rows, which AWD-LSTM notes
+        # the number of rows, which AWD-LSTM notes
+        if isinstance(all_rows, int) and vars(m)[name] == len(idxs): vars(m)[name] = all_rows
         if name not in _written.get(m, ()) or not tensors(all_rows): continue
         seen = iter(tensors(vars(m)[name]))
         def merged(t):
             part = next(seen)
             if part.shape == t.shape and len(idxs) not in t.shape: return part
-            dims = [i for i,(a,b) in enumerate(zip(part.shape, t.shape)) if a != b] or [1 if recurrent and t.ndim == 3 else t.shape.index(len(idxs))]
+            dims = ([i for i,(a,b) in enumerate(zip(part.shape, t.shape)) if a != b]
+                    or [1 if recurrent and t.ndim == 3 else t.shape.index(len(idxs))])
             return t.to(part.dtype).index_copy(dims[0], idxs.to(t.device), part.detach())
         vars(m)[name] = map_tensors(merged, all_rows)
 
@@ -210,12 +227,14 @@ def autocast(
     dtype:torch.dtype=None # Precision; None: whatever is in force
 ):
     "A context for a forward without gradients in precision `dtype`"
-    # `cache_enabled=False`: weights cast under no_grad would be reused, without a gradient, by a training forward in an outer autocast
+    # `cache_enabled=False`: weights cast under no_grad would be reused, without a gradient, by a training forward in an
+    # outer autocast
     kind = device.type
     if dtype is None:
         if not torch.is_autocast_enabled(kind): return nullcontext()
         return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
-    return torch.autocast(kind, dtype=None if dtype==torch.float32 else dtype, enabled=dtype!=torch.float32, cache_enabled=False)
+    return torch.autocast(kind, dtype=None if dtype==torch.float32 else dtype, enabled=dtype!=torch.float32,
+                          cache_enabled=False)
 
 # %% ../nbs/08_scoring.ipynb #f8381f8f
 def native_bfloat16(
@@ -237,11 +256,13 @@ class ScoringForward:
         compile=False # Compile it? True, or a dictionary of `torch.compile`'s arguments
     ):
         self.model,self.device,self.own = model,device,own
-        self.forward = torch.compile(model, **{'dynamic': False, **(compile if isinstance(compile, dict) else {})}) if compile else model
+        self.forward = (torch.compile(model, **{'dynamic': False, **(compile if isinstance(compile, dict) else {})})
+                        if compile else model)
         self.dtype = (torch.bfloat16 if native_bfloat16(device) else own) if precision=='auto' else precision or own
         self.in_doubt = precision=='auto' and self.dtype is not own # until the model is known to run in bfloat16
         # CUDA's float32 convolutions are no faster in this layout
-        self.channels_last = (precision is not None and (device.type=='cpu' or self.dtype in (torch.bfloat16, torch.float16))
+        self.channels_last = (precision is not None
+                              and (device.type=='cpu' or self.dtype in (torch.bfloat16, torch.float16))
                               and any(isinstance(m, nn.Conv2d) for m in model.modules()))
 
     @property
@@ -264,7 +285,8 @@ class ScoringForward:
         with autocast(self.device, self.dtype): return self.forward(*xb)
 
 def _channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point() else x
+    return (x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim==4
+            and x.is_floating_point() else x)
 
 # %% ../nbs/08_scoring.ipynb #83b198f7
 from torch.utils._python_dispatch import TorchDispatchMode

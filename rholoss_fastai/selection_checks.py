@@ -35,20 +35,23 @@ def check_sentence(
     asked,reuse = selector.asked,selector.scorer.forward == 'reuse'
     name = next((repr(k) for k,v in SCORES.items() if v is selector.score), short_name(selector.score))
     if 'il' in asked and selector.il_source is None:
-        raise ValueError(f"The score {name} needs irreducible losses (`il`): use learn.rho_loss(score={name}), which makes or loads them, or pass them as "
-                         "il=...")
+        raise ValueError(f"The score {name} needs irreducible losses (`il`): use learn.rho_loss(score={name}), which "
+                         "makes or loads them, or pass them as il=...")
     selector.scorer.check_asked(asked)
     selector.delivery.check_sentence(selector)
     memory = selector.memory
     if memory is None: return
     if selector.when.every > 1:
-        raise ValueError(f"staleness={memory.staleness} remembers the losses of an epoch, of which every={selector.when.every} would score only a part: use "
-                         "one or the other.")
-    if reuse: raise ValueError("forward='reuse' scores every candidate anyway, so staleness saves nothing: use forward='twice' with it.")
+        raise ValueError(f"staleness={memory.staleness} remembers the losses of an epoch, of which "
+                         f"every={selector.when.every} would score only a part: use one or the other.")
+    if reuse:
+        raise ValueError("forward='reuse' scores every candidate anyway, so staleness saves nothing: use "
+                         "forward='twice' with it.")
     wanted = (*selector.inputs, *selector.pick.needs)
     if anew := [o for o in dict.fromkeys(wanted) if o == 'pred' or own_forward((o,))]:
-        raise ValueError(f"staleness={memory.staleness} remembers each row's loss, but the score {name} with {selector.pick!r} needs the prediction of each "
-                         f"candidate anew ({', '.join(anew)}): use a score and a pick that go by the loss, or staleness=1.")
+        raise ValueError(f"staleness={memory.staleness} remembers each row's loss, but the score {name} with "
+                         f"{selector.pick!r} needs the prediction of each candidate anew ({', '.join(anew)}): use a "
+                         "score and a pick that go by the loss, or staleness=1.")
 
 # %% ../nbs/19_selection_checks.ipynb #45c1f7df
 def check_learner(
@@ -57,16 +60,21 @@ def check_learner(
 ):
     "Raise what would go wrong with this Learner; never iterates the DataLoader"
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs):
-        raise ValueError("Selection does not work with to_non_native_fp16(), which casts the batch after it was selected: use to_fp16().")
+        raise ValueError("Selection does not work with to_non_native_fp16(), which casts the batch after it was "
+                         "selected: use to_fp16().")
     if selector.pick.weighted and any(isinstance(cb, MixHandler) for cb in learn.cbs):
-        raise ValueError(f"{selector.pick!r} weights each item's loss, and MixUp or CutMix make one item of two: use one or the other.")
-    if next(learn.model.parameters(), None) is None: raise ValueError("The model has no parameters: there is nothing to train.")
+        raise ValueError(f"{selector.pick!r} weights each item's loss, and MixUp or CutMix make one item of two: use "
+                         "one or the other.")
+    if next(learn.model.parameters(), None) is None:
+        raise ValueError("The model has no parameters: there is nothing to train.")
     if selector.memory is not None and num_distrib() > 1:
-        raise ValueError(f"staleness={selector.memory.staleness} remembers losses in each process, and a row goes to another one each epoch: use staleness=1.")
+        raise ValueError(f"staleness={selector.memory.staleness} remembers losses in each process, and a row goes to "
+                         "another one each epoch: use staleness=1.")
     selector.scorer.check(learn, selector.asked)
     selector.delivery.check(learn, selector)
     selector.pick.check(loader_batch_size(learn.dls.train))
-    if selector.memory is not None: track_rows(learn.dls.train, way_out='Way out: staleness=1, which scores every batch and needs no rows.')
+    if selector.memory is not None:
+        track_rows(learn.dls.train, way_out='Way out: staleness=1, which scores every batch and needs no rows.')
     if selector.needs_rows: track_rows(learn.dls.train)
 
 # %% ../nbs/19_selection_checks.ipynb #d538f287
@@ -76,8 +84,8 @@ def check_epoch(
     "Raise where it has no batch, or none knows how many"
     try: n_batches = len(dl)
     except TypeError as e:
-        raise ValueError("It isn't known how many batches an epoch has, which fastai's schedules go by: give the data set a length (`__len__`), that of an "
-                         "epoch.") from e
+        raise ValueError("It isn't known how many batches an epoch has, which fastai's schedules go by: give the data "
+                         "set a length (`__len__`), that of an epoch.") from e
     if n_batches == 0:
         raise ValueError("An epoch has no batches: the training set is smaller than a batch and drop_last is on. "
                          "Use a smaller batch size, or drop_last=False.")
@@ -92,13 +100,15 @@ def say_what_will_happen(
     fit,when,bs = selector._fit,selector.when,loader_batch_size(source)
     n_epoch,name = learn.n_epoch - learn.epoch,type(selector).__name__
     if max(selector.epochs_done, learn.epoch) + n_epoch <= when.warmup_epochs:
-        warnings.warn(f"{name} will not select: warmup_epochs={when.warmup_epochs} takes all of this fit's {learn.n_epoch} epoch(s). For selection from the "
-                      "first epoch, warmup_epochs=0.")
+        warnings.warn(f"{name} will not select: warmup_epochs={when.warmup_epochs} takes all of this fit's "
+                      f"{learn.n_epoch} epoch(s). For selection from the first epoch, warmup_epochs=0.")
     size = fit.n_b or (bs and selector.pick.size(bs, learn.pct_train))
     if size and size < fit.min_items <= (bs or 0):
-        warnings.warn(f"{name} trains on {fit.min_items} of {bs} items and not on {size}, since batch norm needs two: use a larger batch size.")
+        warnings.warn(f"{name} trains on {fit.min_items} of {bs} items and not on {size}, since batch norm needs two: "
+                      "use a larger batch size.")
     if learn.logger is noop or bs is None: return
-    size = f"{max(size, fit.min_items)} of {fit.n_candidates if fit.n_b else bs} candidates" if size else f"those that are picked of {bs} candidates"
+    size = (f"{max(size, fit.min_items)} of {fit.n_candidates if fit.n_b else bs} candidates" if size
+            else f"those that are picked of {bs} candidates")
     line = f"{name}: {len(learn.dl)} steps per epoch on {size} each; plain training: {len(source)} steps on {bs}."
     if 'il' in selector.asked: line += f" Irreducible losses: {selector.il_source.bill()}."
     print(line)
@@ -109,10 +119,11 @@ def _check_count(candidates, rows):
     if rows.numel() == candidates.n: return
     check_no_item_lists(candidates.yb) # in a list of images the first dimension is none of items
     if any(isinstance(o, (list, L)) and len(o) == len(rows) for o in candidates.xb):
-        raise ValueError(f"The inputs are a list of {len(rows)} items: some can be told from others in tensors only. Collate them into tensors with "
-                         "the batch dimension first, padded to one size.")
-    raise RowsUnknown(f"The batch has {candidates.n} items, but {len(rows)} rows were drawn for it: the DataLoader or a callback before this one adds or "
-                      "drops items.", "Let it do so after selection (callback order above -5).")
+        raise ValueError(f"The inputs are a list of {len(rows)} items: some can be told from others in tensors only. "
+                         "Collate them into tensors with the batch dimension first, padded to one size.")
+    raise RowsUnknown(f"The batch has {candidates.n} items, but {len(rows)} rows were drawn for it: the DataLoader or "
+                      "a callback before this one adds or drops items.",
+                      "Let it do so after selection (callback order above -5).")
 
 def rows_of_candidates(
     selector, # A `BatchSelector` in a fit
@@ -128,7 +139,8 @@ def rows_of_candidates(
     except RowsUnknown as e:
         if selector.needs_rows or selector.delivery.waits: raise # items that wait keep theirs
         fit.loader = None
-        warnings.warn(f"It isn't known which rows are trained on, so they aren't counted, and learn.selection.seen and selected are None: {e.why}")
+        warnings.warn("It isn't known which rows are trained on, so they aren't counted, and learn.selection.seen and "
+                      f"selected are None: {e.why}")
 
 # %% ../nbs/19_selection_checks.ipynb #bb2149a4
 def check_scores(
@@ -149,7 +161,9 @@ def check_first_batch(
     device:torch.device # Where they are
 ):
     "Raise where the batch can't be selected from"
-    if not len(candidates.yb): raise ValueError("The training batch has no targets, so no item has a loss: selection needs a labelled training set.")
+    if not len(candidates.yb):
+        raise ValueError("The training batch has no targets, so no item has a loss: selection needs a labelled "
+                         "training set.")
     for part in (candidates.xb, candidates.yb): subset_batch(part, torch.zeros(1, dtype=torch.long, device=device))
     scorer.check_batch(candidates)
 
@@ -159,9 +173,12 @@ def check_state(
 ):
     "Raise where rows can't go on from their own state"
     scorer,why = selector._fit.scorer,None
-    if selector.enlarge: why = "enlarge=True draws other batches, in which a row doesn't go on where it stood in the batch before: use enlarge=False"
+    if selector.enlarge:
+        why = ("enlarge=True draws other batches, in which a row doesn't go on where it stood in the batch before: use "
+               "enlarge=False")
     elif selector.delivery.waits: why = "items that wait lose theirs: use queue=False"
-    elif getattr(scorer, 'score_bs', None): why = f"score_bs={scorer.score_bs} would let some rows go on from the state of others: leave it out"
+    elif getattr(scorer, 'score_bs', None):
+        why = f"score_bs={scorer.score_bs} would let some rows go on from the state of others: leave it out"
     elif scorer.model is not unwrapped(selector.learn.model): why = "the proxy's isn't known: leave proxy out"
     elif 'log_probs' in selector.asked: why = "several passes with dropout would each move it on: use another score"
     if why: raise ValueError(f"{type(selector.learn.model).__name__} carries state from batch to batch, and {why}.")
@@ -170,7 +187,8 @@ def check_state(
 def _changers(learn, order):
     "Callbacks that might change the inputs of a batch after `order`"
     own = [cb for cb in learn.cbs if cb.order > order and hasattr(cb, 'before_batch') and cb.run_train]
-    return [cb for cb in own if not type(cb).__module__.startswith(('fastai.callback.progress', 'fastai.learner', 'rholoss_fastai.'))]
+    return [cb for cb in own
+            if not type(cb).__module__.startswith(('fastai.callback.progress', 'fastai.learner', 'rholoss_fastai.'))]
 
 def _within(new, old):
     "Could `new` be a mixture of the items of `old`?"
@@ -190,13 +208,16 @@ def check_inputs_unchanged(
     same = len(seen) == len(delivered)
     for new,old in zip(seen, delivered):
         if not same: break
-        same = new.dtype == old.dtype and new.shape == old.shape and bool(((new == old) | (new != new) & (old != old)).all())
+        same = (new.dtype == old.dtype and new.shape == old.shape
+                and bool(((new == old) | (new != new) & (old != old)).all()))
         if not same and mixes and new.ndim: same = _within(new, old)
     if same: return
     names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in _changers(learn, selector.order))
-    mend = ("What mixes items must not change them otherwise: let another callback, of order below -5, normalise, cast or augment" if mixes else
+    mend = ("What mixes items must not change them otherwise: let another callback, of order below -5, normalise, cast "
+            "or augment" if mixes else
             "Let it act before selection: give it an order below -5, as in cb.order = -6")
-    raise ValueError(f"The model saw other inputs than those that were scored: a callback changes the batch after selection, one of {names or 'yours'}. {mend}.")
+    raise ValueError("The model saw other inputs than those that were scored: a callback changes the batch after "
+                     f"selection, one of {names or 'yours'}. {mend}.")
 
 # %% ../nbs/19_selection_checks.ipynb #3164c231
 class explained:
@@ -208,14 +229,16 @@ class explained:
 
     def __enter__(self): pass
     def __exit__(self, kind, e, traceback):
-        if not isinstance(e, (RuntimeError, TypeError, IndexError)) or isinstance(e, torch.cuda.OutOfMemoryError): return
+        if not isinstance(e, (RuntimeError, TypeError, IndexError)) or isinstance(e, torch.cuda.OutOfMemoryError):
+            return
         selector,what = self.selector,self.what
         changers = [cb for cb in _changers(selector.learn, selector.order if what == 'scored' else -math.inf)
                     if not type(cb).__module__.startswith('fastai.')]
         if not changers or not selector._fit.first: return
         names = ', '.join(f"{type(cb).__name__} (order {cb.order})" for cb in changers)
-        say = (f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, with an order below -5, as in "
-               "cb.order = -6") if what == 'scored' else (
-               f"The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. {names} may change the batch: do "
-               "that in the DataLoaders' transforms (after_batch), or give irreducible losses made otherwise, il=...")
+        say = ((f"The batch can't be scored as it is at selection. {names} may change it later: let it act before, "
+                "with an order below -5, as in cb.order = -6") if what == 'scored' else (
+                "The irreducible losses can't be made by copies of this Learner, which have none of its callbacks. "
+                f"{names} may change the batch: do that in the DataLoaders' transforms (after_batch), or give "
+                "irreducible losses made otherwise, il=..."))
         raise ValueError(f"{say}. ({type(e).__name__}: {e})") from e

@@ -28,7 +28,9 @@ class _BetaOf:
 def _selectivity(beta, keep):
     "`beta`, or what `keep` makes it"
     if keep is None: return 3. if beta is None else beta
-    if beta is not None: raise ValueError(f"beta={beta} and keep={keep} both say how selective to be (keep is 1/(beta+1)): give one of them.")
+    if beta is not None:
+        raise ValueError(f"beta={beta} and keep={keep} both say how selective to be (keep is 1/(beta+1)): give one of "
+                         "them.")
     check_number('keep', keep, open_low=True)
     return _BetaOf(keep) if callable(keep) else 1/keep - 1
 
@@ -49,9 +51,12 @@ class SelectiveBackprop(BatchSelector):
         **kwargs
     ):
         own = dict(beta=beta, keep=keep, history=history, sampling_min=sampling_min, seed=seed)
-        if pick is None: pick = PercentileSample(_selectivity(beta, keep), 1024 if history is None else history, sampling_min or 0., seed or 0)
+        if pick is None:
+            pick = PercentileSample(_selectivity(beta, keep), 1024 if history is None else history, sampling_min or 0.,
+                                    seed or 0)
         elif any(o is not None for o in own.values()):
-            raise ValueError(f"beta, keep, history, sampling_min and seed belong to the default pick, but another one is given: give its numbers to {pick!r}.")
+            raise ValueError("beta, keep, history, sampling_min and seed belong to the default pick, but another one "
+                             f"is given: give its numbers to {pick!r}.")
         parts = selector_parts(warmup_epochs=warmup_epochs, **kwargs)
         if score is None: score = training_loss if parts['il'] is None else reducible_part
         super().__init__(score, pick, delivery=Queue() if queue else Narrow(), **parts)

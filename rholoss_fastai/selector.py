@@ -29,8 +29,9 @@ from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size
 from .scores import find_score, for_loss, score_inputs, training_loss
 from .scoring import unwrapped
-from .selection_checks import (check_epoch, check_first_batch, check_inputs_unchanged, check_learner, check_scores, check_sentence, check_state,
-                                             explained, rows_of_candidates, say_what_will_happen)
+from .selection_checks import (check_epoch, check_first_batch, check_inputs_unchanged, check_learner,
+                                             check_scores, check_sentence, check_state, explained, rows_of_candidates,
+                                             say_what_will_happen)
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .scorers import Scorer, find_scorer
 
@@ -48,7 +49,8 @@ def selectors(
 # %% ../nbs/20_selector.ipynb #1b2b8f00
 class BatchSelector(AnySelector):
     "Train on the items of each batch that `pick` takes by their `score`"
-    order = TrainEvalCallback.order + 5 # after the mode is set, before MixUp and CutMix (0): what is mixed is what was selected
+    # after the mode is set, before MixUp and CutMix (0): what is mixed is what was selected
+    order = TrainEvalCallback.order + 5
     name = 'selector' # whatever the class: fastai's default would shadow the patched methods of the same name
     columns = dict(selected='selected') # name in the training table -> column of the ledger
 
@@ -67,7 +69,8 @@ class BatchSelector(AnySelector):
         if min_items is not None: check_count('min_items', min_items, 1)
         self.score,self.pick = find_score(score),find_pick(TopFraction(0.5) if pick is None else pick)
         self.scorer,self.il_source,self.when = scorer or find_scorer(),il_source(il),when or When()
-        self.memory,self.delivery,self.enlarge,self.min_items,self.beside = memory,delivery or Narrow(),enlarge,min_items,list(beside)
+        self.memory,self.delivery = memory,delivery or Narrow()
+        self.enlarge,self.min_items,self.beside = enlarge,min_items,list(beside)
         self.inputs = score_inputs(self.score) if self.pick.needs_scores else ()
         self.asked = what_is_asked((*self.inputs, *self.pick.needs), self.il_source is not None)
         if enlarge: enlarge.check(self.pick)
@@ -90,7 +93,8 @@ class BatchSelector(AnySelector):
     @property
     def needs_rows(self)->bool:
         "Must the dataset row of each item be known?"
-        return self.memory is not None or 'il' in self.asked and self.il_source.needs_rows or any(getattr(o, 'needs_rows', False) for o in self.beside)
+        return (self.memory is not None or 'il' in self.asked and self.il_source.needs_rows
+                or any(getattr(o, 'needs_rows', False) for o in self.beside))
 
     # fastai sets `learn` when it adds or removes a callback: those beside it come and go with it
     @FitCallback.learn.setter
@@ -123,8 +127,10 @@ class BatchSelector(AnySelector):
         fit.scorer = self.scorer.begin_epoch(learn, fit.device, kept)
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules())
         fit.min_items = self.delivery.min_items(self.min_items or (2 if batch_norm else 1))
-        fit.loader,fit.n_b,fit.n_candidates = candidate_loader(source, None if fit.warm else self.enlarge, self.needs_rows, pick=self.pick, pct_train=learn.pct_train,
-                                                               min_items=fit.min_items, scoring_cost=fit.scorer.relative_cost)
+        fit.loader,fit.n_b,fit.n_candidates = candidate_loader(source, None if fit.warm else self.enlarge,
+                                                               self.needs_rows, pick=self.pick,
+                                                               pct_train=learn.pct_train, min_items=fit.min_items,
+                                                               scoring_cost=fit.scorer.relative_cost)
         if fit.loader is not None: self.learn.dl = fit.loader
         check_epoch(learn.dl)
         if fit.first: say_what_will_happen(self, learn, source)
@@ -133,7 +139,8 @@ class BatchSelector(AnySelector):
             fit.il_of = learn.dls.train
         n_rows = dataset_size(source) if fit.loader is not None else None
         if self.memory is not None: self.memory.begin_epoch(learn.dls.train, n_rows, fit.device)
-        scores = self.pick.now(learn.pct_train).needs_scores and not (fit.warm or self.memory is not None and self.memory.stale)
+        scores = (self.pick.now(learn.pct_train).needs_scores
+                  and not (fit.warm or self.memory is not None and self.memory.stale))
         self.record.start_epoch(fit.device, n_rows, fit.scorer.forward if scores else 'none', fit.scorer.relative_cost)
 
     # A batch
@@ -169,7 +176,8 @@ class BatchSelector(AnySelector):
         learn,fit = self.learn,self._fit
         fit.weights,fit.rows = None,None
         fit.state.widen(seen=False)
-        candidates = Candidates(plain(learn.xb), plain(learn.yb), None, self.asked, fit.scorer, self.item_losses(), self.il_source, self.memory, fit.first)
+        candidates = Candidates(plain(learn.xb), plain(learn.yb), None, self.asked, fit.scorer, self.item_losses(),
+                                self.il_source, self.memory, fit.first)
         candidates.rows = rows_of_candidates(self, candidates)
         if fit.first:
             check_first_batch(candidates, fit.scorer, fit.device)
@@ -190,13 +198,17 @@ class BatchSelector(AnySelector):
         fit.selecting = True
         # between a forward and its backward no buffer may be written, and the scores run nothing forward then
         with explained(self, 'scored'), fit.scorer.context():
-            if pick.needs_scores: candidates.scores = check_scores(self._score_in_force(candidates.item_losses)(*[candidates[o] for o in self.inputs]), n, self.score)
+            if pick.needs_scores:
+                candidates.scores = check_scores(self._score_in_force(candidates.item_losses)(*[candidates[o]
+                                                                                                for o in self.inputs]),
+                                                 n, self.score)
             needed = {o: candidates[o] for o in pick.needs}
             if fit.scorer.forward != 'reuse': fit.state.note(candidates)
         scores = candidates.scores if pick.needs_scores else torch.empty(n, device=fit.device)
         idxs,weights = pick(scores, pct_train, size, **needed)
         if idxs.numel() < fit.min_items <= n:
-            idxs,weights = top_items(scores, fit.min_items),None if weights is None else torch.ones(fit.min_items, device=fit.device)
+            idxs = top_items(scores, fit.min_items)
+            weights = None if weights is None else torch.ones(fit.min_items, device=fit.device)
         return None if idxs.numel() == n and weights is None else Selection(idxs, weights)
 
     def _score_in_force(self, item_losses):
@@ -211,8 +223,8 @@ class BatchSelector(AnySelector):
         idxs,fit.weights = (None, None) if selection is None else selection
         n_trained,fit.rows = (deliver or self.delivery)(self.learn, candidates, idxs)
         fit.sizes = n_trained,candidates.n
-        self.record.batch(candidates.n, candidates.scored, n_trained, candidates.rows, fit.rows, idxs, candidates.scores,
-                          candidates.get('loss'), candidates.get('il'), candidates.get('correct'))
+        self.record.batch(candidates.n, candidates.scored, n_trained, candidates.rows, fit.rows, idxs,
+                          candidates.scores, candidates.get('loss'), candidates.get('il'), candidates.get('correct'))
         if fit.first and fit.pending is None: fit.delivered = [t.clone() for t in tensors(plain(self.learn.xb))]
         self.record.watch.lap('scoring')
         if not n_trained: raise CancelBatchException # nothing to train on yet
@@ -230,13 +242,15 @@ class BatchSelector(AnySelector):
 
     def after_batch(self):
         "Count the time of the training step"
-        self.record.watch.stop('training' if len(self.learn.yb) else None) # a batch that is cancelled has no step to time
+        # a batch that is cancelled has no step to time
+        self.record.watch.stop('training' if len(self.learn.yb) else None)
 
     def after_train(self):
         "Close the epoch's line in the ledger"
         self.record.end_epoch()
         self.epochs_done += 1
-        self.epochs_selected += self._fit.selecting # an epoch before `start` has scored nothing that a later one could remember
+        # an epoch before `start` has scored nothing that a later one could remember
+        self.epochs_selected += self._fit.selecting
         if self.memory is not None: self.memory.end_epoch(self._fit.selecting)
 
     def _tidy(self):
@@ -256,8 +270,9 @@ def check_only_selector(
     others = [cb for cb in selectors(learn) if cb is not selector]
     wrong = [o for o in others if not replaces or type(o) is not type(selector)]
     if not wrong: return others
-    raise ValueError(f"This Learner already selects with {type(wrong[0]).__name__}, and a second selector, {type(selector).__name__}, would select from its "
-                     "selection. Remove the first with learn.no_selection().")
+    raise ValueError(f"This Learner already selects with {type(wrong[0]).__name__}, and a second selector, "
+                     f"{type(selector).__name__}, would select from its selection. Remove the first with "
+                     "learn.no_selection().")
 
 def add_selector(
     learn:Learner, # Learner to select for
@@ -305,16 +320,20 @@ def selector_parts(
     fallback:str=None # 'uniform': train without selection once the record says that it no longer pays
 )->dict: # Arguments of `BatchSelector`
     "The objects of a selection, made of flat arguments"
-    scorer = find_scorer(forward, proxy, precision=precision, mode=mode, compile=compile, scale_factor=scale_factor, score_bs=score_bs, n_mc=n_mc)
+    scorer = find_scorer(forward, proxy, precision=precision, mode=mode, compile=compile, scale_factor=scale_factor,
+                         score_bs=score_bs, n_mc=n_mc)
     check_count('staleness', staleness, 1)
     beside = [TrainBeside(scorer.companion)] if proxy is not None else []
     if track is not None: beside.append(TrackSubsets(track, track_columns))
     if fallback is not None: beside.append(FallBack(fallback))
-    return dict(scorer=scorer, il=il_source(il, il_budget), when=When(start, end, every, warmup_epochs), memory=LossMemory(staleness) if staleness > 1 else None,
-                enlarge=Enlarge(epoch) if enlarge else None, min_items=min_items, beside=beside)
+    return dict(scorer=scorer, il=il_source(il, il_budget), when=When(start, end, every, warmup_epochs),
+                memory=LossMemory(staleness) if staleness > 1 else None, enlarge=Enlarge(epoch) if enlarge else None,
+                min_items=min_items, beside=beside)
 
 # %% ../nbs/20_selector.ipynb #7c84063e
-UNITS = {} # method of the Learner, what it chooses ('item', 'token') -> function of the method's arguments that returns the callback
+# method of the Learner, what it chooses ('item', 'token') -> function of the method's arguments that returns the
+# callback
+UNITS = {}
 
 def selector_of(
     method:str, # 'select' or 'rho_loss'
@@ -324,7 +343,8 @@ def selector_of(
     check_choice('unit', unit, [o for name,o in UNITS if name == method])
     return UNITS[method,unit]
 
-def _of_items(score, pick, frac, **kwargs): return BatchSelector(score, find_pick(pick, frac), **selector_parts(**kwargs))
+def _of_items(score, pick, frac, **kwargs):
+    return BatchSelector(score, find_pick(pick, frac), **selector_parts(**kwargs))
 UNITS['select','item'] = _of_items
 
 # %% ../nbs/20_selector.ipynb #9a4c4604

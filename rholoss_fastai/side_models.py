@@ -53,7 +53,9 @@ def input_changers(
         try: tried.before_batch()
         except Exception: continue # it wants more of a fit than there is
         before,after = tensors(tuple(xb)),tensors(stand_in.xb)
-        same = len(before) == len(after) and all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a,b in zip(before, after))
+        same = (len(before) == len(after)
+                and all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+                        for a,b in zip(before, after)))
         if not same: changers.append(cb)
     return changers
 
@@ -77,7 +79,8 @@ def changers_in_training(
     "Callbacks that change the inputs of a training batch, tried on a few rows"
     with preserve_rng():
         batch = next(iter(scoring_loader(dl, own_rows(dl).sort().values[:8])))
-        return input_changers(learn, *split_batch(batch, _n_inp(learn, dl), next(learn.model.parameters()).device), training=True)
+        return input_changers(learn, *split_batch(batch, _n_inp(learn, dl), next(learn.model.parameters()).device),
+                              training=True)
 
 def map_rows(
     learn:Learner, # Its model is asked, in eval mode and in its own precision, and keeps no trace of it
@@ -89,7 +92,8 @@ def map_rows(
 )->Tensor: # `(k, ...)`, on the model's device, in the order of the data set
     "What `func` says of every row that `dl` goes through"
     model,values,seen = get_model(learn.model),[],[]
-    device,reset = next(model.parameters()).device,getattr(model, 'reset', noop) # of a recurrent model's state, as fastai does
+    # of a recurrent model's state, as fastai does
+    device,reset = next(model.parameters()).device,getattr(model, 'reset', noop)
     with preserve_rng(), scoring_mode(model, device):
         loader = track_rows(scoring_loader(dl, rows, augment=augment))
         n_inp = _n_inp(learn, dl)
@@ -97,16 +101,19 @@ def map_rows(
         for i,batch in enumerate(loader):
             xb,yb = split_batch(batch, n_inp, device)
             if i == 0 and (changers := input_changers(learn, xb, yb)):
-                raise ValueError(f"The rows can't be scored as the model knows them: {', '.join(f'{type(o).__name__} (order {o.order})' for o in changers)} changes "
-                                 "the inputs in before_batch, which is for training and validation alone. Do that in the DataLoaders' transforms (after_batch).")
+                raise ValueError("The rows can't be scored as the model knows them: "
+                                 f"{', '.join(f'{type(o).__name__} (order {o.order})' for o in changers)} changes the "
+                                 "inputs in before_batch, which is for training and validation alone. Do that in the "
+                                 "DataLoaders' transforms (after_batch).")
             seen.append(loader.rows(i))
             with autocast(device, learner_precision(learn, device)): values.append(func(model, xb, yb, seen[-1]))
             step()
         reset()
     seen,wanted = torch.cat(seen),own_rows(dl).sort().values if rows is None else rows
     if not torch.equal(seen.sort().values, wanted):
-        raise ValueError(f"Every row must be scored exactly once: {len(wanted)} rows were wanted; {len(seen)} were scored, "
-                         f"{len(seen.unique())} of them different. Pass a loader of the whole training set, such as dls.train.")
+        raise ValueError(f"Every row must be scored exactly once: {len(wanted)} rows were wanted; {len(seen)} were "
+                         f"scored, {len(seen.unique())} of them different. Pass a loader of the whole training set, "
+                         "such as dls.train.")
     return torch.cat(values)[seen.argsort().to(device)]
 
 # %% ../nbs/11_side_models.ipynb #894902fb
@@ -123,13 +130,14 @@ def score_rows(
     "The score of every row that `dl` goes through"
     inputs,name = score_inputs(score),short_name(score)
     check_known_outside(inputs, name)
-    if 'il' in inputs and il is None: raise ValueError(f"The score {name} needs irreducible losses: pass il=..., one a row.")
+    if 'il' in inputs and il is None:
+        raise ValueError(f"The score {name} needs irreducible losses: pass il=..., one a row.")
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
     score,checked = for_loss(score, item_losses),False
     def of_batch(model, xb, yb, idxs):
         if not yb and {'loss', 'targ'} & set(inputs):
-            raise ValueError(f"The batch has no targets: its {len(xb)} element(s) are all inputs (n_inp={len(xb)}). Every row's label is needed: "
-                             "pass a labelled DataLoader, such as dls.train.")
+            raise ValueError(f"The batch has no targets: its {len(xb)} element(s) are all inputs (n_inp={len(xb)}). "
+                             "Every row's label is needed: pass a labelled DataLoader, such as dls.train.")
         pred = model(*xb)
         def losses():
             nonlocal checked
@@ -157,7 +165,8 @@ def batch_progress(
     "One bar for `total` batches; yields a function that moves it on or, given a comment, shows that beside it"
     if not show: yield noop; return
     bar,done = progress_bar(range(total), leave=False),0
-    if not (IN_NOTEBOOK or sys.stdout.isatty()): bar.update_every,bar.first_its = 30,1 # seconds: a log file keeps every update
+    # seconds: a log file keeps every update
+    if not (IN_NOTEBOOK or sys.stdout.isatty()): bar.update_every,bar.first_its = 30,1
     def step(comment=None):
         nonlocal done
         if comment: bar.comment = comment
@@ -178,15 +187,18 @@ def new_learner(
     "`make_learner(dls)`, seeded; an error unless it is new"
     set_seed(seed)
     learn = make_learner(dls)
-    if not isinstance(learn, Learner): raise TypeError(f"make_learner must return a Learner; got {type(learn).__name__}.")
+    if not isinstance(learn, Learner):
+        raise TypeError(f"make_learner must return a Learner; got {type(learn).__name__}.")
     if learn.dls is not dls:
-        raise ValueError("make_learner(dls) must return a Learner on the dls that it is given, whose rows and their order are chosen for it; "
-                         "this one has others, so it might train on rows that it is not to see.")
+        raise ValueError("make_learner(dls) must return a Learner on the dls that it is given, whose rows and their "
+                         "order are chosen for it; this one has others, so it might train on rows that it is not to "
+                         "see.")
     params = [p for p in learn.model.parameters() if p.requires_grad]
     known = {id(ref()) for ref in earlier}
     if any(id(p) in known for p in params):
-        raise ValueError("make_learner must return a new Learner with a new model each time; this one shares parameters with that of an "
-                         "earlier call, which was trained already. Make the model inside of make_learner.")
+        raise ValueError("make_learner must return a new Learner with a new model each time; this one shares "
+                         "parameters with that of an earlier call, which was trained already. Make the model inside of "
+                         "make_learner.")
     earlier += map(weakref.ref, params)
     return learn
 
@@ -196,7 +208,8 @@ def check_new_learners(
 ):
     "Raise unless `make_learner` makes a new model each time: told beforehand, since runs elsewhere know nothing of each other"
     earlier = []
-    with preserve_rng(): kept = [new_learner(make_learner, dls, 0, earlier) for _ in range(2)] # alive, since only so a model can be told to be shared
+    # alive, since only so a model can be told to be shared
+    with preserve_rng(): kept = [new_learner(make_learner, dls, 0, earlier) for _ in range(2)]
     del kept
 
 @contextmanager
@@ -234,13 +247,14 @@ def fit_quietly(
 ):
     "Fit `learn` without logging, bars and validation"
     if not len(learn.dls.train):
-        raise ValueError("The training DataLoader delivers no batch: it has fewer rows than a batch, and drops the last one. "
-                         "Lower the batch size, or pass drop_last=False.")
+        raise ValueError("The training DataLoader delivers no batch: it has fewer rows than a batch, and drops the "
+                         "last one. Lower the batch size, or pass drop_last=False.")
     if item_losses is None: item_losses = ItemLosses(learn.loss_func)
     validate = validate or bool(learn._grab_cbs(TrackerCallback)) # they read the validation's results
     cbs = [*cbs, _Steps(step, validate)] + ([_UnwrapPred()] if item_losses.one_tensor else [])
     display = learn._grab_cbs((ProgressCallback, ShowGraphCallback))
-    with learn.no_logging(), learn.removed_cbs(display): (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
+    with learn.no_logging(), learn.removed_cbs(display):
+        (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
 
 # %% ../nbs/11_side_models.ipynb #8b8bfff8
 class Companion:
@@ -249,7 +263,8 @@ class Companion:
         learn:Learner, # Its model, loss function and optimiser
         device:torch.device # Where the batches are
     ):
-        self.model,self.loss_func,self.item_losses = get_model(learn.model).to(device),learn.loss_func,ItemLosses(learn.loss_func)
+        self.model = get_model(learn.model).to(device)
+        self.loss_func,self.item_losses = learn.loss_func,ItemLosses(learn.loss_func)
         if learn.opt is None: learn.create_opt()
         self.opt,self.device = learn.opt,device
 
@@ -262,7 +277,8 @@ class Companion:
         "One training step"
         if lr is not None: self.opt.set_hyper('lr', float(lr))
         self.model.train()
-        with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [], device_type='cuda'), torch.enable_grad():
+        with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [],
+                                   device_type='cuda'), torch.enable_grad():
             pred = prediction(self.model(*xb))
             (self.loss_func(pred, *yb) if weights is None else (weights*self.item_losses(pred, *yb)).mean()).backward()
         self.opt.step()

@@ -39,10 +39,14 @@ def class_columns(
     else:
         classes = list(classes)
         if not all(isinstance(o, str) for o in classes): res = classes # the column of each of our classes
-        elif ours is None: raise ValueError("classes are the teacher's names, but the data set has no class names: give numbers, the teacher's column for each class.")
+        elif ours is None:
+            raise ValueError("classes are the teacher's names, but the data set has no class names: give numbers, the "
+                             "teacher's column for each class.")
         else: res = [[i for i,o in enumerate(classes) if o == name] or None for name in ours]
     missing = [str(ours[i] if ours else i) for i,o in enumerate(res) if o is None]
-    if missing: raise ValueError(f"The teacher has no class for {', '.join(missing[:5])}: give its columns, classes={{{missing[0]!r}: [columns], ...}}.")
+    if missing:
+        raise ValueError(f"The teacher has no class for {', '.join(missing[:5])}: give its columns, "
+                         f"classes={{{missing[0]!r}: [columns], ...}}.")
     return [[int(o)] if not isinstance(o, (list, tuple, range)) else [int(i) for i in o] for o in res]
 
 # %% ../nbs/17_teacher.ipynb #06904e53
@@ -83,13 +87,17 @@ class TeacherIL(ILSource):
         n_rows:int=2000 # So many of these at most
     ):
         if isinstance(teacher, Learner): teacher = teacher.model
-        if not callable(teacher): raise TypeError(f"teacher must be a module or a function of the inputs; got {type(teacher).__name__}.")
-        if temperature is not None: check_number('temperature', temperature, high=float('inf'), open_low=True, schedule=False)
-        self.teacher,self.classes,self.temperature,self.held_out,self.n_rows = teacher,classes,temperature,held_out,n_rows
+        if not callable(teacher):
+            raise TypeError(f"teacher must be a module or a function of the inputs; got {type(teacher).__name__}.")
+        if temperature is not None:
+            check_number('temperature', temperature, high=float('inf'), open_low=True, schedule=False)
+        self.teacher,self.classes = teacher,classes
+        self.temperature,self.held_out,self.n_rows = temperature,held_out,n_rows
         self.module,self.columns,self.ready = teacher if isinstance(teacher, nn.Module) else None,None,False
 
     def check(self, learn):
-        if self.exported: raise ValueError("A teacher is not exported with a Learner: give it again, il=TeacherIL(...).")
+        if self.exported:
+            raise ValueError("A teacher is not exported with a Learner: give it again, il=TeacherIL(...).")
         if self.module is not None: check_other_model(self.module, learn, 'given as the teacher')
         try: names = class_names(learn.dls.train)
         except Exception: names = None # a stream has none
@@ -116,7 +124,9 @@ class TeacherIL(ILSource):
                 targs.append(class_targets(y))
                 n += len(y)
                 if n >= self.n_rows: break
-        if not logs: raise ValueError("There are no held-out rows to fit the teacher's temperature on: give some, held_out=dl, or temperature=1.")
+        if not logs:
+            raise ValueError("There are no held-out rows to fit the teacher's temperature on: give some, held_out=dl, "
+                             "or temperature=1.")
         return fit_temperature(torch.cat(logs), torch.cat(targs).to(logs[0].device))
 
     def log_probs(self, *xb)->Tensor: # `(bs, C)`
@@ -131,7 +141,9 @@ class TeacherIL(ILSource):
     def __call__(self, c): return torch.cat([self.losses(c.item_losses, xb, yb) for xb,yb in c.chunks()])
 
     def values(self, dl, learn=None):
-        if learn is None: raise ValueError("A teacher alone doesn't say which loss is meant, nor has it held-out rows: give learn= too.")
+        if learn is None:
+            raise ValueError("A teacher alone doesn't say which loss is meant, nor has it held-out rows: give learn= "
+                             "too.")
         self.begin(learn, next(learn.model.parameters()).device)
         item_losses = ItemLosses(learn.loss_func)
         return map_rows(learn, dl, lambda model, xb, yb, rows: self.losses(item_losses, xb, yb)).cpu()

@@ -43,7 +43,8 @@ def top_elements(
     keys,n = rank_key(keys.flatten()),counted.sum()
     exact = n.float() if n.device.type == 'mps' else n.double()
     order = keys.argsort(descending=True, stable=True)
-    order = order[counted.flatten()[order].logical_not().byte().argsort(stable=True)] # those that don't count behind all others
+    # those that don't count behind all others
+    order = order[counted.flatten()[order].logical_not().byte().argsort(stable=True)]
     ranks = torch.arange(len(order), device=keys.device)
     chosen = ranks < (exact*frac + 1e-6).floor().clamp(min=1).minimum(n)
     return torch.empty_like(chosen).scatter_(0, order, chosen).view(counted.shape)
@@ -52,7 +53,8 @@ def top_elements(
 class ElementModel(ModelIL):
     "A reference model, asked for the losses of each batch's elements"
     def check(self, learn):
-        if self.module is None: raise ValueError("The reference model isn't exported with a Learner: give it again, il=model.")
+        if self.module is None:
+            raise ValueError("The reference model isn't exported with a Learner: give it again, il=model.")
         super().check(learn)
 
     def begin_epoch(self):
@@ -64,7 +66,8 @@ class ElementModel(ModelIL):
         counted:Tensor # `(bs, ...)` bool, the elements that count
     )->Tensor: # `(bs, ...)`
         "Losses of the batch's elements"
-        with torch.no_grad(), modules_in_mode(self.modules, False): return c.item_losses.elements(self.forward(*c.xb), *c.yb)[0]
+        with torch.no_grad(), modules_in_mode(self.modules, False):
+            return c.item_losses.elements(self.forward(*c.xb), *c.yb)[0]
 
 # %% ../nbs/24_tokens.ipynb #f24f1091
 class ElementTable(TableIL):
@@ -74,22 +77,31 @@ class ElementTable(TableIL):
         table # One sequence of losses a row, or a tensor `(n, ...)` with NaN where nothing counts
     ):
         super().__init__(table)
-        lines = [as_tensor(o).flatten().float().cpu() for o in (table.values if isinstance(table, ItemTable) else table)]
+        lines = [as_tensor(o).flatten().float().cpu()
+                 for o in (table.values if isinstance(table, ItemTable) else table)]
         lines = [o[~o.isnan()] for o in lines]
         self.lengths = torch.tensor([len(o) for o in lines], dtype=torch.long)
         self.flat = torch.cat([*lines, torch.zeros(1)])
-        if not self.flat.isfinite().all(): raise ValueError("Some element losses are infinite: every element needs a number, and NaN says that it doesn't count.")
+        if not self.flat.isfinite().all():
+            raise ValueError("Some element losses are infinite: every element needs a number, and NaN says that it "
+                             "doesn't count.")
 
     def check(self, learn):
-        if self.given is None: raise ValueError("A table of element losses isn't exported with a Learner: give it again, il=table.")
-        track_rows(learn.dls.train, way_out='Way out: a reference model, which needs no rows: pass a module or a Learner as il=.') # raises where rows can't be known
+        if self.given is None:
+            raise ValueError("A table of element losses isn't exported with a Learner: give it again, il=table.")
+        # raises where rows can't be known
+        track_rows(learn.dls.train, way_out='Way out: a reference model, which needs no rows: pass a module or a '
+                                            'Learner as il=.')
         n = dataset_size(learn.dls.train)
-        if len(self.lengths) != n: raise ValueError(f"The table has element losses of {len(self.lengths)} rows, but the training set has {n}: give one line per row, in its order.")
+        if len(self.lengths) != n:
+            raise ValueError(f"The table has element losses of {len(self.lengths)} rows, but the training set has {n}: "
+                             "give one line per row, in its order.")
 
     def begin(self, learn, device):
         self.check(learn)
         starts = self.lengths.cumsum(0) - self.lengths
-        self.on_device,self.n_wrong = [o.to(device) for o in (self.flat, starts, self.lengths)],torch.zeros((), dtype=torch.long, device=device)
+        self.on_device = [o.to(device) for o in (self.flat, starts, self.lengths)]
+        self.n_wrong = torch.zeros((), dtype=torch.long, device=device)
         return 0.
 
     def begin_epoch(self): self.n_wrong.zero_()
@@ -106,8 +118,10 @@ class ElementTable(TableIL):
     def check_lengths(self, n_rows):
         "Raise where lines had another length than the rows of the data set; waits for the device"
         if n_wrong := self.n_wrong.item():
-            raise ValueError(f"{n_wrong} of {n_rows} rows have another number of elements that count than their line of the table: make it on the same text and with the "
-                             "same loss function, element_losses(reference, learn.dls.train), without augmentation that changes the targets.")
+            raise ValueError(f"{n_wrong} of {n_rows} rows have another number of elements that count than their line "
+                             "of the table: make it on the same text and with the same loss function, "
+                             "element_losses(reference, learn.dls.train), without augmentation that changes the "
+                             "targets.")
 
     def __setstate__(self, state): self.__dict__.update(state, given=None, table=None)
     def __repr__(self): return f"{type(self).__name__}({'' if self.given is None else f'{len(self.lengths)} rows, {len(self.flat)-1} elements'})"
@@ -127,21 +141,24 @@ def element_losses(
     return lines
 
 # %% ../nbs/24_tokens.ipynb #5002a290
-_ELEMENT_IL = {ModelIL: lambda source: ElementModel(source.learner or source.module), TableIL: lambda source: ElementTable(source.given)}
+_ELEMENT_IL = {ModelIL: lambda source: ElementModel(source.learner or source.module),
+               TableIL: lambda source: ElementTable(source.given)}
 
 def _element_il(il):
     "Irreducible losses of elements, of what `il` stands for"
     if isinstance(il, (ElementModel, ElementTable)): return il
     source = None if isinstance(il, str) else il_source(il)
     if type(source) not in _ELEMENT_IL:
-        raise TypeError(f"Tokens need a reference's loss of each element, and il={il!r} stands for losses of items: give a model that was trained on other or better data "
-                        "(an nn.Module or a Learner), or a table of its losses, element_losses(reference, learn.dls.train).")
+        raise TypeError(f"Tokens need a reference's loss of each element, and il={il!r} stands for losses of items: "
+                        "give a model that was trained on other or better data (an nn.Module or a Learner), or a "
+                        "table of its losses, element_losses(reference, learn.dls.train).")
     return _ELEMENT_IL[type(source)](source)
 
 # %% ../nbs/24_tokens.ipynb #e74032d1
 class TokenSelector(AnySelector):
     "Train on the elements of the loss (tokens, pixels, labels) that `pick` takes by their `score`, among all of a batch (Lin et al. 2024)"
-    order = TrainEvalCallback.order + 5 # before what adds to the loss (AWD-LSTM's regularisation) or divides it (GradientAccumulation)
+    # before what adds to the loss (AWD-LSTM's regularisation) or divides it (GradientAccumulation)
+    order = TrainEvalCallback.order + 5
     name,makes_loss = 'token_selector','whole'
     _not_saved = dict(mask=None)
     mask = None # `(bs, ...)` bool, the elements of the last batch that were trained on
@@ -159,14 +176,18 @@ class TokenSelector(AnySelector):
         self.score = find_score(score or ('loss' if il is None else 'reducible'))
         self.pick = find_pick(pick, 0.6 if frac is None and isinstance(pick, str) else frac)
         if not isinstance(self.pick, RankedPick):
-            raise TypeError(f"pick must be one that ranks, such as TopFraction, Boltzmann, RankSample or Uniform; got {self.pick!r}.")
+            raise TypeError("pick must be one that ranks, such as TopFraction, Boltzmann, RankSample or Uniform; got "
+                            f"{self.pick!r}.")
         self.asked = score_inputs(self.score) if self.pick.needs_scores else ()
         if wrong := set(self.asked) - {'loss', 'il'}:
-            raise ValueError(f"The score {short_name(self.score)} wants {', '.join(sorted(wrong))}: elements have `loss` and `il` alone. Use a score of these.")
+            raise ValueError(f"The score {short_name(self.score)} wants {', '.join(sorted(wrong))}: elements have "
+                             "`loss` and `il` alone. Use a score of these.")
         if 'il' in self.asked and il is None:
-            raise ValueError(f"The score {short_name(self.score)} needs a reference: give one, il=model, or use score='loss'.")
+            raise ValueError(f"The score {short_name(self.score)} needs a reference: give one, il=model, or use "
+                             "score='loss'.")
         if 'il' not in self.asked and il is not None:
-            raise ValueError(f"il is given, but {short_name(self.score)} and {self.pick!r} don't look at it: use score='reducible', or leave it out.")
+            raise ValueError(f"il is given, but {short_name(self.score)} and {self.pick!r} don't look at it: use "
+                             "score='reducible', or leave it out.")
         self.il_source = None if il is None else _element_il(il)
         self.when,self.record = When(start, end, every, warmup_epochs),SelectionRecord()
 
@@ -179,7 +200,8 @@ class TokenSelector(AnySelector):
         check_only_selector(learn, self)
         for cb in learn.cbs:
             if isinstance(cb, MixHandler):
-                raise ValueError(f"{type(cb).__name__} makes one item of two, whose elements have no losses of their own: remove it.")
+                raise ValueError(f"{type(cb).__name__} makes one item of two, whose elements have no losses of their "
+                                 "own: remove it.")
         if self.il_source is not None: self.il_source.begin(learn, fit.device)
         self.learn.selection,self.record.learner = self.record,learn
         self.record.figures,fit.first = self._figures,True
@@ -192,21 +214,26 @@ class TokenSelector(AnySelector):
         if self.needs_rows: self.learn.dl = track_rows(self.learn.dl)
         self.record.start_epoch(fit.device, forward='reuse')
         dtype = torch.float32 if fit.device.type == 'mps' else torch.float64
-        fit.sums,fit.n = torch.zeros(4, dtype=dtype, device=fit.device),0 # elements, and their losses: all that count, and the chosen
+        # elements, and their losses: all that count, and the chosen
+        fit.sums,fit.n = torch.zeros(4, dtype=dtype, device=fit.device),0
 
     def after_loss(self):
         "Choose elements by their losses, and train on them alone"
         learn,fit,watch,start = self.learn,self._fit,self.record.watch,self.record.watch.mark()
         item_losses,pred,yb = self.item_losses(),learn.pred,plain(learn.yb)
-        if not yb: raise ValueError("The batch has no targets, so no element has a loss: let the DataLoaders give the targets too (tokens, shifted by one).")
+        if not yb:
+            raise ValueError("The batch has no targets, so no element has a loss: let the DataLoaders give the targets "
+                             "too (tokens, shifted by one).")
         with torch.no_grad(): losses,counted = item_losses.elements(pred, *yb)
-        selects = not fit.warm and self.when(learn) and self.pick.fraction(learn.pct_train) < 1 # of all: the loss as it is
+        # of all: the loss as it is
+        selects = not fit.warm and self.when(learn) and self.pick.fraction(learn.pct_train) < 1
         self.mask = self.chosen(losses, counted) if selects else counted
         if selects:
             weights = self.mask*(counted.sum()/self.mask.sum().clamp(min=1))
             loss = item_losses.weighted(weights, pred, *yb)
             self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
-        sums = torch.stack([counted.sum(), self.mask.sum(), losses.where(counted, 0.).nansum(), losses.where(self.mask, 0.).nansum()])
+        sums = torch.stack([counted.sum(), self.mask.sum(), losses.where(counted, 0.).nansum(),
+                            losses.where(self.mask, 0.).nansum()])
         fit.sums += sums
         fit.n += len(losses)
         self.record.batch(len(losses), 0, len(losses), elements_loaded=sums[0], elements_trained=sums[1])
@@ -220,11 +247,13 @@ class TokenSelector(AnySelector):
         learn,known = self.learn,dict(loss=losses)
         if 'il' in self.asked:
             rows = batch_rows(learn, self._fit.device) if self.needs_rows else None
-            known['il'] = self.il_source(Candidates(plain(learn.xb), plain(learn.yb), rows, item_losses=self.item_losses()), counted)
+            known['il'] = self.il_source(Candidates(plain(learn.xb), plain(learn.yb), rows,
+                                                    item_losses=self.item_losses()), counted)
             if self.needs_rows and self._fit.first: self.il_source.check_lengths(len(losses))
         self._fit.first = False
         scores = self.score(*[known[o].flatten() for o in self.asked]) if self.asked else losses.flatten()
-        return top_elements(self.pick.keys(scores, learn.pct_train).view(counted.shape), counted, self.pick.fraction(learn.pct_train))
+        return top_elements(self.pick.keys(scores, learn.pct_train).view(counted.shape), counted,
+                            self.pick.fraction(learn.pct_train))
 
     def _figures(self):
         "Of the ledger's line: shares of elements, not of items"
@@ -246,11 +275,15 @@ class TokenSelector(AnySelector):
     def __repr__(self): return f"TokenSelector(score={short_name(self.score)}, pick={self.pick!r})"
 
 # %% ../nbs/24_tokens.ipynb #e3b544f9
-_NO_FORWARD,_NO_CANDIDATES = 'their scores come from the forward that training makes anyway','no item leaves the batch, so none need be drawn for it'
-_OF_ITEMS = {**dict.fromkeys('forward precision mode compile scale_factor score_bs n_mc proxy staleness'.split(), _NO_FORWARD),
+_NO_FORWARD = 'their scores come from the forward that training makes anyway'
+_NO_CANDIDATES = 'no item leaves the batch, so none need be drawn for it'
+# argument -> why it says nothing of tokens
+_OF_ITEMS = {**dict.fromkeys('forward precision mode compile scale_factor score_bs n_mc proxy staleness'.split(),
+                             _NO_FORWARD),
              **dict.fromkeys('enlarge epoch min_items'.split(), _NO_CANDIDATES),
-             **dict.fromkeys('il_budget il_epochs il_lr il_folds il_seed il_arch update_il'.split(), 'their reference is made beforehand'),
-             **dict.fromkeys('track track_columns fallback'.split(), 'their ledger counts elements, not rows')} # argument -> why it says nothing of tokens
+             **dict.fromkeys('il_budget il_epochs il_lr il_folds il_seed il_arch update_il'.split(),
+                             'their reference is made beforehand'),
+             **dict.fromkeys('track track_columns fallback'.split(), 'their ledger counts elements, not rows')}
 
 def _of_tokens(method, score, pick, frac, **kwargs):
     "The `TokenSelector` that these arguments speak of; those that speak of items are refused"
@@ -258,7 +291,8 @@ def _of_tokens(method, score, pick, frac, **kwargs):
     for name in set(kwargs) & set(_OF_ITEMS):
         value,default = kwargs.pop(name),known[name].default
         if not any(value is o or value == o for o in ((default, 'reuse') if name == 'forward' else (default,))):
-            raise ValueError(f"{name}={value!r} says nothing of tokens: {_OF_ITEMS[name]}. Leave it out with unit='token', or select items: unit='item'.")
+            raise ValueError(f"{name}={value!r} says nothing of tokens: {_OF_ITEMS[name]}. Leave it out with "
+                             "unit='token', or select items: unit='item'.")
     return TokenSelector(score, pick, frac, **kwargs)
 
 def _reducible_tokens(il, frac, score=None, pick=None, **kwargs):

@@ -52,7 +52,8 @@ def forgetting_events(
     margins:Tensor # `(n_epoch, n)`
 )->Tensor: # `(n,)`, the number of epochs where it never was right
     "How often each row was right and, when next trained on, wrong"
-    last,count = torch.zeros(margins.shape[1], dtype=torch.bool, device=margins.device),torch.zeros(margins.shape[1], device=margins.device)
+    last = torch.zeros(margins.shape[1], dtype=torch.bool, device=margins.device)
+    count = torch.zeros(margins.shape[1], device=margins.device)
     for margin in margins:
         known,right = ~margin.isnan(),margin > 0
         count += last & known & ~right
@@ -75,7 +76,9 @@ def alignment(
     return torch.where(sizes > 1e-12, (a*b).sum(0)/sizes.clamp(min=1e-12), 0.).masked_fill(count < 2, torch.nan)
 
 # %% ../nbs/34_trajectories.ipynb #43a016cc
-READINGS = dict(aum=mean_margin, variance=loss_variance, first_learnt=first_learnt, forgetting=forgetting_events, alignment=alignment) # name -> function
+# name -> function
+READINGS = dict(aum=mean_margin, variance=loss_variance, first_learnt=first_learnt, forgetting=forgetting_events,
+                alignment=alignment)
 _of_margins = ('aum', 'first_learnt', 'forgetting')
 
 class LossHistory(FitCallback):
@@ -93,19 +96,23 @@ class LossHistory(FitCallback):
         "Know the data set, and say what will be kept"
         learn,fit = self.learn,self._fit
         mixing = next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None)
-        if mixing is not None: raise ValueError(f"{type(mixing).__name__} makes one item of two, which have no loss of their own to keep: use one or the other.")
+        if mixing is not None:
+            raise ValueError(f"{type(mixing).__name__} makes one item of two, which have no loss of their own to keep: "
+                             "use one or the other.")
         track_rows(learn.dls.train) # raises where rows can't be known
         marks = fingerprint(learn.dls.train)
         if marks != self.fingerprint: self.fingerprint,self.kept,self.valid = marks,[],[]
         n = marks['n']
         fit.now,fit.valid = torch.full((2, n), torch.nan, device=fit.device),torch.zeros(2, device=fit.device)
-        if not rank_distrib(): learn.logger(f"LossHistory: {n:,} rows x {min(self.k, len(self.kept) + learn.n_epoch)} epochs x 4 bytes = "
-                                            f"{4e-6*n*min(self.k, len(self.kept) + learn.n_epoch):.3g} MB")
+        if not rank_distrib():
+            learn.logger(f"LossHistory: {n:,} rows x {min(self.k, len(self.kept) + learn.n_epoch)} epochs x 4 bytes = "
+                         f"{4e-6*n*min(self.k, len(self.kept) + learn.n_epoch):.3g} MB")
 
     def before_train(self):
         "Know the rows of the epoch's batches"
         dl = self.learn.dl
-        if 'rows' not in vars(dl) and not hasattr(type(dl), 'rows'): self.learn.dl = track_rows(dl) # nothing before this one has
+        # nothing before this one has
+        if 'rows' not in vars(dl) and not hasattr(type(dl), 'rows'): self.learn.dl = track_rows(dl)
         self._fit.now.fill_(torch.nan); self._fit.valid.zero_()
 
     def after_loss(self):
@@ -113,7 +120,8 @@ class LossHistory(FitCallback):
         learn,fit = self.learn,self._fit
         if not len(learn.yb): return
         if not learn.training:
-            fit.valid += torch.stack([learn.loss.detach()*batch_size(learn.yb), learn.loss.new_tensor(batch_size(learn.yb))]).to(fit.valid)
+            fit.valid += torch.stack([learn.loss.detach()*batch_size(learn.yb),
+                                      learn.loss.new_tensor(batch_size(learn.yb))]).to(fit.valid)
             return
         rows,item_losses = batch_rows(learn, fit.device),self.checked_item_losses(weighting=False)
         with torch.no_grad():
@@ -157,19 +165,24 @@ class LossHistory(FitCallback):
         func = by_name('reading', reading, READINGS) if isinstance(reading, str) else reading
         if reading in _of_margins:
             margins = self.margins
-            if margins.isnan().all(): raise ValueError(f"The reading {reading!r} needs margins, which targets have that are one class per row: use 'variance' or "
-                                                       "'alignment'.")
+            if margins.isnan().all():
+                raise ValueError(f"The reading {reading!r} needs margins, which targets have that are one class per "
+                                 "row: use 'variance' or 'alignment'.")
             return func(margins).cpu()
         if reading != 'alignment': return func(self.losses).cpu()
         valid = torch.tensor(self.valid, device=self.kept[-1].device) if self.kept else torch.empty(0)
-        if (~valid.isnan()).sum() < 2: raise ValueError("The reading 'alignment' needs the validation set's losses of two epochs: let the fit validate.")
+        if (~valid.isnan()).sum() < 2:
+            raise ValueError("The reading 'alignment' needs the validation set's losses of two epochs: let the fit "
+                             "validate.")
         return func(self.losses, valid).cpu()
 
     def scores(self,
         reading:str='aum' # A name in `READINGS`, or a function of `losses` `(n_epoch, n)`
     )->DatasetScores: # For `prune`, which keeps the highest
         "A reading as a table, which knows its data set"
-        return DatasetScores(self.read(reading), self.fingerprint, dict(score=reading if isinstance(reading, str) else reading.__name__, n_epoch=len(self.kept), n_runs=1))
+        return DatasetScores(self.read(reading), self.fingerprint,
+                             dict(score=reading if isinstance(reading, str) else reading.__name__,
+                                  n_epoch=len(self.kept), n_runs=1))
 
     def suspects(self,
         n:int=20, # Rows
@@ -181,7 +194,8 @@ class LossHistory(FitCallback):
         rows = values.nan_to_num(torch.inf).argsort()[:n]
         targets,names = row_targets(dl)[rows],class_names(dl)
         label = [names[int(o)] for o in targets] if names is not None and targets.ndim == 1 else targets.tolist()
-        return pd.DataFrame(dict(row=rows.tolist(), **row_names(dl, rows), label=label, **{reading: values[rows].numpy()}))
+        return pd.DataFrame(dict(row=rows.tolist(), **row_names(dl, rows), label=label,
+                                 **{reading: values[rows].numpy()}))
 
 
 # %% ../nbs/34_trajectories.ipynb #71a49760
@@ -191,7 +205,9 @@ def label_margins(
 )->Tensor: # `(bs,)`; None where a target isn't one class per item
     "Logit of the label less the largest other logit"
     pred,targ = prediction(pred),targs[0] if len(targs) == 1 else None
-    if not isinstance(targ, Tensor) or targ.is_floating_point() or pred.ndim != 2 or pred.shape[1] < 2 or targ.numel() != len(pred): return
+    if (not isinstance(targ, Tensor) or targ.is_floating_point() or pred.ndim != 2 or pred.shape[1] < 2
+        or targ.numel() != len(pred)):
+        return
     targ = targ.long().view(-1, 1)
     inside = ((targ >= 0) & (targ < pred.shape[1]))[:,0] # not what the loss ignores
     targ = targ.clamp(0, pred.shape[1]-1)
@@ -209,11 +225,13 @@ class ByHistory(EpochRule):
     ):
         self.history,self.reading,self.rule = history,reading,InfoBatch(weighted=False) if rule is None else rule
         if self.rule.last != 1:
-            raise ValueError(f"A reading is one number per row, and {self.rule!r} goes by {self.rule.last}: use a rule that goes by the last loss alone, such as InfoBatch or SeTa.")
+            raise ValueError(f"A reading is one number per row, and {self.rule!r} goes by {self.rule.last}: use a rule "
+                             "that goes by the last loss alone, such as InfoBatch or SeTa.")
         self.weighs = self.rule.weighs
 
     def check(self, learn):
-        if self.history not in learn.cbs: raise ValueError("The history must be a callback of this Learner: learn.add_cb(history).")
+        if self.history not in learn.cbs:
+            raise ValueError("The history must be a callback of this Learner: learn.add_cb(history).")
         self.rule.check(learn)
     def begin(self, learn, dl): return self.rule.begin(learn, dl)
 

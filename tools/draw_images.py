@@ -27,8 +27,8 @@ def suspects(n=9):
     from rholoss_fastai.all import label_noise, noisy_labels
     digits = load_digits()
     images = (digits.images*255/16).astype(np.uint8)
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: digits.target[i],
-                      splitter=IndexSplitter(range(1500, 1797)))
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda i: images[i],
+                      get_y=lambda i: digits.target[i], splitter=IndexSplitter(range(1500, 1797)))
     dls = noisy_labels(block.dataloaders(range(1797), bs=64, num_workers=0), 0.2)
     axs = label_noise(dls, progress=False, verbose=False).show(n, ncols=n, size=1.1)
     return axs.flat[0].figure

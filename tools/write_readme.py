@@ -29,12 +29,14 @@ def relink(markdown, config):
 def output_markdown(output, cell):
     "One output of `cell` as Markdown; a plot belongs in nbs/images, where the site and the README can both link to it"
     if output.output_type == 'stream': text = output.text
-    elif output.output_type == 'error': raise ValueError(f"cell {cell.id} of the index holds an error; run the notebook again")
+    elif output.output_type == 'error':
+        raise ValueError(f"cell {cell.id} of the index holds an error; run the notebook again")
     else:
         data = output.data
         if any(kind.startswith('image/') for kind in data):
-            raise ValueError(f"cell {cell.id} of the index has an image among its outputs, which a README can't hold: save the image in "
-                             "nbs/images, show it with ![](images/name.png) in a Markdown cell, and give the code cell `#| output: false`")
+            raise ValueError(f"cell {cell.id} of the index has an image among its outputs, which a README can't hold: "
+                             "save the image in nbs/images, show it with ![](images/name.png) in a Markdown cell, and "
+                             "give the code cell `#| output: false`")
         if 'text/markdown' in data: return ''.join(data['text/markdown'])
         html = re.sub(r'<style.*?</style>', '', ''.join(data.get('text/html', '')), flags=re.DOTALL).strip()
         if '<table' in html: return html
@@ -47,14 +49,17 @@ def cell_markdown(cell, lookup):
     if cell.cell_type == 'markdown': return [lookup.linkify(cell.source)]
     if cell.cell_type != 'code': return []
     flags = cell.directives_
-    code = [f'```{cell.metadata.language}\n{cell.source.strip()}\n```'] if flags.get('echo') != 'false' and cell.source.strip() else []
-    return code + ([output_markdown(o, cell) for o in cell.get('outputs', [])] if flags.get('output') != 'false' else [])
+    code = ([f'```{cell.metadata.language}\n{cell.source.strip()}\n```'] if flags.get('echo') != 'false'
+            and cell.source.strip() else [])
+    return (code + ([output_markdown(o, cell) for o in cell.get('outputs', [])]
+                    if flags.get('output') != 'false' else []))
 
 def readme(path=None):
     "The README's text, made from the notebook at `path`"
     config = get_config(ROOT)
     nb = read_nb(path or config.nbs_path/config.readme_nb)
-    NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, strip_ansi, hide_line, rm_header_dash, rm_export, clean_magics, hide_],
+    NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, strip_ansi, hide_line, rm_header_dash, rm_export,
+                              clean_magics, hide_],
                 process=True)
     lookup = NbdevLookup(strip_libs=config.lib_name, incl_libs=(config.lib_name,)) # a README links to this site alone
     blocks = [f"# {nb.frontmatter_['title']}", WARNING]
@@ -69,4 +74,5 @@ def main(
     "Write README.md from nbs/index.ipynb"
     path, text = ROOT/'README.md', readme()
     if not check: path.write_text(text, encoding='utf-8')
-    elif path.read_text(encoding='utf-8') != text: sys.exit('README.md is out of date: run `python tools/write_readme.py`')
+    elif path.read_text(encoding='utf-8') != text:
+        sys.exit('README.md is out of date: run `python tools/write_readme.py`')
