@@ -174,7 +174,8 @@ class EpochPruner(FitCallback):
         self._fit.rounds = self._fit.weights = self._fit.loader = None
         began = time.perf_counter()
         seconds = self.rule.begin(learn, dl)
-        self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
+        if self.rule.bills == 'il' or self.rule.il is not None:
+            self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
         self.say(self.rule.says(self.epoch_info(dl)), len(track_rows(dl)))
         self.add_columns(selected=partial(self.record.last, 'selected'))
 

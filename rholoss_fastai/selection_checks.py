@@ -164,7 +164,8 @@ def check_first_batch(
     if not len(candidates.yb):
         raise ValueError("The training batch has no targets, so no item has a loss: selection needs a labelled "
                          "training set.")
-    for part in (candidates.xb, candidates.yb): subset_batch(part, torch.zeros(1, dtype=torch.long, device=device))
+    # in a tuple, as a list within it is of items
+    for part in (candidates.xb, candidates.yb): subset_batch((part,), torch.zeros(1, dtype=torch.long, device=device))
     scorer.check_batch(candidates)
 
 # %% ../nbs/19_selection_checks.ipynb #cd586c6d

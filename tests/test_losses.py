@@ -391,6 +391,51 @@ def test_vmap_leaves_nothing_behind():
     item_losses(loss_func, *masks(3))
     assert loss_func.last is None
 
+class Centred(nn.Module):
+    "Keeps a running mean of predictions: anew, in place, or in a list"
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.seen,self.weight = how,[],nn.Parameter(torch.ones(()))
+        self.register_buffer('centre', torch.zeros(5))
+    def forward(self, pred, targ):
+        res = self.weight*F.cross_entropy(pred - self.centre, targ)
+        if self.how == 'anew': self.centre = 0.9*self.centre + 0.1*pred.detach().mean(0)
+        if self.how == 'in place': self.centre.mul_(0.9).add_(0.1*pred.detach().mean(0))
+        self.seen.append(len(pred))
+        return res
+
+class CentredReducing(nn.CrossEntropyLoss):
+    "The same, and takes a reduction"
+    how,seen = 'in place',[1]
+    def __init__(self): super().__init__(); self.centre = torch.zeros(5)
+    def forward(self, pred, targ):
+        res = F.cross_entropy(pred - self.centre, targ, reduction=self.reduction)
+        self.centre.mul_(0.9).add_(0.1*pred.detach().mean(0))
+        return res
+
+@pytest.mark.parametrize('make', [lambda: Centred('anew'), lambda: Centred('in place'), CentredReducing, lambda: BaseLoss(Centred, how='anew', flatten=False)],
+                         ids=['anew', 'in place', 'reducing', 'flat'])
+def test_what_a_loss_keeps_is_its_own(make):
+    "Items, checks and weights leave a loss with a state of its own as it was, and each item is seen from that state"
+    pred,targ = classes(6)
+    loss_func = make()
+    loss_func(pred, targ) # so that it has a state
+    before = copy.deepcopy(loss_func)
+    losses = ItemLosses(loss_func)
+    for _ in range(2): same_items(losses(pred, targ), torch.stack([copy.deepcopy(before)(pred[i:i+1], targ[i:i+1]).detach() for i in range(6)]))
+    losses.check(None, pred, targ, weighting=True)
+    assert_close(losses.weighted(torch.ones(6), pred, targ), copy.deepcopy(before)(pred, targ))
+    inner,old = getattr(loss_func, 'func', loss_func),getattr(before, 'func', before)
+    assert torch.equal(inner.centre, old.centre) and inner.seen == old.seen
+
+def test_item_losses_draw_no_random_numbers():
+    def noisy(pred, targ): return F.cross_entropy(F.dropout(pred, 0.5), targ)
+    losses,state = ItemLosses(noisy),torch.get_rng_state()
+    pred,targ = classes(6)
+    state = torch.get_rng_state()
+    losses(pred, targ), losses.check(None, pred, targ)
+    assert torch.equal(state, torch.get_rng_state())
+
 def test_structures_one_by_one():
     "Several targets, a dict of them, and tensors without a batch dimension"
     def loss_func(output, boxes, labels):

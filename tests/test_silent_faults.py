@@ -590,6 +590,32 @@ def test_series_of_any_index_are_taken_by_position():
     assert 0 < learn.selection.ledger.high.item() < 1
 
 
+# 19. Lists of items, classes that are none
+
+class OfList(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+    def forward(self, images): return torch.stack([self.head(self.conv(o[None]).mean((2, 3)))[0] for o in images])
+
+def listed(items): return [o[0] for o in items], torch.stack([o[1] for o in items])
+
+@pytest.mark.parametrize('bs', [3, 4, 8]) # as many as there are channels, and others
+@methods({k: METHODS[k] for k in ('top', 'filter', 'rho', 'stale', 'backprop', 'queue', 'importance')})
+def test_lists_of_items_are_named(method, bs):
+    data = [(torch.rand(3, 8, 8 + i % 3), torch.tensor(i % 3)) for i in range(N)]
+    learn = learner(DataLoaders(*[DataLoader(data, bs=bs, create_batch=listed) for _ in range(2)]), OfList())
+    method(learn)
+    refused(learn, 'list of|in a batch of|tensors only')
+
+@pytest.mark.parametrize('none', [-1, 255])
+def test_gradients_of_classes_that_are_none(none):
+    "A loss of one's own knows which it leaves out; index errors, or wrong memory on a device, come of gathering them"
+    def own(pred, targ): counted = (targ >= 0) & (targ < 3); return (F.cross_entropy(pred, targ.where(counted, 0), reduction='none')*counted).sum()/counted.sum()
+    def targets(x, y): return y.where(x[:, 0] > -0.5, none)
+    data = Toy(targets=targets)
+    fit(learn := learner(loaders(train=data, valid=Toy(24, 1, targets)), loss_func=own).select('gradient_norm', 'top', frac=0.25), 2)
+    assert learn.selection.selected.sum() > 0 and not learn.selection.selected[data.y == none].any()
+
+
 # More of each kind, as a reader who wants to break it would try them
 
 class Within(Callback):
