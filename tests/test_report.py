@@ -3,6 +3,8 @@ import pytest
 import torch
 from numbered_rows import N, fit, learner, loaders
 
+from rholoss_fastai.all import IrreducibleLosses
+
 KNOBS = ('staleness', 'scale_factor', 'compile')
 
 
@@ -36,7 +38,6 @@ def test_the_seconds_of_a_selector_are_those_of_its_ledger():
 
 
 def test_the_quality_of_the_irreducible_losses_is_told_where_it_is_known():
-    from rholoss_fastai.all import IrreducibleLosses
     learn = learner(loaders())
     il = IrreducibleLosses.of(torch.rand(N), learn.dls.train, accuracy=0.81, chance=0.34, seconds=2.5)
     report = fit(learn.rho_loss(il, frac=0.25), 1).selection.report()
