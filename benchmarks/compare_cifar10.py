@@ -1,12 +1,14 @@
-"""The tables of the documentation: every method at equal cost, on CIFAR-10 with wrong labels or clean, from scratch or on a pretrained body.
+"""The tables of the documentation: every method at equal cost, on CIFAR-10 with wrong labels or clean, from scratch or
+on a pretrained body.
 
 python benchmarks/compare_cifar10.py --path <folder> --noise 0.2 --arch small_cnn
 python benchmarks/compare_cifar10.py --path <folder> --noise 0 --arch small_cnn
 python benchmarks/compare_cifar10.py --path <folder> --noise 0.3 --arch efficientnet
 python benchmarks/compare_cifar10.py --path <folder> --noise 0.2 --confusion --size 16
 
-One command makes one table: all training rows (or `--rows` of them), the learning rate fully decayed within the budget, irreducible losses billed, prices
-measured on this machine beforehand. Each run is kept in a file of `--folder`; all of them end up in `benchmarks/results/compare_<arch>_noise<share>.json`.
+One command makes one table: all training rows (or `--rows` of them), the learning rate fully decayed within the budget,
+irreducible losses billed, prices measured on this machine beforehand. Each run is kept in a file of `--folder`; all of
+them end up in `benchmarks/results/compare_<arch>_noise<share>.json`.
 """
 import sys
 from pathlib import Path
@@ -58,7 +60,7 @@ def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/
     arch:str='small_cnn', # small_cnn or resnet18, from scratch; efficientnet, a pretrained body at 64 pixels
     noise:float=0.2, # Share of the training labels redrawn; the test set stays clean
-    confusion:store_true=False, # Redraw them as the class that each is taken for, in place of uniformly over all classes?
+    confusion:store_true=False, # Redraw them as the class that each is taken for, not uniformly?
     size:int=None, # Height and width of the images; default by arch
     methods:str=METHODS, # Beside plain training, separated by spaces; settings after a colon, as in rho_loss:frac=0.5
     seeds:str='0,1,2', # Seeds of weights and batches

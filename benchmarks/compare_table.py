@@ -1,8 +1,10 @@
-"""A table with wrong labels: UCI's kin8nm, naval or power, of which side of the median a row lies, by fastai's tabular model.
+"""A table with wrong labels: UCI's kin8nm, naval or power, of which side of the median a row lies, by fastai's tabular
+model.
 
 python benchmarks/compare_table.py --path <uci_regression.npz> --data kin8nm --noise 0.2
 
-Every fifth row is kept for the test, whose labels stay right. Everything is billed; each run is kept in a file of `--folder`.
+Every fifth row is kept for the test, whose labels stay right. Everything is billed; each run is kept in a file of
+`--folder`.
 """
 import sys
 from pathlib import Path

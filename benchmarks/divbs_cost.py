@@ -1,5 +1,5 @@
-"""What DivBS adds to a training step of a ResNet-18: products of last-layer gradients and the recursion, beside the step. Medians of process
-seconds on the CPU (of seconds on a GPU), taken in alternation.
+"""What DivBS adds to a training step of a ResNet-18: products of last-layer gradients and the recursion, beside the
+step. Medians of process seconds on the CPU (of seconds on a GPU), taken in alternation.
 
 python benchmarks/divbs_cost.py --out benchmarks/results/divbs_cost.json
 """

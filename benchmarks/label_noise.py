@@ -1,5 +1,6 @@
-"""How many labels of CIFAR-10 are wrong, and which: `label_noise` on a pretrained body's features and on random patches, beside cleanlab on the same
-held-out probabilities and beside cleanlab's usual route, a logistic regression cross-validated five times.
+"""How many labels of CIFAR-10 are wrong, and which: `label_noise` on a pretrained body's features and on random
+patches, beside cleanlab on the same held-out probabilities and beside cleanlab's usual route, a logistic regression
+cross-validated five times.
 
     python benchmarks/label_noise.py --path cifar10 --out benchmarks/results/label_noise.json
 

@@ -1,4 +1,5 @@
-"""What one-pass tuning costs in time (on a CPU processor seconds) and memory, against plain fastai training in the same process, in alternation.
+"""What one-pass tuning costs in time (on a CPU processor seconds) and memory, against plain fastai training in the same
+process, in alternation.
 
 python benchmarks/one_pass_cost.py --out benchmarks/results/one_pass_cost.json
 """
@@ -105,7 +106,7 @@ accept_underscores()
 
 @call_parse
 def main(
-    archs:str='mlp,small_cnn,mlp_wide', # Models: mlp, small_cnn, resnet18, mlp_wide (whose memory is weights, not activations)
+    archs:str='mlp,small_cnn,mlp_wide', # mlp, small_cnn, resnet18, mlp_wide (its memory is weights, not activations)
     n_batches:int=20, # Batches of an epoch
     repeats:int=7, # Alternations, each an epoch; the median counts
     out:str=None, # JSON file for the results

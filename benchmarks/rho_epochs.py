@@ -1,18 +1,23 @@
 """What `learn.rho_epochs()` buys a single run at equal cost, everything billed, by the rate fully decayed.
 
-python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --setting scratch --budgets 2000,4000 --seeds 0,1,2
+python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --setting scratch --budgets 2000,4000 \
+    --seeds 0,1,2
 python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --setting finetune --noise 0.3
 python benchmarks/rho_epochs.py --path <folder> --folder runs/rho_epochs --size 16 --budgets 2000 --noise 0.2 --tail 20
 python benchmarks/rho_epochs.py --folder runs/rho_epochs --out benchmarks/results/rho_epochs.json
 
-A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was stopped goes on with the next one.
+A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was
+stopped goes on with the next one.
 
-- `scratch`: 25 000 rows of CIFAR-10, a small CNN, batches of 32, Adam at 1e-3. A budget is so many steps of plain training. A method that pays for
-  irreducible losses takes fewer: those that are left when the seconds they took, measured as they were made, are taken for steps of the same run.
-- `finetune`: EfficientNet-Lite0 with ImageNet's weights, 6 000 rows at 64 pixels, four epochs of one cycle, as a user types it: by the default
-  the probe's cost is counted and taken off the steps. `rho_epochs:epoch="rows"` takes one pass over the chosen rows instead. Tested on 5 000 rows.
+- `scratch`: 25 000 rows of CIFAR-10, a small CNN, batches of 32, Adam at 1e-3. A budget is so many steps of plain
+  training. A method that pays for irreducible losses takes fewer: those that are left when the seconds they took,
+  measured as they were made, are taken for steps of the same run.
+- `finetune`: EfficientNet-Lite0 with ImageNet's weights, 6 000 rows at 64 pixels, four epochs of one cycle, as a user
+  types it: by the default the probe's cost is counted and taken off the steps. `rho_epochs:epoch="rows"` takes one pass
+  over the chosen rows instead. Tested on 5 000 rows.
 
-Seconds are the processor's, which other work on the machine disturbs less than the clock's; both are kept. Evaluations are left out.
+Seconds are the processor's, which other work on the machine disturbs less than the clock's; both are kept. Evaluations
+are left out.
 """
 import json
 import math
@@ -44,7 +49,7 @@ SETTINGS = dict(scratch=dict(rows=25_000, size=32, lr=1e-3, bs=32, noise=0.2, bu
 
 
 class Budget(Callback):
-    "Ends the fit after so many steps, by which the rate is scheduled, less those that were spent on irreducible losses; no validation"
+    "Ends the fit after so many steps, by which the rate is scheduled, less those of irreducible losses; no validation"
     order = -6 # before what chooses rows
     def __init__(self, n_steps): self.n_steps,self.step,self.billed,self.began = n_steps,0,0.,None
 
@@ -158,7 +163,7 @@ def main(
     folder:str='runs/rho_epochs', # A file for each run
     setting:str='scratch', # scratch or finetune
     noise:float=None, # Share of the training labels redrawn; default 0.2 and 0.3
-    confusion:store_true=False, # Redraw them as the class that each is taken for, in place of uniformly over all classes?
+    confusion:store_true=False, # Redraw them as the class that each is taken for, not uniformly?
     tail:float=1., # The rarest class has so many times fewer rows than the first
     size:int=None, # Height and width of the images; default the setting's own
     budgets:str=None, # scratch: plain steps, several with commas; finetune: epochs

@@ -2,9 +2,10 @@
 
 python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
-The parts: `order`, noting the order of an epoch, which fastai's loader has drawn; `rows`, the rows of a batch; `lookup`, their irreducible losses;
-`ledger`, counting a batch in the record; `epoch`, opening and closing an epoch's line in it. A batch's bookkeeping is the sum, with its share of
-what is done once an epoch. Seconds are the processor's, on CUDA the clock's.
+The parts: `order`, noting the order of an epoch, which fastai's loader has drawn; `rows`, the rows of a batch;
+`lookup`, their irreducible losses; `ledger`, counting a batch in the record; `epoch`, opening and closing an epoch's
+line in it. A batch's bookkeeping is the sum, with its share of what is done once an epoch. Seconds are the processor's,
+on CUDA the clock's.
 """
 import json
 import sys

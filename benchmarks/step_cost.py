@@ -1,20 +1,23 @@
-"""What selection costs in a training step, and against what: taken in one process, in alternation, in milliseconds and megabytes.
+"""What selection costs in a training step, and against what: taken in one process, in alternation, in milliseconds and
+megabytes.
 
 python benchmarks/step_cost.py --out benchmarks/results/step_cost_cpu.json
-python benchmarks/step_cost.py --models resnet18 --methods rho_loss --fracs 0.1 --out benchmarks/results/step_cost_cpu.json
+python benchmarks/step_cost.py --models resnet18 --methods rho_loss --fracs 0.1 \
+    --out benchmarks/results/step_cost_cpu.json
 
-A run adds what its file lacks, so that the whole can be measured in pieces; `--again` measures anew. Every case holds, beside the package's step:
+A run adds what its file lacks, so that the whole can be measured in pieces; `--again` measures anew. Every case holds,
+beside the package's step:
 
-- `limit`: bare PyTorch, one forward without gradients over the candidates, in the package's scoring precision and memory format, and one training
-  step on the selected;
-- `reference`: bare PyTorch, the step as the paper's own code takes it, written here from its description: scored in train mode and float32, with
-  its logging, sorting or drawing in NumPy;
+- `limit`: bare PyTorch, one forward without gradients over the candidates, in the package's scoring precision and
+  memory format, and one training step on the selected;
+- `reference`: bare PyTorch, the step as the paper's own code takes it, written here from its description: scored in
+  train mode and float32, with its logging, sorting or drawing in NumPy;
 - `selected` and `candidates`: bare PyTorch, plain training steps on n_b and on n_B items;
 - `fastai`: fastai's own step on n_b items, which tells its loop's share from the selection's.
 
-On a CPU the ratios are of the processor's seconds, which other work on the machine disturbs less than the clock's; both are kept.
-Memory is the largest amount in use during a step beyond what was in use before it: on CUDA as PyTorch counts it, on Linux the resident memory,
-which holds the libraries' work space too.
+On a CPU the ratios are of the processor's seconds, which other work on the machine disturbs less than the clock's; both
+are kept. Memory is the largest amount in use during a step beyond what was in use before it: on CUDA as PyTorch counts
+it, on Linux the resident memory, which holds the libraries' work space too.
 """
 import ctypes
 import json
@@ -96,7 +99,7 @@ def first_items(n): return lambda model, x, y, il, rows: slice(n)
 
 
 def scored_at_the_limit(n, reducible):
-    "The `n` highest losses, or reducible losses, by one forward in eval mode and without gradients, as the package scores"
+    "The `n` highest losses, or reducible losses, by one forward in eval mode without gradients, as the package scores"
     forwards = {}
     def choose(model, x, y, il, rows):
         forward = forwards.setdefault(model, ScoringForward(model, x.device))
@@ -150,7 +153,7 @@ def selective_backprop_reference(n):
 # fastai's loop
 
 class StepTimes(Callback):
-    "Seconds, on the clock and of the processor, of each training step, from before the first event of a batch to after the last; validation is skipped"
+    "Seconds, on the clock and of the processor, of each training step, all events included; validation is skipped"
     order = -99
     def __init__(self, device): self.device,self.seconds = device,[]
     def before_validate(self): raise CancelValidException

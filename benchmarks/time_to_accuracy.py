@@ -1,12 +1,14 @@
-"""What selection buys on the clock: CIFAR-10 with wrong labels, or clean, by a small CNN; even rows train, odd rows are the IL model's.
+"""What selection buys on the clock: CIFAR-10 with wrong labels, or clean, by a small CNN; even rows train, odd rows are
+the IL model's.
 
 python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --folder runs/tta --out runs/tta.json
 python benchmarks/time_to_accuracy.py --path <folder> --noise 0.2 --folder runs/tta-steps --budget steps --fit fit
 
-A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was stopped goes on with the next one.
-By default the learning rate is fully decayed within each budget, which is what the same seconds buy (`--budget seconds`), and what steps cost is measured
-beforehand; with `--budget steps --fit fit` all take as many steps at a constant rate. Seconds are the processor's, evaluations are left out, and so are
-irreducible losses by a holdout model unless `--bill whole` or `share`: the table has both.
+A run is a method and its settings, `method:name=value,name=value`, and is kept in a file of its own, so a job that was
+stopped goes on with the next one. By default the learning rate is fully decayed within each budget, which is what the
+same seconds buy (`--budget seconds`), and what steps cost is measured beforehand; with `--budget steps --fit fit` all
+take as many steps at a constant rate. Seconds are the processor's, evaluations are left out, and so are irreducible
+losses by a holdout model unless `--bill whole` or `share`: the table has both.
 """
 import sys
 from pathlib import Path

@@ -1,9 +1,11 @@
-"""Selection of tokens on a small causal language model: SST-2 sentences of which some tokens were replaced at random, plain training and the better tokens.
+"""Selection of tokens on a small causal language model: SST-2 sentences of which some tokens were replaced at random,
+plain training and the better tokens.
 
 python benchmarks/tokens_sst2.py --path <folder> --out benchmarks/results/tokens_sst2.json
 
-The folder holds `sst2_train.tsv`, `sst2_dev.tsv` and `sst2_test.tsv` (github.com/clairett/pytorch-sentiment-classification). The reference reads the
-test split and the first sentences of the training split as they are, the models the other ones with errors; perplexity is that of the dev split as it is.
+The folder holds `sst2_train.tsv`, `sst2_dev.tsv` and `sst2_test.tsv`
+(github.com/clairett/pytorch-sentiment-classification). The reference reads the test split and the first sentences of
+the training split as they are, the models the other ones with errors; perplexity is that of the dev split as it is.
 """
 import csv
 import json

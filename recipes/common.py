@@ -95,7 +95,7 @@ def read_value(text):
 
 
 def read_method(run):
-    "A method of `compare` out of its name and settings, `name:setting=value,setting=value`; the name is one of the Learner's own methods then"
+    "A method of `compare` out of `name:setting=value,setting=value`; the name is one of the Learner's methods then"
     name,_,options = run.partition(':')
     settings = dict((k, read_value(v)) for k,v in (o.split('=') for o in options.split(',') if o))
     if not settings: return name

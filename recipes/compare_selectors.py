@@ -1,12 +1,15 @@
-"""Every selector that the RHO-LOSS paper compares, on CIFAR-10: one command, one table, one figure. It can be stopped and goes on where it was.
+"""Every selector that the RHO-LOSS paper compares, on CIFAR-10: one command, one table, one figure. It can be stopped
+and goes on where it was.
 
 python recipes/compare_selectors.py --path <folder> --noise 0.2 --folder runs/selectors-noisy
 python recipes/compare_selectors.py --path <folder> --noise 0 --folder runs/selectors-clean
-python recipes/compare_selectors.py --path <folder> --noise 0.2 --folder runs/paper --arch resnet18 --frac 0.1 --epochs 20 --seeds 0,1,2
+python recipes/compare_selectors.py --path <folder> --noise 0.2 --folder runs/paper --arch resnet18 --frac 0.1 \
+    --epochs 20 --seeds 0,1,2
 
-Even rows train, odd rows are the holdout that the irreducible losses come from. The last line is the paper's setting, for a GPU. All take as many steps, at a
-constant rate, as the paper compares them; the seconds say what that leaves out. Scores that need MC dropout cost ten forward passes more. All models have
-dropout, so that all have one plain run to be compared with.
+Even rows train, odd rows are the holdout that the irreducible losses come from. The last line is the paper's setting,
+for a GPU. All take as many steps, at a constant rate, as the paper compares them; the seconds say what that leaves out.
+Scores that need MC dropout cost ten forward passes more. All models have dropout, so that all have one plain run to be
+compared with.
 """
 from functools import partial
 
@@ -77,7 +80,7 @@ def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/; default: fastai's URLs.CIFAR
     folder:str='runs/selectors', # Folder of the runs; those that are there are not run again
     selectors:str='all', # all, main, or names separated by commas
-    noise:float=0.2, # Share of the training and holdout labels redrawn uniformly over all classes; the test set stays clean
+    noise:float=0.2, # Share of the training and holdout labels redrawn uniformly; the test set stays clean
     frac:float=0.25, # Selected share of each candidate batch
     bs:int=32, # Items trained on in each step, n_b
     epochs:int=2, # Training steps, in epochs of plain training

@@ -1,8 +1,10 @@
-"""Image classification from a learning rate far too small or too large: what `learn.one_pass()` makes of it, against the rate as it is.
+"""Image classification from a learning rate far too small or too large: what `learn.one_pass()` makes of it, against
+the rate as it is.
 
 python recipes/image_one_pass.py --path <folder of CIFAR-10> --method one_pass --lr 1e-5 --out runs/one_pass-1e-5
 python recipes/image_one_pass.py --path <folder of CIFAR-10> --method constant --lr 0.03 --out runs/constant-0.03
-python recipes/image_one_pass.py --method one_pass --lr 1e-5     (FashionMNIST by torchvision, with the MLP of Clarke et al. 2022)
+python recipes/image_one_pass.py --method one_pass \
+    --lr 1e-5     (FashionMNIST by torchvision, with the MLP of Clarke et al. 2022)
 """
 import json
 from functools import partial

@@ -3,18 +3,25 @@
 python recipes/just_train_twice.py --path <folder> --seeds 0,1,2 --out runs/framed
 python recipes/just_train_twice.py --preset waterbirds --path <folder> --out runs/waterbirds
 
-Without a preset, two classes of the CIFAR-10 in the folder, in a coloured frame that agrees with the class in most training rows and in half of the others.
-With one, a folder with a metadata file: a row an image or a text, with the class, the columns whose crossing is its group, and the split (0 or train,
-1 or val, 2 or test). Any other data set: --metadata and the names of its columns. Images begin from a pretrained ResNet, texts from BERT (needs
-pip install transformers); with --no_pretrained, a ResNet or a small AWD-LSTM begins from scratch. Each run reports the epoch whose worst group was best on
+Without a preset, two classes of the CIFAR-10 in the folder, in a coloured frame that agrees with the class in most
+training rows and in half of the others. With one, a folder with a metadata file: a row an image or a text, with the
+class, the columns whose crossing is its group, and the split (0 or train, 1 or val, 2 or test). Any other data set:
+--metadata and the names of its columns. Images begin from a pretrained ResNet, texts from BERT (needs
+pip install transformers); with \
+    --no_pretrained, a ResNet or a small AWD-LSTM begins from scratch. Each run reports the epoch whose worst group was best on
 the validation rows; one that was killed starts anew. What --path must hold, by preset:
 
-waterbirds: the folder waterbird_complete95_forest2water2 (linked to by github.com/kohpangwei/group_DRO), which has metadata.csv and the images
-celeba: list_attr_celeba.csv and list_eval_partition.csv, as Kaggle and WILDS have them, and the folder img_align_celeba, or one of that name in it
-multinli: metadata_random.csv of github.com/kohpangwei/group_DRO, and multinli_1.0_train.jsonl, _dev_matched.jsonl and _dev_mismatched.jsonl of MultiNLI 1.0
-civilcomments: all_data_with_identities.csv of WILDS; the groups are by identity_any, whether any identity is named, not WILDS's 16, which overlap
+waterbirds: the folder waterbird_complete95_forest2water2 (linked to by github.com/kohpangwei/group_DRO), which has
+metadata.csv and the images
+celeba: list_attr_celeba.csv and list_eval_partition.csv, as Kaggle and WILDS have them, and the folder
+img_align_celeba, or one of that name in it
+multinli: metadata_random.csv of github.com/kohpangwei/group_DRO, and multinli_1.0_train.jsonl, _dev_matched.jsonl and
+_dev_mismatched.jsonl of MultiNLI 1.0
+civilcomments: all_data_with_identities.csv of WILDS; the groups are by identity_any, whether any identity is named, not
+WILDS's 16, which overlap
 
-The authors of Just Train Twice trained BERT's first model by SGD; here it is trained as the second is, by AdamW with a learning rate that falls to 0.
+The authors of Just Train Twice trained BERT's first model by SGD; here it is trained as the second is, by AdamW with a
+learning rate that falls to 0.
 """
 import json
 import time
@@ -155,7 +162,7 @@ def read_table(path, options):
     if missing():
         raise SystemExit(f"{file} has no column {', '.join(missing())}; it has {', '.join(map(str, table.columns))}. "
                          "Name its columns by --target, --group, --split and --file or --text.")
-    def plain(o): return ((o >= 0.5) if o.dtype.kind == 'f' and o.nunique() > 2 else o).astype(str) # WILDS has shares of raters
+    def plain(o): return ((o >= 0.5) if o.dtype.kind == 'f' and o.nunique() > 2 else o).astype(str) # WILDS: shares
     res = pd.DataFrame(dict(target=plain(table[options.target]),
                             split=[int(SPLITS.get(o, o)) for o in table[options.split]]))
     res['group'] = pd.concat([plain(table[o]) for o in columns['group']], axis=1).agg(', '.join, axis=1)
@@ -170,7 +177,7 @@ def read_table(path, options):
 
 
 def bert_data(seen, test, paired, max_length, bs, lr, wd, device):
-    "Loaders of training and validation texts, one of test texts, and a function that makes a Learner which fine-tunes BERT as Group DRO's code does"
+    "Loaders of texts, one of test texts, and a function that makes a Learner of BERT, fine-tuned as by Group DRO's code"
     try: from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as e:
         raise SystemExit(f"Texts begin from {BERT} ({e}): pip install transformers, or choose --no_pretrained.") from e
@@ -296,15 +303,15 @@ def main(
     methods:str='erm,jtt,group_dro', # Of erm, jtt, group_dro
     seeds:str='0', # Seeds of weights and batches
     epochs:int=None, # Epochs; default 8, or the preset's
-    epochs_id:str=None, # T: epochs of Just Train Twice's first model. Several: tuned on the validation rows, with `upweight`. Default 1, or the preset's
+    epochs_id:str=None, # T: epochs of the first model. Several: tuned, with `upweight`. Default 1, or the preset's
     upweight:str=None, # Lambda_up, one or several. Default 20, or the preset's
     by:str='sampling', # Upweight by sampling or by loss
     eta:float=0.01, # Group DRO's step size
     adjustment:float=0., # Group DRO's generalisation adjustment
     bs:int=None, # Batch size; default 64, or the preset's
-    lr:float=None, # Learning rate, constant but for BERT's; default 1e-3, BERT's 2e-5, or the preset's, which of texts is BERT's only
+    lr:float=None, # Learning rate, constant but for BERT's; default 1e-3, BERT's 2e-5, or the preset's
     wd:float=None, # Weight decay; default 0.01, or the preset's
-    arch:str=None, # small_cnn or resnet18 for framed CIFAR-10, default small_cnn; a torchvision ResNet for other images, default resnet50
+    arch:str=None, # Framed CIFAR-10: small_cnn or resnet18; other images: a torchvision ResNet, default resnet50
     classes:str='automobile,truck', # Framed CIFAR-10's two classes
     rows:int=0, # Framed CIFAR-10: use so many training rows; 0: all but a sixth, which validates
     agree:float=0.95, # Framed CIFAR-10: share of the training rows in which class and frame agree

@@ -1,8 +1,10 @@
 """Training on less of CIFAR-10: pruned by score, or anew each epoch; a comparison that was killed goes on where it was.
 
-python recipes/prune.py --path <folder> --methods el2n,forgetting,stratified,random --keep 0.7,0.5,0.3,0.1 --folder runs/static
+python recipes/prune.py --path <folder> --methods el2n,forgetting,stratified,random --keep 0.7,0.5,0.3,0.1 \
+    --folder runs/static
 python recipes/prune.py --path <folder> --methods infobatch,rs2 --seeds 0,1,2 --epochs 20 --folder runs/dynamic
-python recipes/prune.py --path <folder> --methods random,el2n,el2n_il,reducible --keep 0.5 --noise 0.2 --folder runs/noise
+python recipes/prune.py --path <folder> --methods random,el2n,el2n_il,reducible --keep 0.5 --noise 0.2 \
+    --folder runs/noise
 """
 from functools import partial
 from pathlib import Path
@@ -52,7 +54,7 @@ class Scores:
 
 
 def pruned(method, keep, scores, per_class, offset, seed):
-    "A method of `compare` that trains on a part of the rows for good; what the scores cost is in their files, not in the bill"
+    "A method of `compare` that trains on a part of the rows for good; what the scores cost isn't in the bill"
     name,how = PRUNING[method]
     def put_in(learn):
         il = dict(il=scores.il, offset=offset) if method == 'el2n_il' else {}
@@ -66,12 +68,12 @@ accept_underscores()
 @call_parse
 def main(
     path:str=None, # Folder with train/<class>/ and test/<class>/; default: fastai's URLs.CIFAR
-    methods:str='el2n,forgetting,stratified,random', # Of random, el2n, el2n_il (without what irreducible losses call noise), stratified, forgetting,
-                                                     # reducible; or epoch by epoch: infobatch, rs2, seta, ies, rho_epochs
+    methods:str='el2n,forgetting,stratified,random', # Of random, el2n, el2n_il (without noise), stratified, forgetting,
+                                                     # reducible; or by epoch: infobatch, rs2, seta, ies, rho_epochs
     keep:str='0.7,0.5,0.3,0.1', # Kept shares
     per_class:bool=False, # Keep the same share of each class?
     seeds:str='0', # Seeds of weights and batches
-    epochs:float=6, # Epochs of training on everything, with a one-cycle schedule; all take as many steps, as in Data Diet, or cost as much
+    epochs:float=6, # Epochs of training on everything, in one cycle; all take as many steps, or cost as much
     budget:str='steps', # What is equal: steps, cost or seconds
     rows:int=0, # Use so many training rows, evenly spaced; 0: all
     noise:float=0., # Share of the training labels redrawn uniformly over all classes

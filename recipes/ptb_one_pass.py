@@ -1,9 +1,11 @@
-"""A language model on Penn Treebank from any learning rate, weight decay and momentum, which `learn.one_pass()` tunes on the validation text.
+"""A language model on Penn Treebank from any learning rate, weight decay and momentum, which `learn.one_pass()` tunes
+on the validation text.
 
-python recipes/ptb_one_pass.py --path <folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt> --method one_pass --lr 0.01 --out runs/ptb
+python recipes/ptb_one_pass.py --path <folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt> --method one_pass \
+    --lr 0.01 --out runs/ptb
 
-Clarke et al. (2022) train two layers of 650 units on 40 parallel sequences of 70 words for 72 epochs, gradients clipped to a norm of 0.25:
---hidden 650 --layers 2 --bs 40 --seq_len 70 --epochs 72. The defaults are smaller.
+Clarke et al. (2022) train two layers of 650 units on 40 parallel sequences of 70 words for 72 epochs, gradients clipped
+to a norm of 0.25: --hidden 650 --layers 2 --bs 40 --seq_len 70 --epochs 72. The defaults are smaller.
 """
 import json
 import math
@@ -41,7 +43,7 @@ def read_text(folder):
 
 
 class TextBatches:
-    "`bs` sequences side by side, `seq_len` words of each at a time, and the words that follow: batch after batch goes on where the last one ended"
+    "`bs` sequences side by side, `seq_len` words of each at a time, and the words that follow: batches go on in turn"
     def __init__(self, text, bs, seq_len):
         self.text, self.seq_len = text[:len(text)//bs*bs].view(bs, -1), seq_len
         if self.text.shape[1] < 2:

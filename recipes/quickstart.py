@@ -1,4 +1,5 @@
-"""RHO-LOSS against plain training on scikit-learn's embedded digits, part of whose labels are flipped, in equal seconds: a minute on two cores.
+"""RHO-LOSS against plain training on scikit-learn's embedded digits, part of whose labels are flipped, in equal
+seconds: a minute on two cores.
 
 python recipes/quickstart.py
 """

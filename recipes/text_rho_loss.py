@@ -1,11 +1,14 @@
-"""RHO-LOSS on sentences: CoLA (is it grammatical?) and SST-2 (is it favourable?), by a fastai text Learner or a Hugging Face classifier.
+"""RHO-LOSS on sentences: CoLA (is it grammatical?) and SST-2 (is it favourable?), by a fastai text Learner or a Hugging
+Face classifier.
 
 python recipes/text_rho_loss.py --data sst2 --path <folder> --noise 0.2 --folder runs/sst2
-python recipes/text_rho_loss.py --data cola --path <folder> --methods rho_loss:frac=0.1 --budget steps --fit fit --metric matthews_corrcoef
+python recipes/text_rho_loss.py --data cola --path <folder> --methods rho_loss:frac=0.1 --budget steps --fit fit \
+    --metric matthews_corrcoef
 
-The folder holds `cola_train.tsv` and `cola_dev.tsv` with the columns source, label, mark and sentence (github.com/nyu-mll/CoLA-baselines), or
-`sst2_train.tsv` and `sst2_dev.tsv` with the columns sentence and label (github.com/clairett/pytorch-sentiment-classification), without headings.
-Evaluated on dev. With `--pretrained`, AWD-LSTM's or ALBERT's weights are downloaded and fine-tuned; without, a small model starts from scratch.
+The folder holds `cola_train.tsv` and `cola_dev.tsv` with the columns source, label, mark and sentence
+(github.com/nyu-mll/CoLA-baselines), or `sst2_train.tsv` and `sst2_dev.tsv` with the columns sentence and label
+(github.com/clairett/pytorch-sentiment-classification), without headings. Evaluated on dev. With `--pretrained`,
+AWD-LSTM's or ALBERT's weights are downloaded and fine-tuned; without, a small model starts from scratch.
 """
 import csv
 from functools import partial
@@ -117,7 +120,7 @@ def main(
     data:str='cola', # cola or sst2
     model:str='fastai', # fastai (AWD-LSTM) or hf (ALBERT)
     pretrained:store_true=False, # Download pretrained weights and fine-tune them?
-    methods:str='random rho_loss:frac=0.1', # Methods beside plain training, separated by spaces, as `compare` names them; settings after a colon
+    methods:str='random rho_loss:frac=0.1', # Methods of `compare` beside plain training, separated by spaces; settings after a colon
     metric:str='accuracy', # accuracy or matthews_corrcoef, CoLA's own
     noise:float=0., # Share of the training labels redrawn; dev stays clean
     bs:int=32, # Items trained on in each step, n_b

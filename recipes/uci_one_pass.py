@@ -1,11 +1,14 @@
 """UCI regression from random learning rates, weight decays and momenta: what one run makes of them, by method.
 
-python recipes/uci_one_pass.py --path <uci_regression.npz> --data energy --method one_pass_all --starts 30 --out runs/uci
-python recipes/uci_one_pass.py --path <uci_regression.npz> --data energy --method asha --out runs/uci     (needs pip install ".[tune]")
+python recipes/uci_one_pass.py --path <uci_regression.npz> --data energy --method one_pass_all --starts 30 \
+    --out runs/uci
+python recipes/uci_one_pass.py --path <uci_regression.npz> --data energy --method asha \
+    --out runs/uci     (needs pip install ".[tune]")
 python recipes/uci_one_pass.py --out runs/uci     (the table of all runs in that folder)
 
-The settings are those of Clarke et al. (2022): an MLP with 50 hidden units, 4000 full-batch steps of SGD with momentum and L2 weight decay, starts
-lr 10^U(-6,-1), wd 10^U(-7,-2), momentum U(0,1). A run that ends with NaN is left out of mean, median and best, and counted.
+The settings are those of Clarke et al. (2022): an MLP with 50 hidden units, 4000 full-batch steps of SGD with momentum
+and L2 weight decay, starts lr 10^U(-6,-1), wd 10^U(-7,-2), momentum U(0,1). A run that ends with NaN is left out of
+mean, median and best, and counted.
 """
 import json
 import math
@@ -41,7 +44,7 @@ PAPER = dict( # mean, median and best of 200 starts, table 1 of the paper (Kin8n
 
 
 class Regression:
-    "Rows of one data set, normalised: train, valid and test are pairs `x (n, d)`, `y (n, 1)`; `unit` turns a squared error into the original's"
+    "Rows of one data set, normalised: pairs `x (n, d)`, `y (n, 1)`; `unit` turns a squared error into the original's"
     def __init__(self, path, name):
         with np.load(path) as arrays: x, y = (torch.from_numpy(arrays[f'{name}_{o}']).float() for o in 'xy')
         n_test, n_valid = len(x)//10, N_VALID.get(name, len(x)//10)
@@ -98,7 +101,7 @@ class Loops:
         for _ in range(steps): self.step(data.all)
 
     def baydin(self, data, steps, hyper_lr=1e-3):
-        "Hypergradient descent (Baydin et al. 2018) as the paper runs it: log10 lr goes up by the product of two gradients that follow one another"
+        "Hypergradient descent (Baydin et al. 2018) as the paper runs it: log10 lr rises by the product of two gradients"
         last = None
         for _ in range(steps):
             grads = self.step(data.all)
@@ -191,7 +194,7 @@ def bounded(config):
 
 
 def run_ray(method, data, n_trials, steps, seed=0):
-    "Test error of the trial with the lowest validation error among `n_trials`, by Bayesian optimisation, ASHA or population-based training"
+    "Test error of the best of `n_trials` by validation, by Bayesian optimisation, ASHA or population-based training"
     try:
         import ray
         from ray import tune
@@ -268,7 +271,7 @@ accept_underscores()
 def main(
     path:str=None, # File uci_regression.npz; None: only print the table of `out`
     data:str='energy', # energy, kin8nm, power, or another data set of the file
-    method:str='one_pass_all', # random, baydin, diff_through_opt, lorraine (wd), one_pass (wd, lr), one_pass_all (wd, lr, mom), bayesopt, asha, pbt
+    method:str='one_pass_all', # random, baydin, diff_through_opt, lorraine, one_pass, one_pass_all, bayesopt, asha, pbt
     starts:int=30, # Random starts, or trials of Ray Tune
     steps:int=4000, # Full-batch steps
     seed:int=0, # Of the starts

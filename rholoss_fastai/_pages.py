@@ -33,7 +33,7 @@ def comparison_rows(
 )->list: # A dict per method, of text; the best first
     "A comparison as a reader wants it: what came of it, against plain training, at what cost"
     table,metric,res = result.table,result.metric,[]
-    share = table[metric].between(0, 1).all() and result.greater # accuracy and the like are spoken of in per cent and points
+    share = table[metric].between(0, 1).all() and result.greater # accuracy and the like: in per cent and points
     def number(o, form='.3g'): return f'{o:.1%}' if share else format(o, form)
     def difference(o): return f'{100*o:+.1f}'.replace('-0.0', '0.0') if share else f'{o:+.3g}'
     for method,row in table.sort_values(metric, ascending=not result.greater).iterrows():

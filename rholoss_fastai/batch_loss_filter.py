@@ -76,11 +76,11 @@ class BatchLossFilter(BatchSelector):
 
     @delegates(selector_parts, but=['epoch'])
     def __init__(self,
-        min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1 keeps every item whose loss isn't 0
+        min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1: all but 0
         min_sample_perc:float=0., # Share of the items to keep at least, in [0, 1], or a schedule
         multiple_of:int=1, # Round the number of items up to a multiple of this, as tensor cores like: 8
         keep_easiest:float=0., # Share of the items to keep from the other end, the easiest, in [0, 1], or a schedule
-        scale_lr:str=None, # Let the learning rate follow n_b / n_B: 'linear', or 'sqrt' for its square root; None: leave it alone
+        scale_lr:str=None, # Let the learning rate follow n_b / n_B: 'linear', or 'sqrt', its root; None: don't
         score:str|Callable=None, # How much an item is wanted; default its loss, or with `il` what is reducible of it
         warmup_epochs:int=1, # Epochs, counted over the Learner's life, before selection begins
         **kwargs
@@ -94,7 +94,7 @@ class BatchLossFilter(BatchSelector):
 @patch
 @delegates(BatchLossFilter.__init__)
 def batch_loss_filter(self:Learner,
-    min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1 keeps every item whose loss isn't 0
+    min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1: all but 0
     min_sample_perc:float=0., # Share of the items to keep at least, in [0, 1], or a schedule
     **kwargs
 )->Learner: # The Learner

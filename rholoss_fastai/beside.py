@@ -1,4 +1,4 @@
-"""Small callbacks that come and go with a selector: named subsets, falling back, training another model on what is selected
+"""Small callbacks beside a selector: named subsets, falling back, training another model on what is selected
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/beside.html.md"""
 
@@ -80,7 +80,7 @@ class FallBack(FitCallback):
                           "see learn.selection.report().")
 
     def _no_longer_pays(self, selector, record):
-        "By counts and scores: were the selected worth fewer plain items than a step costs plain steps, in each of the last epochs, and ever so?"
+        "By counts and scores: was what is selected worth less than its step costs, in each of the last epochs?"
         if selector.epochs_selected < PATIENCE: return False
         lines = record.lines[-PATIENCE:]
         worth = [line['score_share']/line['selected'] if line['forward'] == 'twice' else math.nan for line in lines]
@@ -92,7 +92,7 @@ class TrainBeside(FitCallback):
     "Trains another Learner's model on what the selector delivers, step by step"
     order = -4 # after the selector, before MixUp and CutMix
     def __init__(self,
-        companion:Callable, # Function of the target that returns the Learner whose model, loss function and optimiser are used, or None
+        companion:Callable, # Function of the target: the Learner whose model, loss and optimiser are used, or None
         lr_share:float=None # Share of the target's learning rate; default the other optimiser's own rate
     ): self.companion,self.lr_share = companion,lr_share
 

@@ -71,7 +71,7 @@ def greater_is_better(
 # %% ../nbs/44_budget.ipynb #56f01965
 def find_metric(
     learn:Learner,
-    metric=None # Name of one of the Learner's metrics, or 'valid_loss'; a function or a `Metric`; None: the Learner's first
+    metric=None # Name of a metric of the Learner, or 'valid_loss'; a function or a `Metric`; None: its first
 )->Metric:
     "The metric that runs are judged by"
     if isinstance(metric, str) and metric == 'valid_loss': return AvgLoss()
@@ -101,7 +101,7 @@ _MANY = 10**6 # epochs: a fit ends by what it spent
 _OF_A_BATCH = ('dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad', 'training')
 
 class _Clocks:
-    "Seconds of the processor and on the clock, and on CUDA the device's in place of the processor's, but for those in which it is paused"
+    "Seconds of the processor, on CUDA of the device, and on the clock, but for those in which it is paused"
     def __init__(self, device): self.device,self.spent,self.running = torch.device(device),np.zeros(2),None
     def _now(self):
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
@@ -148,7 +148,7 @@ def _made_in_fit(learn, prices):
 
 # %% ../nbs/44_budget.ipynb #16d4288c
 class FitMeter(FitCallback):
-    "Counts what fits spend, evaluates on the way, and ends each where plain training for as many epochs would have spent as much"
+    "Counts what fits spend, evaluates on the way, and ends each where plain training would have spent as much"
     order,run_valid = 70,True # after all others
     def __init__(self,
         learn:Learner,
@@ -341,7 +341,7 @@ class _Accumulate(Callback):
 def fit_within(
     learn:Learner,
     n_epoch:float, # The budget: what so many epochs of plain training on `learn.dls.train` spend
-    fit='fit_one_cycle', # Name of a method of the Learner, or a function of it and a number of epochs, which may fit several times
+    fit='fit_one_cycle', # Method of the Learner, or a function of it and of epochs, which may fit several times
     lr:float=None, # Learning rate of a fit by name; default the Learner's, or the method's
     unit:str='cost', # What is equal: 'cost' by counts, 'seconds' (of the processor, on CUDA of the device) or 'steps'
     per_epoch:float=None, # Of that unit in a plain epoch; needed for 'seconds'

@@ -23,9 +23,9 @@ from .scores import FIGURES
 
 # %% ../nbs/09_candidates.ipynb #e0d37c48
 def candidate_input(
-    func:Callable=None, # Function of `Candidates` that returns one value per item; scores and picks ask for it by its name
+    func:Callable=None, # Function of `Candidates`, one value per item; scores and picks ask for it by its name
     own_forward:bool=False, # Does it need a forward of its own, rather than the prediction that training makes?
-    watch:Callable=None # Context of `Candidates` around their scoring forward, which gives a function of each `(pred, yb)` and notes the figure as it ends
+    watch:Callable=None # Context around their scoring forward: gives a function of `(pred, yb)`, and notes it
 )->Callable: # `func`
     "Register a figure: from now on a score or a pick may have a parameter of that name"
     if func is None: return partial(candidate_input, own_forward=own_forward, watch=watch)

@@ -1,4 +1,4 @@
-"""Arguments that are numbers, counts, choices and names: what was given, what was expected; and objects that leave something out of their copies
+"""Arguments: what was given, what was expected; and objects that leave something out of their copies
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/checks.html.md"""
 

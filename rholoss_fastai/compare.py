@@ -215,7 +215,7 @@ def _seeds(seeds):
     return [check_count('seed', int(o), 0) for o in seeds]
 
 def _checked_learner(make_learner, dls, methods, metric):
-    "A Learner as `make_learner` makes them, once it is known that it makes new ones, that a metric is there and that methods by name can be set up"
+    "A Learner of `make_learner`, once it is known to make new ones, with the metric, and that methods can be set up"
     known,first = [],None
     with preserve_rng():
         for label,func in methods.items():
@@ -320,21 +320,21 @@ def compare(
     dls:DataLoaders, # Whose `train` is trained on
     methods=('plain', 'random', 'rho_epochs', 'rho_loss'), # Names in `METHODS`, or pairs (label, function of a Learner)
     n_epoch:float=5, # The budget: what so many epochs of plain training spend, at least one
-    budget:str='cost', # What is equal: 'cost', by counts; 'seconds', of the processor or the device, as measured; or 'steps'
+    budget:str='cost', # What is equal: 'cost', by counts; 'seconds' of processor or device, as measured; or 'steps'
     seeds=3, # A number of seeds, or a list of them
     test_dl=None, # Loader to evaluate on; default the validation set
-    noisy=None, # `(n,)` mask of the training rows whose label is known to be wrong, if any are; default that of `noisy_labels`
+    noisy=None, # `(n,)` mask of the training rows whose label is known to be wrong; default that of `noisy_labels`
     folder=None, # Where each run is kept in a file, so that a call that was interrupted goes on; None: nowhere
-    fit='fit_one_cycle', # 'fit_one_cycle', 'fit_flat_cos', 'fine_tune', 'fit', or a function of a Learner and a number of epochs
+    fit='fit_one_cycle', # 'fit_one_cycle', 'fit_flat_cos', 'fine_tune', 'fit', or a function of a Learner and of epochs
     lr:float=None, # Learning rate; default the Learner's
-    metric=None, # What they are judged by: name of a metric of the Learner, 'valid_loss', or a function; None: the Learner's first
+    metric=None, # What they are judged by: name of a metric, 'valid_loss', or a function; None: the Learner's first
     greater:bool=None, # Is a larger value of the metric a better one? None: by its name
-    il='auto', # Irreducible losses for methods that need them: `IrreducibleLosses`, a file, a function of `make_learner` and `dls`; 'auto': made here
+    il='auto', # Irreducible losses: a table, a file, a function of `make_learner` and `dls`; 'auto': made here
     il_budget:float=0.2, # At most so much of the budget that shares them goes into making them, but an epoch at least
     bill:str='share', # Of what they cost, each run is billed its 'share' among the seeds, the 'whole', or 'none'
-    prices=None, # `Prices` by which cost is counted; 'measure': those of this machine; None: a step is three forward passes, loading is free
+    prices=None, # `Prices` of cost; 'measure': this machine's; None: a step is three forwards, loading is free
     evaluations:int=10, # Of each run, evenly spaced by what is spent; they are not billed
-    executor=None, # Where the runs go, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
+    executor=None, # Where the runs go (`run_tasks`): None: here; a number of processes; an executor; a map
     threads:int=None, # PyTorch's threads for each run
     dry_run:bool=False, # Only say what it will take?
     progress:bool=True # Show a progress bar?

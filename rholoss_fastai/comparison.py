@@ -108,7 +108,7 @@ class Comparison:
         return {o['seed']: o for o in self.runs if o['method'] == method}
 
     @property
-    def table(self)->pd.DataFrame: # Means over seeds; differences and what it took to plain training's final metric are of pairs of the same seed
+    def table(self)->pd.DataFrame: # Means over seeds; differences and costs to plain's metric are of pairs
         "A row for each method"
         return pd.DataFrame([self._row(o) for o in self.methods]).set_index('method')
 
@@ -165,7 +165,8 @@ class Verdict:
         text = (f"`{method}` {'pays' if gain > 0 else 'does not pay'}: it ends {self.amount(row.difference, half)} "
                 f"{where} plain training")
         if gain > 0 and row.cost_to_plain < math.inf: # not NaN
-            text += f", and has its final {self.comparison.metric} at {row.cost_to_plain/self.table.cost.plain:.0%} of its cost"
+            share = row.cost_to_plain/self.table.cost.plain
+            text += f", and has its final {self.comparison.metric} at {share:.0%} of its cost"
         return text + '.'
 
     def head(self):
@@ -269,7 +270,7 @@ def plot(self:Comparison,
     methods=None, # Labels, at most six; default plain training and those that end best
     axs=None # Two matplotlib axes
 ):
-    "The metric against what was made equal, irreducible losses included, and against steps: a line for each method, the mean over its seeds"
+    "The metric against what was made equal, all billed, and against steps: a line per method, the mean over seeds"
     table = self.table
     if methods is None:
         best = table[self.metric].sort_values(ascending=not self.greater).index

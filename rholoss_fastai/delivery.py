@@ -69,7 +69,7 @@ class CarriedState:
     def __init__(self,
         model:nn.Module, # A model that is run in `scoring_mode`
         device:torch.device, # Where it is
-        check:Callable=noop # Raises where rows can't go on from their own state: called once the model is found to carry it
+        check:Callable=noop # Raises where rows can't go on from their own state: called once the model carries any
     ): self.model,self.device,self.check,self.carries,self._all,self._idxs = model,device,check,None,None,None
 
     @property
@@ -225,7 +225,7 @@ class Enlarge(NotSaved):
     "Keep the batch size as n_b and draw candidate batches of n_b/frac"
     _not_saved = dict(stream=None)
     def __init__(self,
-        epoch:str='candidates' # 'candidates': one pass over them; 'steps': as many steps as plain training; 'cost': as many as cost what a plain epoch costs
+        epoch:str='candidates' # One pass over 'candidates', as many 'steps' as plain, or what 'cost' a plain epoch
     ): self.epoch,self.stream = check_choice('epoch', epoch, EPOCHS),None
 
     def check(self, pick):
@@ -281,7 +281,7 @@ def candidate_loader(
     enlarge:Enlarge=None, # None: its own batches are the candidates
     needs_rows:bool=False, # Must it be known which rows a batch holds?
     **kwargs # Of `Enlarge.loader`
-)->tuple: # A row-tracking copy of `source`, None where rows can't be known; n_b and n_B where these are fixed, else None
+)->tuple: # A row-tracking copy of `source`, or None; n_b and n_B where these are fixed, else None
     "The loader of an epoch's candidates"
     try: return enlarge.loader(source, **kwargs) if enlarge else (track_rows(source), None, None)
     except ValueError as e:
@@ -296,5 +296,5 @@ def spread(
     n_b:int, # Items to train on, where that is fixed
     device:torch.device # Where they are
 )->Selection: # None: all
-    "Where nothing is selected from an enlarged batch: `n_b` items spread over it, which a loader may have sorted by length"
+    "Where nothing is selected from an enlarged batch: `n_b` items spread over it, in case it is sorted by length"
     return Selection(torch.arange(n_b, device=device)*n//n_b, None) if n_b and n_b < n else None

@@ -25,7 +25,7 @@ class DivergenceGuard:
         limit:float, # Multiples of the first loss that mean divergence
         reference:list, # First validation and training loss, None where not known yet; updated here
         n_train:int=1, # Training batches whose mean loss is looked at
-        selects:bool=False # Does a selector choose what is trained on? Its training losses are those of hard items, and tell nothing
+        selects:bool=False # Does a selector choose what is trained on? Then training losses are of hard items
     ):
         store_attr()
         self.good,self.first,self.total,self.count,self.rebased,self.whole = None,None,0.,0,False,False
@@ -54,7 +54,7 @@ class DivergenceGuard:
         loss:float, # Of a validation batch
         look:Callable # Function that returns the mean over several
     )->bool:
-        "Is this loss, or the mean training loss of the last 512 items or more, NaN or `limit` times what it was at first? Waits for the device"
+        "Is this loss, or the mean training loss of 512 items, NaN or `limit` times the first? Waits for the device"
         reference = self.reference
         if self.count and not self.rebased: # a fit's first training loss
             reference[1],self.rebased = (max(reference[0], reference[1] or 0.,
@@ -70,7 +70,7 @@ class DivergenceGuard:
 
     @property
     def calm(self)->bool:
-        "What is worse than at first may be on its way to NaN, or dead after a jump that the training losses are yet to tell"
+        "Worse than at first: on its way to NaN, or dead after a jump that the training losses are yet to tell"
         return self.level <= 1 and (self.whole or self.selects)
 
     def remember(self,

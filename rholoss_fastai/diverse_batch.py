@@ -1,4 +1,4 @@
-"""`learn.select(pick='divbs')`: of each batch the items whose gradients, together, stand for those of all (DivBS, Hong et al. 2024)
+"""`learn.select(pick='divbs')`: the items whose gradients together stand for all (DivBS, Hong et al. 2024)
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/diverse_batch.html.md"""
 
@@ -61,7 +61,7 @@ def gram(c):
 def diverse_items(
     gram:Tensor, # `(n, n)`, products of the items' gradients with one another
     size:int, # How many
-    generator:torch.Generator=None # Draws items in proportion to their share in what is left of the sum; None: the largest
+    generator:torch.Generator=None # Draws items by their share in what is left of the sum; None: the largest
 )->Tensor: # `(size,)` long, in the order in which they are taken; items with NaN last
     "Items that together stand for the sum of all gradients (Hong et al. 2024, algorithm 1); no host sync"
     known = gram.diagonal().isfinite()
@@ -85,11 +85,11 @@ def diverse_items(
 
 # %% ../nbs/25_diverse_batch.ipynb #9ec98df5
 class DivBS(Pick):
-    "Items whose last-layer gradients together stand for those of all candidates (Hong et al. 2024); the scores aren't looked at"
+    "Items whose last-layer gradients together stand for all candidates' (Hong et al. 2024), whatever the scores"
     needs = ('gram',)
     def __init__(self,
         frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
-        sample:bool=False, # Draw in proportion to what an item has in common with the sum that is left? False: take the largest
+        sample:bool=False, # Draw by what an item has in common with the sum that is left? False: take the largest
         seed:int=0 # Seed of its own random generator
     ): self.frac,self.sample,self.seed = check_number('frac', frac, open_low=True),sample,seed
 

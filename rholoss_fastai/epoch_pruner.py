@@ -79,7 +79,7 @@ class EpochMemory:
 
 # %% ../nbs/32_epoch_pruner.ipynb #5fadb982
 class Rounds(GetAttr):
-    "A loader whose epochs have a given number of batches, out of rounds that go on across epochs; each is made when the one before is used up"
+    "A loader of so many batches per epoch, out of rounds that go on across epochs; each is made as the last is used up"
     _default = 'loader'
     def __init__(self,
         loader, # Of which there are batches: for what is asked of a loader before the first round
@@ -135,7 +135,7 @@ class EpochPruner(FitCallback):
 
     def __init__(self,
         rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`
-        epoch:str='rows', # One pass over the chosen 'rows'; as many 'steps' as plain training's, over rows chosen anew as often as they are used up; or as many as have its 'cost'
+        epoch:str='rows', # One pass over the chosen 'rows'; as many 'steps' as a plain epoch; or as many as its 'cost'
         refresh:int=None, # At least every so many epochs, one on everything; None: as the rule says
         seed:int=0, # Of its own random generator
         called:str='prune_epochs' # What it is called in messages
@@ -314,7 +314,7 @@ class EpochPruner(FitCallback):
                 self.learn.dl = self.learn.dls.train
         super()._tidy()
 
-    def _figures(self): return dict(selected=self.share) # of the whole training set, of which the rest isn't even loaded
+    def _figures(self): return dict(selected=self.share) # of the whole training set: the rest isn't even loaded
 
 
 # %% ../nbs/32_epoch_pruner.ipynb #8187a22c
@@ -331,12 +331,12 @@ def add_pruner(learn, pruner):
 # %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
 def prune_epochs(self:Learner,
-    rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`; a number is InfoBatch's `ratio`
+    rule='infobatch', # Name in `EPOCH_RULES`, rule, function of `(remembered, epoch, generator)`, or InfoBatch's `ratio`
     *args, # Settings of the rule, in its order
-    epoch:str='rows', # An epoch is one pass over the chosen 'rows', as many 'steps' as one of plain training, or as many as have the same 'cost'
+    epoch:str='rows', # An epoch: one pass over the chosen 'rows', as many 'steps' as plain, or of the same 'cost'
     refresh:int=None, # At least every so many epochs, one on everything; None: as the rule says
     seed:int=0, # Of what is drawn at random
-    **kwargs # Settings of the rule by name, such as `ratio`, `delta`, `score` and `il` of 'infobatch', `keep` of 'random'
+    **kwargs # Settings of the rule, such as `ratio`, `delta`, `score`, `il` of 'infobatch', `keep` of 'random'
 )->Learner: # The Learner
     "Train each epoch on the rows that a rule chooses; `learn.no_pruning()` undoes it"
     if isinstance(rule, Real): rule,args = 'infobatch',(rule, *args)
@@ -347,7 +347,7 @@ def prune_epochs(self:Learner,
 
 @patch
 def no_pruning(self:Learner)->Learner: # The Learner
-    "Train every epoch on everything again; what was recorded can still be read in `learn.selection`, but isn't exported"
+    "Train every epoch on everything again; `learn.selection` can still be read, but isn't exported"
     pruners = [cb for cb in self.cbs if isinstance(cb, EpochPruner)]
     for cb in pruners: set_record_aside(self, cb.record)
     return self.remove_cbs(pruners)

@@ -67,7 +67,7 @@ class EpochRule(NotSaved):
     own_cost = 0.
 
     def __call__(self,
-        remembered:Tensor, # `(n, last)` scores of `epoch.rows` when they were last trained on, the newest first; NaN where unknown
+        remembered:Tensor, # `(n, last)` scores of `epoch.rows` as last trained on, the newest first; NaN: unknown
         epoch:EpochInfo,
         generator:torch.Generator # Of all that is drawn
     ): # Rows, or rows and a weight for each; None: all, as without a rule
@@ -87,13 +87,13 @@ class EpochRule(NotSaved):
 
 # %% ../nbs/31_epoch_rules.ipynb #f424bfcd
 class InfoBatch(EpochRule):
-    "Drops at random a share of the rows whose remembered score is below the mean, and weighs the others of these for them (Qin et al. 2024)"
+    "Drops by chance some of the rows that score below the mean, and weighs the others for them (Qin et al. 2024)"
     def __init__(self,
         ratio:float=0.5, # Share of the rows below the mean that is dropped, in [0, 1)
         delta:float=0.875, # Share of a fit's epochs after which the others are on everything
-        score='loss', # A name in `SCORES`, 'reducible' for instance, or a function of any of `loss`, `il`, `pred`, `targ`: high ones always stay
+        score='loss', # Name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`: high ones always stay
         il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number per row
-        weighted:bool=None # Weight the rows that stay? None: unless the score is 'reducible', since RHO-LOSS has no weights
+        weighted:bool=None # Weight the rows that stay? None: unless the score is 'reducible', RHO-LOSS's
     ):
         check_number('ratio', ratio, schedule=False); check_number('delta', delta, schedule=False)
         if ratio == 1:
@@ -152,10 +152,10 @@ class RandomSubset(EpochRule):
 
 # %% ../nbs/31_epoch_rules.ipynb #ff3eb738
 class IES(EpochRule):
-    "Leaves out the rows whose loss has stopped moving, until it moves again (instance-dependent early stopping, Yuan et al. 2025)"
+    "Leaves out rows whose loss stopped moving, until it moves (instance-dependent early stopping, Yuan et al. 2025)"
     last = 5 # three second differences of three losses each
     def __init__(self,
-        threshold:float=1e-3, # A row is mastered while the mean size of its loss's last three second differences is below (2e-3 for CIFAR-100)
+        threshold:float=1e-3, # A row is mastered while its loss's second differences are smaller (2e-3 for CIFAR-100)
         floor:float=0.1 # Share of the rows of a class that stay, at random, where more of them are mastered
     ):
         self.threshold = check_number('threshold', threshold, high=math.inf, schedule=False)
@@ -165,7 +165,7 @@ class IES(EpochRule):
     def begin(self, learn, dl): self._out = None
 
     def prepare(self, learn, dl, epoch, memory):
-        "The rows that were left out are looked at nonetheless, as training would see them, so that they can come back: a forward pass, and no backward pass"
+        "Rows that were left out are looked at, as in training, so that they can come back: no backward pass"
         if self._out is None or not len(self._out): return 0
         memory.note(self._out.to(memory.device), score_rows(learn, dl, rows=self._out, augment=True))
         return len(self._out)

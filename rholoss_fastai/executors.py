@@ -58,7 +58,7 @@ def _received(receive, process, name):
 
 # %% ../nbs/10_executors.ipynb #3dab043c
 def _context(threads):
-    "Copies of this process where they are safe, which is where neither CUDA nor several threads have begun; else new ones"
+    "Copies of this process where that is safe: neither CUDA nor several threads have begun; else new ones"
     forks = 'fork' in multiprocessing.get_all_start_methods() and threads == 1 and not torch.cuda.is_initialized()
     return multiprocessing.get_context('fork' if forks else 'spawn')
 
@@ -121,7 +121,7 @@ def run_tasks(
     func, # Function of a task
     tasks:dict, # Name of each task -> what `func` is called with
     executor=None, # None: here; a number of processes; an executor with `submit`; or a function like `map`
-    threads:int=None, # PyTorch's threads for each task; None: as many as here, or each worker's share of them where their number is known
+    threads:int=None, # PyTorch's threads for each task; None: as many as here, or a worker's share of them
     done=noop # Called with the name of each task as it ends, and its result, None where it failed
 )->tuple: # Results by name, and by name what went wrong
     "Do independent tasks, wherever: one that fails, or whose process dies, loses its own result only"

@@ -1,4 +1,4 @@
-"""Numbers that describe an input and that no label of this training set has touched: of images, texts, tables, and from a model's body
+"""Numbers that describe an input and that no label here has touched: of images, texts, tables, from a model's body
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/features.html.md"""
 
@@ -37,7 +37,7 @@ def _whitened(patches, eps):
     return patches @ zca, zca
 
 class RandomPatches(nn.Module):
-    "Random patches of images as filters: features `(bs, 2*n_filters*pool**2)` of images `(bs, channels, height, width)`"
+    "Random patches of images as filters: features `(bs, 2*n_filters*pool**2)` of `(bs, channels, height, width)`"
     def __init__(self,
         images:Tensor, # `(n, channels, height, width)` of which patches are cut, a few hundred
         n_filters:int=128, # Number of filters
@@ -72,7 +72,7 @@ class RandomPatches(nn.Module):
         x = (x - self.mean)/self.std
         return F.adaptive_avg_pool2d(x, [min(n, self.size) for n in x.shape[2:]])
 
-    def forward(self, x): return torch.cat([self._answers(part) for part in x.split(8)]) # as much as a processor's cache holds
+    def forward(self, x): return torch.cat([self._answers(part) for part in x.split(8)]) # what a cache holds
 
     def _answers(self, x):
         x = self._small(self._floats(x))
@@ -179,7 +179,7 @@ def table_features(
     most:int=64, # A category of its own for so many codes of a column, the most frequent; the rest share one
     seed:int=0 # Of the random features
 )->Tensor: # `(n, d)`
-    "Columns of a table as numbers: a category is 0 or 1 for each code, and random combinations tell what columns say together"
+    "Columns of a table as numbers: 0 or 1 for each code of a category, and random combinations of columns"
     parts = []
     if conts is not None and conts.shape[1]:
         conts = conts.float()
@@ -291,7 +291,7 @@ def feature_reader(
     learn:Learner, # Its body and its device
     dl, # Training loader
     xb:tuple # Inputs of some rows
-)->tuple: # Function of `(model, xb, rows)` that says the features of a batch; and what becomes of these once all are there, or None
+)->tuple: # Function of `(model, xb, rows)`, features of a batch; and what becomes of all of them, or None
     "How the features of that name are read from batches"
     if not isinstance(features, str): return _read_own(features, dl, next(get_model(learn.model).parameters()).device)
     make,fits,expected = _by_name[features]

@@ -28,7 +28,7 @@ from .nested import batch_size, plain
 def fits_now(
     learn:Learner # A Learner
 )->bool:
-    "Is `learn` in the midst of a fit, also where a fit validates? False in the `validate` that follows an interrupted one"
+    "Is `learn` in the midst of a fit, also as it validates? False in a `validate` after an interrupted one"
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True

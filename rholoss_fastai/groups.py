@@ -61,7 +61,7 @@ def _group_values(dl, groups):
 # %% ../nbs/35_groups.ipynb #0da38a4c
 def row_groups(
     dl, # Any loader that `track_rows` takes
-    groups:str|tuple|Callable|list # A column of the data set's table, a tuple of columns, which are crossed, a function of an item, or one value per row
+    groups:str|tuple|Callable|list # Column of the data's table, a tuple, crossed, a function of an item, or values
 )->Groups:
     "The group of each row of `dl`'s data set; a row without a group, or a group without rows, is an error"
     values,n = _group_values(dl, groups),dataset_size(dl)

@@ -1,4 +1,4 @@
-"""The optimiser's step as a differentiable function, and the derivative of a validation loss by learning rate, weight decay and momentum
+"""The optimiser's step as a differentiable function, and a validation loss's derivatives by lr, weight decay, momentum
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/hypergradient.html.md"""
 
@@ -39,7 +39,7 @@ def _average_grad(g, mom, dampening=False, grad_avg=0., **_):
 def _average_sqr_grad(g, sqr_mom, dampening=True, sqr_avg=0., **_):
     return dict(sqr_avg=sqr_mom*sqr_avg + (1 - sqr_mom if dampening else 1.)*g*g)
 def _step_stat(step=0, **_): return dict(step=step + 1)
-def _root(sqr_avg): return (sqr_avg + 1e-30).sqrt() # of 0 it has no derivative, and weights that never had a gradient are at 0
+def _root(sqr_avg): return (sqr_avg + 1e-30).sqrt() # of 0, weights without a gradient, it has no derivative
 def _rms_prop_step(w, g, lr, sqr_avg, eps, grad_avg=None, **_):
     return dict(w=w - lr*(g if grad_avg is None else grad_avg)/(_root(sqr_avg) + eps))
 def _adam_step(w, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, **_):
@@ -67,9 +67,9 @@ def _torch_steppers(opt):
 
 # %% ../nbs/40_hypergradient.ipynb #d94e5670
 class Update:
-    "The step of a fastai optimiser, or of a PyTorch one in an `OptimWrapper`, as a differentiable function of weights and hyper-parameters"
+    "The step of an optimiser, fastai's or in an `OptimWrapper`, as a function of weights and hyper-parameters"
     def __init__(self,
-        opt # `Optimizer` made of fastai's steppers for SGD, RMSProp or Adam, or `OptimWrapper` of torch.optim's SGD, Adam or AdamW
+        opt # `Optimizer` of fastai's SGD, RMSProp or Adam steppers, or `OptimWrapper` of SGD, Adam or AdamW
     ):
         if isinstance(opt, OptimWrapper): steppers = _torch_steppers(opt.opt)
         elif type(opt) is Optimizer: steppers = list(opt.cbs)
@@ -114,7 +114,7 @@ def hypergradient(
     v:list, # Gradient of the validation loss at `new`
     n_terms:int=5 # Terms K of the series
 )->list: # Derivative of the validation loss by each of `hypers`
-    "$(\\partial w'/\\partial\\lambda)^\\top \\sum_{i<K} ((\\partial w'/\\partial w)^\\top)^i v$, by vector-Jacobian products"
+    "$(\\partial w'/\\partial\\lambda)^\\top \\sum_{i<K} ((\\partial w'/\\partial w)^\\top)^i v$, by VJPs"
     p = v
     for _ in range(n_terms - 1):
         v = torch.autograd.grad(new, weights, v, retain_graph=True, materialize_grads=True)
@@ -152,7 +152,7 @@ def untouched(
     modules:list, # Of a model
     **attributes # That they all have inside, such as `training=False`
 ):
-    "Modules with `attributes` and with copies of their buffers; afterwards they are what they were, a recurrent model's hidden state included"
+    "Modules with `attributes` and copies of their buffers; afterwards they are what they were, hidden states included"
     kept = [dict(vars(m)) for m in modules]
     try:
         for m in modules:
@@ -209,7 +209,7 @@ def curved(
     used:list, # Gradients that the optimiser is about to use
     size:Tensor # Norm of the gradients before anything scaled them
 )->list:
-    "The gradients `used`, as functions of the weights: their derivative is that of `loss`, scaled as they were (mixed precision, clipping)"
+    "The gradients `used`, as functions of the weights: derivatives of `loss`, scaled as they were (clipping, fp16)"
     grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
     factor = (get_total_norm(used)/size).nan_to_num(1.)
     return [g + factor*(o - o.detach()) for g,o in zip(used, grads)]
@@ -234,7 +234,7 @@ class HyperParams:
         tune:tuple, # What to learn: any of 'lr', 'wd', 'mom'
         lr:float=0.05, # Adam's learning rate
         clip:float=10. # Clip each hypergradient at so many times its running root mean square; None: don't
-    ): self.tune,self.lr,self.clip,self.theta,self.adam = tune,lr,clip,None,None # theta[name][group] is a list of leaves
+    ): self.tune,self.lr,self.clip,self.theta,self.adam = tune,lr,clip,None,None # theta[name][group]: leaves
 
     @property
     def leaves(self)->list: return [t for groups in self.theta.values() for group in groups for t in group]

@@ -146,7 +146,7 @@ class ModelIL(ILSource):
     needs_rows = False
     def __init__(self,
         model:nn.Module, # The model, or a Learner whose it is
-        update:bool=False, # Train it on, beside the target, on what is selected, at a hundredth of the learning rate? (Mindermann et al. 2022, section 4.3)
+        update:bool=False, # Train it on, on the selected, at a hundredth of the rate? (Mindermann 2022, section 4.3)
         precision='auto' # Of its forward, as `ScoringForward` takes it
     ):
         self.learner = model if isinstance(model, Learner) else None

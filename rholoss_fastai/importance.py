@@ -55,7 +55,7 @@ class DatasetScores(ItemTable):
 
 # %% ../nbs/30_importance.ipynb #c96e8f42
 class _GradientNorms:
-    "Norm of each item's gradient over all parameters that train, never more than `max_bytes` of gradients and activations at once"
+    "Norm of each item's gradient over all parameters that train, with `max_bytes` of gradients at once at most"
     def __init__(self, item_losses, max_bytes):
         self.item_losses,self.max_bytes,self.chunk = item_losses,check_count('max_bytes', max_bytes, 1),None
 
@@ -98,7 +98,8 @@ class _GradientNorms:
         def note(t):
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): loss = self._loss_of(model, xb, yb, 0) # noqa: F841
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            loss = self._loss_of(model, xb, yb, 0) # noqa: F841
         # a backward holds about as much again as it was given
         item = (2*(sum(p.numel()*p.element_size() for p in params.values())
                    + sum(size for at,size in saved.items() if at not in own)))
@@ -132,7 +133,7 @@ def _info(learn, score, n_runs, start, **kwargs):
 def dataset_scores(
     learns, # A Learner whose model is trained a little, or several, whose scores are averaged
     dl, # `DataLoader` of the training set, for example `dls.train`
-    score='el2n', # 'el2n', 'grand', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ` (see `scores`)
+    score='el2n', # 'el2n', 'grand', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`
     il=None, # Irreducible losses, for scores that need them: in any form that `il_source` takes
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
     progress:bool=True # Show a progress bar?
@@ -179,8 +180,8 @@ class ForgettingTracker(NotSaved, Callback):
     order,run_valid = TrainEvalCallback.order + 6,False # after what narrows the epoch (-5), before MixUp (0)
 
     def __init__(self,
-        online:bool=True, # Judge by the predictions of training, as published? False: in eval mode, un-augmented, after each epoch (a forward pass per row)
-        correct:Callable=_is_right # Function of the prediction and the targets that tells which items are right, `(bs,)` bool
+        online:bool=True, # Judge by training's predictions, as published? False: in eval mode, after each epoch
+        correct:Callable=_is_right # Function of prediction and targets: which items are right, `(bs,)` bool
     ):
         store_attr()
         self.fingerprint = self.source = None
@@ -296,7 +297,7 @@ def _scores_of_run(make_learner, dls, dl, seed, score, function, il, epochs, lr,
 def score_dataset(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
     dls:DataLoaders, # Those whose `train` is scored, and trained on
-    score='el2n', # 'el2n', 'grand', 'forgetting', 'loss_variance', a name in `SCORES`, or a function of any of `loss`, `il`, `pred`, `targ`
+    score='el2n', # 'el2n', 'grand', 'forgetting', 'loss_variance', a name in `SCORES`, or a function of figures
     epochs:int=5, # Epochs of each run
     n_runs:int=10, # Models whose scores are averaged
     seed:int=0, # Of the runs: the same seed gives the same scores
@@ -305,7 +306,7 @@ def score_dataset(
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     max_bytes:int=2**30, # For 'grand': memory for gradients and activations
-    executor=None, # Where the runs go, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
+    executor=None, # Where the runs go (`run_tasks`): None: here; a number of processes; an executor; a map
     progress:bool=True # Show a progress bar?
 )->DatasetScores: # Mean over the runs, in data set order
     "Train `n_runs` models for a few epochs, and average how each scores the training set"

@@ -101,7 +101,7 @@ def plot(self:SelectionRecord,
     figsize:tuple=None, # Width and height, inches; None: 4.5 by 3.2 for each picture
     axs=None # Matplotlib axes to draw on, as many as there are pictures
 ):
-    "By epoch: the share that was trained on, unless it is constant; what the selected hold, beside a choice by chance; and seconds. Returns the axes"
+    "By epoch: the share trained on, unless constant; what it holds, beside chance; and seconds. Returns the axes"
     ledger = self.ledger
     if not len(ledger):
         raise ValueError("Nothing has been trained with selection yet, so there is nothing to plot: fit first.")
@@ -287,7 +287,7 @@ def plot_il(self:SelectionRecord,
     learn:Learner=None, # Default: the Learner that was recorded
     ax=None # A matplotlib axis to draw on
 ):
-    "Irreducible loss against the loss by the model as it is, a dot per row, coloured by how often it was selected; returns the axis"
+    "Irreducible loss against the model's loss, a dot per row, coloured by how often it was selected; returns the axis"
     learn = _of(self, learn)
     check_count('n', n, 1)
     il,seen = _il_values(learn, il),self.seen.cpu()

@@ -76,7 +76,7 @@ def degraded(self:IrreducibleLosses,
 
 # %% ../nbs/13_irreducible.ipynb #4b562cee
 def _judged(loss, pred, targ):
-    "Of each item `(bs, 3)`: its loss, whether its class is right, and which that is; NaN where the target isn't one class"
+    "Of each item `(bs, 3)`: its loss, whether its class is right, and which it is; NaN without one class"
     unknown = torch.full_like(loss, float('nan'))
     if isinstance(targ, Tensor) and pred.ndim == 2 and pred.shape[1] > 1:
         targ = class_targets(targ, pred)
@@ -85,7 +85,7 @@ def _judged(loss, pred, targ):
     return torch.stack([loss, unknown, unknown], 1)
 
 def _quality(judged):
-    "How often the class is right, and how often it would be by always saying the most frequent one; nothing where there are no classes"
+    "How often the class is right, and how often by always saying the most frequent one; nothing without classes"
     right,classes = judged[:,1],judged[:,2]
     if not len(right) or right.isnan().any(): return {}
     return dict(accuracy=right.mean().item(), chance=classes.unique(return_counts=True)[1].max().item()/len(classes))
@@ -102,7 +102,7 @@ def irreducible_losses(
     dl, # Training `DataLoader` of the target, for example `dls.train`
     progress:bool=True, # Show a progress bar?
     n_augment:int=0, # Mean over so many passes with the transforms of training; 0: one pass, un-augmented
-    old:IrreducibleLosses=None, # Losses of the first rows, from before the data set grew: kept, and only the new rows are scored
+    old:IrreducibleLosses=None, # Losses of the first rows, before the data set grew: only the new ones are scored
     seed:int=0 # Of the augmentation
 )->IrreducibleLosses: # One loss per row
     "The irreducible losses of `dl`'s data set, by a model that is already trained"
@@ -171,7 +171,7 @@ def fit_irreducible(
     validate:bool=False, # Also run the Learner's own validation and metrics each epoch? Tracker callbacks turn it on
     progress:bool=True # Show a progress bar?
 )->IrreducibleLosses: # Losses of the epoch with the lowest mean
-    "Fit `learn_il` on its own training data, score `train_dl` after each epoch, and keep the losses and weights of the best epoch"
+    "Fit `learn_il` on its own data, score `train_dl` after each epoch, keep losses and weights of the best epoch"
     check_count('n_epoch', n_epoch, 1)
     start,marks,holdout_dl = time.perf_counter(),fingerprint(train_dl),learn_il.dls.train
     if holdout_dl.dataset is train_dl.dataset:
@@ -189,7 +189,7 @@ def fit_irreducible(
 
 # %% ../nbs/13_irreducible.ipynb #8264466a
 def _score_fold(make_learner, dls, dl, rows, seed, n_epoch, lr, one_cycle, earlier, step):
-    "Fit a Learner on `dls`, which lacks the rows of a fold, and judge these: `(k, 3)`, the best epoch, and what is known of the model"
+    "Fit a Learner on `dls`, which lacks a fold's rows, and judge these: `(k, 3)`, the best epoch, what is known of it"
     start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)
     kept = _fit_and_score(learn, dl, n_epoch, lr, one_cycle, rows=rows, step=step)
     judged,best = kept.best_losses.cpu(),kept.best_epoch
@@ -206,9 +206,9 @@ def crossfit_irreducible(
     lr=None, # Learning rate, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate?
     seed:int=0, # Of folds, initialisation and training: the same seed gives the same losses
-    executor=None, # Where the folds' models are trained, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
+    executor=None, # Where the folds' models are trained (`run_tasks`): None: here; a number of processes; an executor
     progress:bool=True # Show a progress bar?
-)->IrreducibleLosses: # Every row's loss by a model that didn't train on it, at the epoch with the lowest mean over its fold
+)->IrreducibleLosses: # Every row's loss by a model that didn't train on it, at the epoch best for its fold
     "Irreducible losses without holdout data: each fold of the training set is scored by a model that never saw it"
     check_count('n_epoch', n_epoch, 1); check_count('n_folds', n_folds, 2); check_count('seed', seed, 0)
     if not isinstance(dls, DataLoaders):
@@ -248,7 +248,7 @@ def crossfit_irreducible(
 
 # %% ../nbs/13_irreducible.ipynb #a54a65a9
 class _GraphAsValues(TorchFunctionMode):
-    "Inside, deep copies of tensors that are part of a graph are their values: PyTorch refuses these, and models hold activations"
+    "Inside, deep copies of tensors in a graph are their values: PyTorch refuses these, and models hold activations"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None:
             return args[1].setdefault(id(args[0]), args[0].detach().clone())
@@ -279,7 +279,7 @@ def small_cnn(
     n_in:int=3, # Channels of the images
     size:int=32 # Their height and width
 )->nn.Sequential:
-    "Three blocks of convolution, batch norm, ReLU and max-pooling, and a linear layer: enough to tell which items can be learnt"
+    "Three blocks of convolution, batch norm, ReLU and max-pooling, and a linear layer: tells what can be learnt"
     def block(n_in, n_out):
         return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*block(n_in, 32), *block(32, 64), *block(64, 128), nn.Flatten(),

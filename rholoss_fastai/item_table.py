@@ -110,7 +110,7 @@ def _digest_reads(read, n, k):
     return [a if a == b else '' for a,b in zip(once, again)]
 
 def _first_transform(lists):
-    "Function of a row to what the first transform of `lists`, a `TfmdLists`, makes of it: a label's name, the path of a mask"
+    "Function of a row to what the first transform of the `TfmdLists` makes of it: a label's name, a mask's path"
     def read(i):
         item = L(lists.items, use_list=None)[i]
         return (lists.tfms.fs[0](item, split_idx=1) if len(lists.tfms.fs) else item),
@@ -186,7 +186,7 @@ def fingerprint(
     dl, # Any loader that `track_rows` takes
     n:int=None # Of the first so many rows only: what a data set was before it grew
 ) -> dict: # `n`, `targets` and `items`
-    "What tells the data set of `dl`, the whole one, from others of its kind: its length and digests of its targets and inputs"
+    "What tells the whole data set of `dl` from others of its kind: its length, digests of its targets and inputs"
     n_all,dl = dataset_size(dl),reader(untracked(dl)[0])
     n = n_all if n is None else n
     if not 0 <= n <= n_all: raise ValueError(f"n={n}, but the data set has {n_all} rows.")
@@ -229,7 +229,7 @@ class ItemTable:
 
     @classmethod
     def of(cls,
-        values, # `(n,)`, in the order of the data set; or of a restricted `dl` `(k,)`, one a row that it goes through, ascending
+        values, # `(n,)`, in the data set's order; of a restricted `dl` `(k,)`, one a row of it, ascending
         dl, # Loader of that data set
         **info
     ):

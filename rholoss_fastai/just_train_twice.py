@@ -1,4 +1,4 @@
-"""Train, collect the rows that come out wrong, and train anew with these upweighted: better on the groups that the average hides, without knowing them
+"""Train, collect the rows that come out wrong, train anew with these upweighted: better on groups that nobody named
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/just_train_twice.html.md"""
 
@@ -125,14 +125,14 @@ def _upweighted(make_learner, dls, errors, upweight, by, seed, earlier):
 
 # %% ../nbs/37_just_train_twice.ipynb #a495656c
 def just_train_twice(
-    make_learner:Callable, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
+    make_learner:Callable, # Function of `DataLoaders` that returns a new Learner on them, `learner_copies(learn)`
     dls:DataLoaders, # Those to train on
     n_epoch_id:int, # T: epochs of the first model, which identifies the error set, at a constant learning rate
     n_epoch:int, # Epochs of the second
     upweight:float, # Lambda_up: weight of a row of the error set, where the others have 1
     by:str='sampling', # Weight by 'sampling' (rows are drawn more often) or by 'loss'?
     il=None, # Irreducible losses, which say what is noise: in any form that `il_source` takes
-    noise:float=0.1, # With `il`: the share of the training rows, of the highest irreducible loss, that is left out of the error set
+    noise:float=0.1, # With `il`: the share of rows, of the highest irreducible loss, left out of the error set
     wrong:Callable=misclassified, # Function of `pred` and `targ` that returns 1 for each item that counts as an error
     lr=None, # Learning rate of both, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` in place of a constant learning rate, for the second?
@@ -184,9 +184,9 @@ def tune_just_train_twice(
     lr=None, # Learning rate of both, or a slice; default the Learner's
     one_cycle:bool=False, # `fit_one_cycle` for the second model?
     seed:int=0, # Of weights and batches: the same seed gives the same Learner
-    executor=None, # Where the second models are trained, see `run_tasks`: None: here; a number of processes; an executor; a function like `map`
+    executor=None, # Where the second models are trained (`run_tasks`): None: here; a number of processes; an executor
     progress:bool=True # Show a progress bar?
-)->pd.DataFrame: # `n_epoch_id`, `upweight`, rows in the error set, the worst group's value and its epoch, the best first
+)->pd.DataFrame: # `n_epoch_id`, `upweight`, rows in the error set, the worst group's value and its epoch, best first
     "Train twice with each pair of T and lambda_up, and sort them by the worst group of the validation set"
     n_epochs_id,upweights = list(n_epochs_id),list(upweights)
     if not n_epochs_id or not upweights: raise ValueError("n_epochs_id and upweights need one value each at least.")

@@ -1,4 +1,4 @@
-"""How many labels are wrong, and which: an estimate with an interval, a table of suspects and their pictures, from one pass over the data and no training
+"""How many labels are wrong, and which: an interval, a table of suspects, their pictures, by one pass and no training
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/label_noise.html.md"""
 
@@ -87,7 +87,7 @@ class LabelNoise:
 
     def suspects(self,
         n:int=None # Number of rows; None: as many as are estimated to be wrong
-    )->pd.DataFrame: # `row`, `file`, `index` or `text`, `label`, `predicted`, `p_label`, `p_predicted`; the most suspect first
+    )->pd.DataFrame: # `row`, `file`, `index` or `text`, `label`, `predicted`, `p_label`, `p_predicted`; worst first
         "The rows whose label is the least likely"
         if n is None: n = round(self.share*len(self.predictions))
         else: check_count('n', n, 1)
@@ -147,8 +147,8 @@ class LabelNoise:
 def label_noise(
     learn, # Learner, or `DataLoaders`, where the features need no model
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
-    features='auto', # As in `probe_predictions`: 'body', 'patches', 'tfidf', 'columns', a function or module of the inputs, `(n, d)` numbers
-    predictions:ProbePredictions=None, # Those of an earlier `probe_predictions` of the same rows, in place of a pass of its own
+    features='auto', # As in `probe_predictions`: 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers
+    predictions:ProbePredictions=None, # Of an earlier `probe_predictions` of these rows, in place of a pass of its own
     folds:int=None, # Number of folds; None: leave-one-out, exact
     n_rows:int=None, # Only so many random rows, for a quick estimate; None for all
     seed:int=0, # Of folds, random features and random rows

@@ -1,4 +1,4 @@
-"""How many labels are wrong, told by predictions that were made without them; and the rows that are left when those of highest irreducible loss have gone
+"""How many labels are wrong, by predictions made without them; and which rows are left without those
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/learnable.html.md"""
 
@@ -45,7 +45,7 @@ class _Agreement:
                            by_p @ (self.accident*(1 - right) - right)]))
 
     def fit(self, start, share=None):
-        "The likeliest slope, shift and share near `start`, or those with `share` given, and the negative log-likelihood"
+        "The likeliest slope, shift and share near `start`, or with `share` given, and their negative log-likelihood"
         low,high = (0, 0.999/(1 + self.accident)) if share is None else (share, share)
         bounds = [(1e-3, 50), (0, 0) if self.binary else (-20, 0), (low, high)]
         found = minimize(self._loss, np.clip(start, *np.array(bounds).T), jac=True, method='L-BFGS-B', bounds=bounds)
@@ -86,7 +86,7 @@ def share_of_wrong_labels(
 
 # %% ../nbs/13_learnable.ipynb #85ac0fba
 def estimated_wrong(
-    logits:Tensor, # `(n, C)` held-out logits of classes, `(n, k)` of labels that are yes or no, or predicted numbers in the shape of the targets
+    logits:Tensor, # Held-out, `(n, C)` of classes, `(n, k)` of yes or no, or predicted numbers, as the targets
     targets:Tensor, # `(n,)` or `(n, k)`
     kind:str='classes', # 'classes', 'labels' or 'numbers'
     sure:float=0.05, # Share of the predictions, the surest, that are looked at where the curve says too little

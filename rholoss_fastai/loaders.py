@@ -147,7 +147,7 @@ def replace_dataset(
 
 # %% ../nbs/06_loaders.ipynb #14ac6f33
 def _validation_view(dataset):
-    "`dataset` with the transforms of validation (`split_idx` 1): a shallow copy, so that the original stays in training"
+    "`dataset` with the transforms of validation (`split_idx` 1): a shallow copy, the original stays in training"
     if getattr(dataset, 'split_idx', None) is None: return dataset
     res = copy.copy(dataset)
     # a `RowSubset` or another wrapper

@@ -66,7 +66,7 @@ def _full(t):
 class ItemLosses:
     "A function of `(pred, *targs)` that gives the loss of each item, found out once for `loss_func`"
     def __init__(self,
-        loss_func:Callable, # A loss function of fastai's or PyTorch's, a `partial` of one, or any function of `(pred, *targs)`
+        loss_func:Callable, # A loss function of fastai's or PyTorch's, a `partial` of one, or of `(pred, *targs)`
     ):
         if (isinstance(loss_func, type)
             or (isinstance(loss_func, FunctionType) and loss_func.__module__ == BaseLoss.__module__)):
@@ -164,7 +164,7 @@ class ItemLosses:
         return sizes[0]
 
     def _elements(self, pred, targs, bs):
-        "Losses without the loss function's reduction, `(bs, ...)` or flattened; None, and on to one by one, where it has no such form"
+        "Losses without the loss function's reduction, `(bs, ...)` or flattened; None where it has no such form"
         if self.route not in ('attribute', 'argument'): return None
         try:
             if self.route == 'argument': elements = plain(_shallow(self.loss_func)(pred, *targs, reduction='none'))
@@ -352,7 +352,7 @@ def _dividing(total, whole, divisors):
 # %% ../nbs/02_losses.ipynb #22e3e080
 @patch
 def _derivatives(self:ItemLosses, pred, targs, bs):
-    "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)` each; None where they don't depend on them"
+    "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)`; None: there are none"
     if self.one_tensor: pred = prediction(pred)
     leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs)
                          else t.detach(), pred)

@@ -132,7 +132,7 @@ def _subset(o, idxs, bs, depth=0):
 def check_no_item_lists(
     batch # Any nesting of tensors
 ):
-    "Raise where a list holds one tensor or one dict per item, as for detection: their first dimension counts channels or boxes"
+    "Raise where a list holds a tensor or dict per item, as for detection: the first dimension counts channels or boxes"
     held = children(batch)
     if held is None: return
     if isinstance(batch, (list, L)) and held:

@@ -1,4 +1,4 @@
-"""Training sets with faults on purpose, whose rows stay what they were: wrong labels, noisy inputs, classes that don't count, a long tail
+"""Training sets with faults on purpose, row by row: wrong labels, noisy inputs, classes that don't count, a long tail
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/noise.html.md"""
 
@@ -106,7 +106,7 @@ def _confusion_matrix(confusion, n_classes):
 def redraw_labels(
     targets, # `(n,)`, numbers of classes
     share:float, # Share of the rows whose label is redrawn, in [0, 1]
-    confusion=None, # Drawn from what? Class -> class, or `(n_classes, n_classes)` chances; None: uniformly from all classes
+    confusion=None, # Drawn from what? Class -> class, or `(n_classes, n_classes)` chances; None: all alike
     n_classes:int=None, # Number of classes; None: those in `targets`
     seed:int=0
 )->tuple: # Labels `(n,)`, and which of them changed, `(n,)` bool
@@ -208,7 +208,7 @@ def _check_dls(dls):
 def noisy_labels(
     dls:DataLoaders, # Whose training labels are to become noisy
     share:float=0.2, # Share of the rows whose label is redrawn
-    confusion=None, # Drawn from what? Class -> class (names or numbers), or `(n_classes, n_classes)` chances; None: uniformly from all classes
+    confusion=None, # Drawn from what? Class -> class (name or number), or `(n_classes, n_classes)`; None: all alike
     seed:int=0,
     valid:bool=False # Redraw the validation set's too, as where it serves as holdout for irreducible losses?
 )->DataLoaders: # A copy of `dls`, with the mask `noisy` of the rows whose label changed, and `noisy_valid`
@@ -290,7 +290,7 @@ def noisy_inputs(
 def relevant_classes(
     dls:DataLoaders, # Whose training set also has what doesn't matter
     classes, # Names or numbers of the classes that count
-)->DataLoaders: # A copy of `dls`, with the mask `relevant` of the training rows, and a validation set of relevant rows only
+)->DataLoaders: # A copy of `dls`, with the mask `relevant` of its rows, and a validation set of relevant ones
     "`dls` of which only some classes count: the others are trained on, but not validated"
     _check_dls(dls)
     numbers = torch.tensor(_class_numbers(classes, class_names(dls.train)))
@@ -302,7 +302,7 @@ def relevant_classes(
 # %% ../nbs/12_noise.ipynb #63b6e37d
 def long_tail_rows(
     targets, # `(n,)`, numbers of classes
-    ratio:float, # The first class keeps all of its rows, the last one 1/ratio of them, those between fall off exponentially
+    ratio:float, # The first class keeps its rows, the last one 1/ratio of them, those between fall off exponentially
     seed:int=0
 )->Tensor: # Rows that are kept, ascending
     "The rows that make a balanced data set one with a long tail (Cui et al. 2019)"
@@ -317,7 +317,7 @@ def long_tail_rows(
 
 def long_tail(
     dls:DataLoaders, # Whose training set is to become imbalanced
-    ratio:float=100., # The first class keeps all of its rows, the last one 1/ratio of them, those between fall off exponentially
+    ratio:float=100., # The first class keeps its rows, the last one 1/ratio, those between fall off exponentially
     seed:int=0
 )->DataLoaders: # A copy of `dls` whose training loader goes through fewer rows, with the mask `kept` of them
     "`dls` with a long tail of rare classes"

@@ -41,7 +41,7 @@ from .selector import BatchSelector
 
 # %% ../nbs/41_one_pass.ipynb #d082a2ec
 def _shuffled(dl, rows, bs, seed):
-    "A copy of `dl` over `rows` (None: all) in random order on a generator of its own, with the transforms of validation"
+    "A copy of `dl` over `rows` (None: all) in random order by its own generator, with the transforms of validation"
     generator = torch.Generator().manual_seed(seed)
     try: res = scoring_loader(dl, rows, bs)
     except ValueError: # an iterable data set, or batches of its own: in its own order
@@ -85,7 +85,7 @@ def _cycle(dl):
             raise ValueError("The validation batches came to an end, and there are none when they are read again: give "
                              "a DataLoader, not a generator.")
 
-def _looks(dl): return math.ceil(512/(loader_batch_size(dl) or 64)) # single batches differ too much to tell what has diverged
+def _looks(dl): return math.ceil(512/(loader_batch_size(dl) or 64)) # single batches differ too much
 
 # %% ../nbs/41_one_pass.ipynb #ecd6d79e
 class ValidationBatches:
@@ -197,15 +197,15 @@ class OnePassTuner(FitCallback):
     def __init__(self,
         tune=('lr', 'wd', 'mom'), # What to learn: any of 'lr', 'wd', 'mom'
         every:int=10, # Training steps between two steps of the hyper-parameters
-        n_terms:int=5, # Terms K of the series, each but the first a Hessian-vector product; 1 needs no second derivative
+        n_terms:int=5, # Terms K of the series, each but the first a Hessian-vector product; 1: no second derivative
         hyper_lr:float=0.05, # Adam's learning rate for log10 lr, log10 wd and logit mom
         valid_dl=None, # Validation `DataLoader`, used as it is; None: `dls.valid`, shuffled
         valid_pct:float=0., # In place of that: share of the training set to validate on, whose rows then don't train
         valid_bs:int=None, # Items in a batch of `dls.valid` or of that share; None: as many as in a training batch
-        per:str='group', # A value per parameter 'group'; or, for lr, one for each single weight: 'parameter' (the paper's HDLR)
-        hessian_share:float=0.5, # Share of the batch whose second derivatives are taken: 1 is exact, and costs twice as much
+        per:str='group', # A value per parameter 'group'; or, of lr, for each single weight: 'parameter' (HDLR)
+        hessian_share:float=0.5, # Share of the batch whose second derivatives are taken: 1 is exact, at twice the cost
         hyper_clip:float=10., # Clip each hypergradient at so many times its running root mean square; None: don't
-        diverged:float=2., # Validation or training loss, in multiples of the first, that means divergence: back to the last good weights; None: don't
+        diverged:float=2., # Loss, in multiples of the first, that means divergence: back to good weights; None: don't
         seed:int=0 # Of the split and of the order of validation batches
     ):
         tune = tuple(L(tune))
@@ -281,7 +281,7 @@ class OnePassTuner(FitCallback):
         fit.size = get_total_norm([p.grad for p,*_ in learn.opt.all_params(with_grad=True)])/scale
 
     def before_step(self):
-        "Every so often: the hypergradient, and a step of the hyper-parameters, which the next step of the weights will use"
+        "Every so often: the hypergradient, and a step of the hyper-parameters, for the next step of the weights"
         fit = self._fit
         fit.stepping = True
         if fit.guard: fit.guard.note(plain(self.learn.loss).detach().double())
@@ -383,7 +383,7 @@ class OnePassTuner(FitCallback):
         self.lines.append(dict(step=self.steps_done, valid_loss=self._fit.loss, **values, rolled_back=rolled_back))
 
     @property
-    def history(self)->pd.DataFrame: # `step`, `valid_loss`, the values in force after it (by group where there are several), `rolled_back`
+    def history(self)->pd.DataFrame: # `step`, `valid_loss`, the values after it (by group, of several), `rolled_back`
         "A line for each step of the hyper-parameters; between two lines they are constant"
         return pd.DataFrame(self.lines)
 
@@ -453,7 +453,7 @@ def one_pass(self:Learner,
 
 @patch
 def no_one_pass(self:Learner)->Learner: # The Learner
-    "Leave the hyper-parameters alone again: they stay as they were learnt; of the rates of single weights the median of each group"
+    "Leave the hyper-parameters alone again, as they were learnt; of single weights' rates the median of each group"
     for tuner in self._grab_cbs(OnePassTuner):
         if tuner.hypers.pool(self.opt): _keep(self, dict(lr=[hyper['lr'] for hyper in self.opt.hypers]))
         self.remove_cb(tuner)

@@ -84,7 +84,7 @@ class Pick(NotSaved):
     def generator(self,
         device:torch.device # Where it draws
     )->torch.Generator:
-        "Its own random generator, begun with `seed`: the global one, which decides dropout and augmentation, isn't touched"
+        "Its own random generator, begun with `seed`: the global one, of dropout and augmentation, isn't touched"
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
@@ -112,7 +112,7 @@ class RankedPick(Pick):
     def drawn(self,
         log_p:Tensor # `(n_B,)`, logarithms of what the probabilities are proportional to
     )->Tensor: # `(n_B,)`
-        "Keys that draw items one after another without replacement: `log_p` with Gumbel noise (Efraimidis and Spirakis 2006)"
+        "Keys that draw items in turn without replacement: `log_p` with Gumbel noise (Efraimidis and Spirakis 2006)"
         return log_p - torch.empty_like(log_p).exponential_(generator=self.generator(log_p.device)).log()
 
     def __call__(self, scores, pct_train=0., size=None):
@@ -147,7 +147,7 @@ class Uniform(RankedPick):
 class LossShare(Pick):
     "The fewest items, hardest first, whose losses reach a share of the batch's (I. Oguiza, fast.ai forum 2019)"
     def __init__(self,
-        min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1 keeps every item whose loss isn't 0
+        min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1: all but 0
         min_sample_perc:float=0., # Share of the items to keep at least, in [0, 1], or a schedule
         multiple_of:int=1, # Round the number of items up to a multiple of this, as tensor cores like: 8
         keep_easiest:float=0. # Share of the items to keep from the other end, the easiest, in [0, 1], or a schedule
@@ -195,7 +195,7 @@ class PercentileSample(Pick):
     "Items drawn with probability `percentile ** beta` among the last losses (Jiang et al. 2019, equation 1)"
     _not_saved = dict(_losses=None, _n=0)
     def __init__(self,
-        beta:float=3., # Selectivity, at least 0, or a schedule; of a steady stream of losses a share of 1/(beta+1) is drawn
+        beta:float=3., # Selectivity, at least 0, or a schedule; of a steady stream a share of 1/(beta+1) is drawn
         history:int=1024, # Number of losses remembered
         sampling_min:float=0., # Smallest probability, in [0, 1], or a schedule
         seed:int=0 # Seed of its own random generator
@@ -270,11 +270,11 @@ class Boltzmann(RankedPick):
 
 # %% ../nbs/04_picks.ipynb #5938de52
 class ImportanceSample(Pick):
-    "Items drawn with replacement in proportion to their scores, weighted so that the expected loss is the mean over all candidates"
+    "Items drawn with replacement in proportion to scores, weighted so that the expected loss is all candidates' mean"
     weighted = True
     def __init__(self,
         frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
-        uniform_share:float=0., # Share of the draws that is uniform, in [0, 1], or a schedule: weights are at most the reciprocal
+        uniform_share:float=0., # Share of uniform draws, in [0, 1], or a schedule: weights are at most the reciprocal
         seed:int=0 # Seed of its own random generator
     ):
         self.frac = check_number('frac', frac, open_low=True)

@@ -1,4 +1,4 @@
-"""Irreducible losses for nearly nothing: ridge regression in closed form on features that are at hand, each row scored by a fit to the others
+"""Irreducible losses for nearly nothing: ridge regression on features at hand, each row scored by a fit to the others
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/probe.html.md"""
 
@@ -145,7 +145,7 @@ class ProbePredictions:
     def __init__(self,
         rows:Tensor, # `(m,)` rows of the data set, ascending
         targets:Tensor, # `(m,)` or `(m, k)`
-        logits:Tensor, # `(m, C)` calibrated logits of classes or labels; of numbers, the predictions in the shape of the targets
+        logits:Tensor, # `(m, C)` calibrated logits of classes or labels; of numbers, predictions as the targets
         kind:str, # 'classes', 'labels' or 'numbers'
         fingerprint:dict, # Of the data set
         info:dict=None # How they were made
@@ -362,7 +362,7 @@ def probe_features(
 def probe_predictions(
     learn, # Learner, or `DataLoaders` where no model is needed
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
-    features='auto', # 'body', 'patches', 'tfidf', 'columns', a function or module of the inputs, `(n, d)` numbers; 'auto': see `choose_features`
+    features='auto', # 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers; 'auto': `choose_features`
     folds:int=None, # Number of folds; None: leave-one-out, exact
     n_rows:int=None, # Only so many random rows, for a quick look; None for all
     seed:int=0, # Of folds, random features and random rows
@@ -413,9 +413,9 @@ def p_il(self:IrreducibleLosses)->Tensor: # `(n,)`
 def probe_irreducible(
     learn:Learner, # Its loss function gives the unit, its model the features 'body'
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`
-    features='auto', # 'body', 'patches', 'tfidf', 'columns', a function or module of the inputs, `(n, d)` numbers; 'auto': see `choose_features`
+    features='auto', # 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers; 'auto': `choose_features`
     folds:int=None, # Number of folds; None: leave-one-out, exact
-    average_with:IrreducibleLosses=None, # Irreducible losses of the same rows, whose probabilities are averaged with the new ones
+    average_with:IrreducibleLosses=None, # Irreducible losses of the same rows, whose probabilities are averaged in
     seed:int=0, # Of folds and random features
     progress:bool=True, # Show a progress bar?
     verbose:bool=True # Say which features were chosen and what they will cost?

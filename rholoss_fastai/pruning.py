@@ -53,7 +53,7 @@ def _ranked(values, generator):
     return order[values[order].argsort(descending=True, stable=True)]
 
 def _stratified(scores, size, n_strata, generator):
-    "About as many of each of `n_strata` equal ranges of the score: the small ones whole (Zheng et al. 2023, algorithm 1)"
+    "About as many of each of `n_strata` equal ranges of score: small ones whole (Zheng et al. 2023, algorithm 1)"
     low,high = scores.aminmax()
     stratum = ((scores - low)/(high - low).clamp(min=torch.finfo(scores.dtype).tiny)*n_strata).long().clamp(max=n_strata
                                                                                                             -1)
@@ -82,8 +82,8 @@ def prune(
     dls:DataLoaders, # Those whose `train` is restricted
     scores, # `DatasetScores` or any other `ItemTable` of its data set, a file of scores, or one number per row
     keep:float=0.5, # Share of the rows to keep, in (0, 1]
-    strategy:str='hardest', # 'hardest' (highest scores), 'easiest', 'moderate' (nearest to the median), 'random' or 'stratified'
-    offset:float=0., # Share to leave out first: the hardest by score (for 'easiest' the easiest), or, with `il`, those of the highest irreducible loss
+    strategy:str='hardest', # 'hardest' (high scores), 'easiest', 'moderate' (near the median), 'random', 'stratified'
+    offset:float=0., # Share to leave out first: the hardest (for 'easiest' the easiest), or of the highest `il`
     per_class:bool=False, # Keep the same share of each class?
     il=None, # Irreducible losses, which say what the offset leaves out: in any form that `il_source` takes
     n_strata:int=50, # For 'stratified': number of ranges of the score

@@ -94,7 +94,7 @@ def _reference(o):
 # %% ../nbs/10_record.ipynb #6166c01f
 class RowCounts:
     "How often each row of a data set was a candidate, and how often it was trained on"
-    def __init__(self): self.counts,self._epoch,self._dataset,self.missed = None,None,None,False # missed: were the rows of a batch not known?
+    def __init__(self): self.counts,self._epoch,self._dataset,self.missed = None,None,None,False # missed: rows unknown?
 
     def begin(self,
         device:torch.device, # Where they are kept
@@ -219,7 +219,8 @@ class EpochSums:
     def _sum_values(self, group):
         "Losses and scores of batches that have the same size and the same figures"
         sums,n,k = self.sums,group[0].loaded,len(group)
-        def column(name): return None if getattr(group[0], name) is None else torch.stack([getattr(b, name) for b in group]) # (k,n)
+        def column(name): # (k,n)
+            return None if getattr(group[0], name) is None else torch.stack([getattr(b, name) for b in group])
         scores,losses,correct = column('scores'),column('losses'),column('correct')
         figures = next((o for o in (scores, losses, correct) if o is not None), None)
         if figures is None: return
@@ -283,7 +284,7 @@ class SelectionRecord:
         "The Learner whose training is recorded"
         return self._learner and self._learner()
     @learner.setter
-    def learner(self, learn): self._learner = weakref.ref(learn) # its callback holds the record: no reference back, or both would linger
+    def learner(self, learn): self._learner = weakref.ref(learn) # its callback holds the record
 
     def start_epoch(self,
         device:torch.device, # Where the sums are kept
@@ -309,7 +310,7 @@ class SelectionRecord:
         losses:Tensor=None, # `(n_B,)`, item losses
         il:Tensor=None, # `(n_B,)`, irreducible losses
         correct:Tensor=None, # `(n_B,)`, is the item classified correctly already?
-        elements_loaded:int|Tensor=0, # Tokens or pixels of the candidates, where these are what is selected; a number on the device will do
+        elements_loaded:int|Tensor=0, # Tokens or pixels of the candidates, where these are selected; on any device
         elements_trained:int|Tensor=0 # Of these, those trained on
     ):
         "Count one candidate batch; no host sync"
@@ -335,7 +336,7 @@ class SelectionRecord:
                 **(self.figures() if self.figures else {})}
 
     def end_epoch(self,
-        interrupted:bool=False # Was the epoch cut short? Then processes don't wait for one another, and nothing is warned
+        interrupted:bool=False # Was the epoch cut short? Then processes don't wait for one another, without warnings
     ):
         "Close the line; here, once an epoch, the device is read, and the processes of a distributed run are summed up"
         if self._epoch is None: return
@@ -358,13 +359,13 @@ class SelectionRecord:
                           "TerminateOnNaNCallback().")
 
     @property
-    def percentiles(self)->pd.DataFrame: # A line per epoch, value (loss, il, score) and group of items (selected, rejected)
+    def percentiles(self)->pd.DataFrame: # A line per epoch, value (loss, il, score) and items (selected, rejected)
         "How loss, irreducible loss and score were distributed among the selected and the rejected, by epoch"
         return pd.DataFrame(self._percentiles, columns=['epoch', 'value', 'items', *[f'p{p}' for p in PERCENTILES]])
 
     @property
     def ledger(self)->pd.DataFrame: # A line per epoch
-        "What each epoch loaded, scored and trained on, and the seconds it took; the epoch under way, or cut short, comes last"
+        "What each epoch loaded, scored and trained on, and its seconds; the one under way, or cut short, comes last"
         under_way = self._epoch is not None and self._epoch.counts['loaded']
         lines = [*self.lines, self._line(*self._read(self._last))] if under_way else self.lines
         return pd.DataFrame(lines, columns=LEDGER_COLUMNS if not lines else None)

@@ -93,7 +93,7 @@ class ClassIL(ILSource):
     def __call__(self, c): return self.by_class(c).gather(1, class_targets(c.yb[0])[:,None])[:,0]
 
 class ClassProbeIL(ClassIL):
-    "Irreducible losses by class that are made when a fit first needs them: `class_irreducible` on the features of a probe"
+    "Irreducible losses by class, made when a fit first needs them: `class_irreducible` on the features of a probe"
     def __init__(self,
         features='auto', # Of `probe_irreducible`: 'body', 'patches', 'tfidf', 'columns', a function, or 'auto'
         **kwargs # Of `class_irreducible`
@@ -201,10 +201,10 @@ class ClassHoldout(FitCallback):
 @patch
 @delegates(selector_parts)
 def reducr(self:Learner,
-    il='probe', # `(n, C)` irreducible losses by class, such as those of `class_irreducible`; 'probe': made by `ClassProbeIL`
+    il='probe', # `(n, C)` irreducible losses by class, as of `class_irreducible`; 'probe': by `ClassProbeIL`
     frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
     eta:float=1., # How fast the class weights change
-    enlarge:bool=True, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
+    enlarge:bool=True, # Keep the batch size as n_b and draw batches of n_b/frac? False: select within the loader's own
     **kwargs
 )->Learner: # The Learner
     "Train on items whose loss is reducible for the classes that go worst; `learn.no_selection()` undoes it"

@@ -52,7 +52,7 @@ class SelectionReport:
 
     @property
     def saved(self)->float:
-        "Seconds a run saved, irreducible losses apart: against `plain_seconds` if given, else against training on everything at hand"
+        "Seconds a run saved, irreducible losses apart: against `plain_seconds`, or training on everything at hand"
         return (self.seconds_all if self.plain_seconds is None else self.plain_seconds) - self.seconds
 
     @property
@@ -81,7 +81,7 @@ def _il_quality(record):
     if 'r2' in info: return f"the predictions behind them explain {info['r2']:.0%} of the variance"
 
 def _share_of(ledger, column):
-    "Mean of a share over the epochs that left something out, weighted by what was loaded; None where it was not measured"
+    "Mean of a share over the epochs that left something out, weighted by what was loaded; None: not measured"
     lines = ledger[(ledger.selected < 1) & ledger[column].notna() & (ledger.scored > 0)]
     return (lines[column]*lines.loaded).sum()/lines.loaded.sum() if len(lines) else None
 
@@ -128,7 +128,8 @@ def _sentences(report):
     "The report in words"
     table = report.table
     scoring = f", of which {_seconds(report.seconds_scoring)} scoring" if report.seconds_scoring else ''
-    yield f"{table.trained.sum():,} of {table.at_hand.sum():,} items at hand were trained on, in {_seconds(report.seconds)}{scoring}."
+    trained = f"{table.trained.sum():,} of {table.at_hand.sum():,}"
+    yield f"{trained} items at hand were trained on, in {_seconds(report.seconds)}{scoring}."
     bought = _bought(report)
     if bought: yield bought
     yield _against(report)

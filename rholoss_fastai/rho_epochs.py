@@ -1,4 +1,4 @@
-"""RHO-LOSS by epochs: rows that can't be learnt are left out, rows that are learnt already wait, and no forward pass is spent on choosing. One line, for noisy labels: `learn.rho_epochs()`
+"""RHO-LOSS by epochs, for noisy labels: rows that can't be learnt are left out, rows that are learnt already wait
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/rho_epochs.html.md"""
 
@@ -34,7 +34,7 @@ def label_probability(
     targ, # Its target
     scale:float=1. # For losses that aren't the logarithm of a probability: one of this size counts as 1/e
 )->Tensor: # `(bs,)`
-    "Probability that the model gives to each item's label: by softmax for classes, `exp(-loss/scale)` for anything else"
+    "Probability that the model gives to each item's label: softmax for classes, else `exp(-loss/scale)`"
     classes = (isinstance(targ, Tensor) and not targ.is_floating_point() and targ.numel() == len(pred)
                and pred.ndim == 2 and pred.shape[1] > 1)
     if classes: return pred.softmax(1).gather(1, targ.long().view(-1, 1))[:,0]
@@ -92,7 +92,7 @@ class Reducible(EpochRule):
                        "chosen anew each round" if self.by_memory else '')
 
 def given_table(il, learn, dl):
-    "Irreducible losses in any form as a table for the data set of `dl`, and the seconds they took that are in no ledger yet"
+    "Irreducible losses in any form as a table for the data set of `dl`, and their seconds that are in no ledger yet"
     source = il_source(il)
     if source.needs_rows: seconds = source.begin(learn, torch.device('cpu'))
     return (source.table, seconds) if source.needs_rows else (IrreducibleLosses.of(source.values(dl, learn), dl), 0.)
@@ -114,21 +114,21 @@ def is_log_loss(
 
 # %% ../nbs/33_rho_epochs.ipynb #9edc90be
 class RhoEpochs(Reducible):
-    "`Reducible` with irreducible losses of its own making, as much of it as the labels and the length of the fit call for"
+    "`Reducible` with irreducible losses of its own making, where the labels and the length of the fit call for it"
     _not_saved = dict(_source=None, table=None) # an export leaves the irreducible losses out
     short = 8 # a fine-tune of fewer epochs leaves out and does not choose
     long = 4 # a fit from scratch of so many epochs refreshes the irreducible losses
     def __init__(self,
-        il='auto', # Irreducible losses: 'auto', by `probe_predictions`; or `IrreducibleLosses`, a file of them, or one number per row
+        il='auto', # Irreducible losses: 'auto', by a probe; or `IrreducibleLosses`, a file, or a number per row
         drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
         keep:float=0.6, explore:float=0.1,
         by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
-        refresh:bool=None, # Irreducible losses anew from the model's own features, at a quarter of the fit? None: in a fit from scratch of 4 epochs or more
+        refresh:bool=None, # Irreducible losses anew, by the model's features, at a quarter? None: in long fits
         gate:bool=True, # Train plainly where fewer than `threshold` of the labels look wrong?
         threshold:float=0.05, # By the estimate, which is too high rather than too low
         features='auto', # Of `probe_predictions`
         look:int=4000, # Rows for the first estimate, at most
-        il_budget:float=0.2 # Train plainly where irreducible losses would cost a larger share of the fit to come, by counts
+        il_budget:float=0.2 # Train plainly where irreducible losses would cost a larger share of the fit, by counts
     ):
         super().__init__(None if isinstance(il, str) and il == 'auto' else il, 0. if drop is None else drop, keep,
                          explore, True if by_memory is None else by_memory)
@@ -141,7 +141,7 @@ class RhoEpochs(Reducible):
     def check(self, learn): pass
 
     def begin(self, learn, dl):
-        "Look at the labels, make the irreducible losses where they are worth it, and choose the settings for a fit of this length"
+        "Look at the labels, make irreducible losses where they are worth it, and settings for a fit of this length"
         if self._source is None or self._source() is not reader(dl): self._judge(learn, dl)
         self._refreshed,self.own_cost = False,0.
         if self.plain: return
@@ -233,16 +233,16 @@ class RhoEpochs(Reducible):
 # %% ../nbs/33_rho_epochs.ipynb #98c3410a
 @patch
 def rho_epochs(self:Learner,
-    il='auto', # Irreducible losses: 'auto', by a probe when the fit begins; or `IrreducibleLosses`, a file of them, or one number per row
+    il='auto', # Irreducible losses: 'auto', by a probe as the fit begins; or a table, a file, a number per row
     drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
     keep:float=0.6, # Share of the others that are chosen by `p_IL (1 - p_last)`
     explore:float=0.1, # Share of the others that are drawn at random besides
-    epoch:str='cost', # As many steps as have the 'cost' of a plain epoch, irreducible losses included; as many 'steps' as it; or one pass over the chosen 'rows'
+    epoch:str='cost', # As many steps as have a plain epoch's 'cost', all billed; as many 'steps'; or a pass over 'rows'
     by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
-    refresh:bool=None, # Irreducible losses anew from the model's own features, at a quarter of the fit? None: in a fit from scratch of 4 epochs or more
+    refresh:bool=None, # Irreducible losses anew, by the model's features, at a quarter? None: from scratch, of 4 epochs
     gate:bool=True, # Train plainly where hardly any label looks wrong?
     seed:int=0, # Of what is drawn at random
-    **kwargs # `threshold` of the gate, `features` of the probe, `look`, the rows for the first estimate, `il_budget`, the share of the fit that the probe may cost
+    **kwargs # `threshold` of the gate, `features` of the probe, `look`, the first estimate's rows, `il_budget`
 )->Learner: # The Learner
     "Train on the rows that can be learnt and aren't yet; `learn.no_pruning()` undoes it"
     rule = RhoEpochs(il, drop, keep, explore, by_memory, refresh, gate, **kwargs)

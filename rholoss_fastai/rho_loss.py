@@ -49,18 +49,18 @@ class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
     @delegates(selector_parts)
     def __init__(self,
-        il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+        il='auto', # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name
         frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
-        score:str|Callable=None, # How much an item is wanted, a function or a name; default 'reducible', and with a probe's irreducible losses 'worth_learning'
+        score:str|Callable=None, # How much an item is wanted; default 'reducible', by a probe's losses 'worth_learning'
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
-        enlarge:bool=True, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
-        epoch:str='cost', # As many steps as 'cost' what plain training's epoch costs, as many 'steps' as it, or one pass over the 'candidates', as published
+        enlarge:bool=True, # Keep the batch size and draw batches of n_b/frac? False: select within the loader's own
+        epoch:str='cost', # As many steps as 'cost' a plain epoch, as many 'steps', or one pass over 'candidates'
         update_il:bool=False, # Train an IL model on what is selected too, at a hundredth of the learning rate?
         il_epochs:int=None, # Cross-fitting: epochs of each fold's model, default 5; the best one's losses are kept
         il_lr:float=None, # Cross-fitting: learning rate; default the Learner's
         il_folds:int=None, # Cross-fitting: number of models, each trained on the rows that it doesn't score; default 2
         il_seed:int=None, # Cross-fitting: seed of folds and training; default 0
-        il_arch:Callable=None, # Cross-fitting: function that returns a new model, such as `partial(small_cnn, 10)`; default copies of the Learner's
+        il_arch:Callable=None, # Cross-fitting: makes models, as `partial(small_cnn, 10)`; default the Learner's
         **kwargs
     ):
         source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il,
@@ -74,9 +74,9 @@ class RhoLossCallback(BatchSelector):
 @patch
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
-    il='auto', # Irreducible losses: a table, a file, one number per row, a module or a Learner that computes them on the fly, or a name
+    il='auto', # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name
     frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
-    unit:str='item', # What is chosen: 'item', or 'token' for elements of the loss, such as tokens, pixels or labels (see `tokens`)
+    unit:str='item', # What is chosen: 'item', or 'token': elements of the loss, as tokens, pixels, labels (`tokens`)
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"

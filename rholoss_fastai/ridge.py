@@ -1,4 +1,4 @@
-"""Ridge regression in closed form whose prediction for a row comes from the other rows, for any penalty at once, and its probabilities
+"""Ridge regression in closed form: each row predicted by the others, for any penalty at once, and its probabilities
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/ridge.html.md"""
 
@@ -97,7 +97,7 @@ class _Ridge:
         return squares.clamp(min=0)
 
 class HeldOutRidge(_Ridge):
-    "Ridge regression with an intercept for any penalty at once, which predicts each row by all the others (leave-one-out, exact)"
+    "Ridge regression with an intercept for any penalty at once: each row by all the others (leave-one-out, exact)"
     def __init__(self,
         x:Tensor, # `(n, d)` features: overwritten. float64 is exact, float32 serves, float16 saves memory
         y:Tensor, # `(n,)` or `(n, k)` numbers, or `(n,)` classes of an integer type, which become one-hot
@@ -110,7 +110,7 @@ class HeldOutRidge(_Ridge):
         self.unit = (self.squares.sum()/min(self.x.shape)).item() or 1.
 
     def penalty(self,
-        alpha:float # In units of the mean sum of squares along a principal direction: n, where there are more rows than features
+        alpha:float # In units of the mean sum of squares along a principal direction: n, of more rows than features
     )->float:
         "The penalty on the squared weights of the standardised features"
         return alpha*self.unit
@@ -132,7 +132,7 @@ class HeldOutRidge(_Ridge):
 
 # %% ../nbs/13_ridge.ipynb #2f47706a
 class FoldRidge(_Ridge):
-    "Ridge regression with an intercept that predicts each fold by the others; the folds share one Gram matrix, each fold's part subtracted"
+    "Ridge regression with an intercept: each fold by the others, by one Gram matrix less the fold's part"
     def __init__(self,
         x:Tensor, # `(n, d)` features: overwritten. float64 is exact, float32 serves, float16 saves memory
         y:Tensor, # `(n,)` or `(n, k)` numbers, or `(n,)` classes of an integer type, which become one-hot
@@ -244,7 +244,7 @@ def _entropy(
 def best_penalty(
     ridge, # `HeldOutRidge` or `FoldRidge`
     loss, # Function of held-out predictions `(m, k)` and the rows they are of; lower is better
-    alphas=(1e-3, 1e-2, 1e-1, 1., 10.), # Penalties to try, see `penalty`, ascending; then those halfway to the neighbours of the best
+    alphas=(1e-3, 1e-2, 1e-1, 1., 10.), # Penalties to try, ascending; then those halfway to the best's neighbours
     most:int=8000 # Compare on so many rows at most, evenly spaced
 )->float: # One of `alphas`, or between two of them
     "The penalty with the lowest held-out loss"

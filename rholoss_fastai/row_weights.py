@@ -1,4 +1,4 @@
-"""Rows that count more than others: drawn more often (`weighted_loaders`), with a heavier loss (`RowWeights`), or by how badly their group goes (`GroupDRO`)
+"""Rows that count more: drawn more often, with a heavier loss, or by how badly their group goes
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/row_weights.html.md"""
 

@@ -137,7 +137,7 @@ def check_rows_known(dl, bs=None):
         if own: raise _unknown(dl, f'it has a `{name}` of its own')
 
 def untracked(dl, bs=None):
-    "What `track_rows` was called with to make `dl`, and its batch size where it was changed: `dl` and `bs` for any other loader"
+    "What `track_rows` was called with to make `dl`, and its batch size where changed: `dl` and `bs` for other loaders"
     tracker = dl if isinstance(dl, TorchRows) else getattr(dl, '__dict__', {}).get('tracker')
     return ((tracker.source, tracker.bs if bs is None else bs) if isinstance(tracker, (TorchRows, RowTracker))
             else (dl, bs))
@@ -348,7 +348,7 @@ def own_rows(
 # %% ../nbs/05_rows.ipynb #0033e1c6
 @contextmanager
 def preserve_rng():
-    "Whatever is drawn inside, the random state of Python, NumPy and PyTorch (CPU and CUDA) is after it what it was before"
+    "Whatever is drawn inside, the random state of Python, NumPy and PyTorch (CPU and CUDA) is the same afterwards"
     python,numpy,cpu = random.getstate(),np.random.get_state(),torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try: yield

@@ -87,7 +87,7 @@ class SeparateForward(Scorer):
         mode:str='eval', # Mode of the model: 'eval', or 'train', as it trains, which some papers' code does
         compile=False, # Compile the forward? True, or a dictionary of `torch.compile`'s arguments
         scale_factor:float=1., # Score images down-sampled to this share of their height and width, in (0, 1]
-        score_bs:int=None, # Score so many items at a time, which bounds the memory that scoring takes; None: all candidates at once
+        score_bs:int=None, # Score so many items at a time, which bounds scoring's memory; None: all at once
         n_mc:int=10 # Passes with dropout for a score that needs `log_probs`
     ):
         check_choice('mode', mode, ('eval', 'train'))
@@ -139,7 +139,7 @@ class SeparateForward(Scorer):
         c.scored += c.n
 
     def log_probs(self, c):
-        "Log-probabilities `(n_mc, n_B, n_classes)` with dropout, and nothing else, as in training (Gal and Ghahramani 2016)"
+        "Log-probabilities `(n_mc, n_B, n_classes)`, with dropout alone as in training (Gal and Ghahramani 2016)"
         if not self.dropouts:
             raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add "
                              "one, or use another score.")
@@ -156,8 +156,9 @@ class SeparateForward(Scorer):
         xb = c.xb
         if (self.scale_factor < 1
             and not (len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 4 and xb[0].is_floating_point())):
-            raise ValueError("scale_factor needs batches of one image tensor (bs, channels, height, width) of floating point; got "
-                             f"{', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)}. Use scale_factor=1.")
+            got = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in xb)
+            raise ValueError("scale_factor needs batches of one image tensor (bs, channels, height, width) of floating "
+                             f"point; got {got}. Use scale_factor=1.")
 
 
 # %% ../nbs/18_scorers.ipynb #5f359738
@@ -287,7 +288,7 @@ def _divides(pred, n):
 FORWARDS = ('auto', 'twice', 'reuse')
 
 def find_scorer(
-    forward='auto', # 'twice': score without gradients, then train on the selected; 'reuse': one forward with gradients; 'auto': the cheaper; or a `Scorer`
+    forward='auto', # 'twice': score, then train on the selected; 'reuse': one forward; 'auto': cheaper; or a `Scorer`
     proxy:Learner=None, # A Learner whose smaller model scores in the target's stead
     **kwargs # Of `SeparateForward`
 )->Scorer:

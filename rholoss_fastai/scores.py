@@ -45,7 +45,7 @@ def reducible_part(
 
 # %% ../nbs/03_scores.ipynb #159e1dda
 def learnable_error(
-    loss:Tensor, # `(bs,)` item losses of the model that is being trained, negative log-probabilities such as cross entropy
+    loss:Tensor, # `(bs,)` item losses of the model in training, negative log-probabilities as cross entropy
     il:Tensor # `(bs,)` irreducible losses, of the same kind
 )->Tensor: # `(bs,)` in [0, 1]
     "How wrong the model is on the item, `1 - p`, times the probability `p_IL` that a reference gives to its label"
@@ -53,7 +53,7 @@ def learnable_error(
 
 # %% ../nbs/03_scores.ipynb #00a4ed3f
 def worth_learning(
-    loss:Tensor, # `(bs,)` item losses of the model that is being trained, negative log-probabilities such as cross entropy
+    loss:Tensor, # `(bs,)` item losses of the model in training, negative log-probabilities as cross entropy
     il:Tensor, # `(bs,)` irreducible losses, of the same kind
     hopeless:Tensor # `(bs,)` bool, the items that can't be learnt
 )->Tensor: # `(bs,)` in [0, 1]; -1 of what is hopeless
@@ -70,13 +70,13 @@ def negative_irreducible_loss(
 # %% ../nbs/03_scores.ipynb #814f458a
 def gradient_norm_bound(
     pred, # Logits `(bs, n_classes, ...)`, or an output that holds them
-    targ:Tensor, # Classes, an integer tensor of the shape of `pred` without `axis`, or their probabilities, of the shape of `pred`
+    targ:Tensor, # Classes, whole numbers in the shape of `pred` without `axis`, or probabilities, as `pred`
     axis:int=1, # Class axis of `pred`
     ignore_index:int=-100, # Class that does not count
     task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)`
-    "Norm of the cross-entropy's gradient with respect to the logits, `||softmax(pred) - onehot(targ)||_2`; multi-label, `||sigmoid(pred) - targ||_2`"
+    "Norm of the gradient by logits, `||softmax(pred) - onehot(targ)||_2`; multi-label, `||sigmoid(pred) - targ||_2`"
     if isinstance(targ, (tuple, list)) and len(targ) > 1:
         raise ValueError(f"gradient_norm_bound needs one target, and the batch has {len(targ)}. {_mend}")
     targ = plain(prediction(targ))
@@ -137,7 +137,7 @@ def _check_classes(pred, targ, axis):
                          f"partial(gradient_norm_bound, axis=...). {_mend}")
 
 # %% ../nbs/03_scores.ipynb #8da89409
-def _positions(values): return values.reshape(len(values), -1).mean(1).float() # an item of several positions has their mean, as item losses do
+def _positions(values): return values.reshape(len(values), -1).mean(1).float() # of several positions the mean
 
 def entropy(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
@@ -157,7 +157,7 @@ def margin(
     task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between -1 and 0
-    "Minus the distance of the two most probable classes: the smaller, the more wanted; multi-label, the mean over labels of that of yes and no"
+    "Minus the distance of the two most probable classes; multi-label, the mean over labels of that of yes and no"
     if _is_multilabel('margin', task): return _positions(-(2*_label_probabilities(pred, activated) - 1).abs())
     return _positions(_logits(pred, axis).softmax(axis).topk(2, dim=axis).values.diff(dim=axis))
 
@@ -167,7 +167,7 @@ def least_confidence(
     task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between 0 and `1 - 1/n_classes`
-    "One minus the probability of the most probable class; multi-label, the mean over labels of that of the less probable of yes and no"
+    "One minus the probability of the most probable class; multi-label, the mean over labels of the less probable's"
     if _is_multilabel('least_confidence', task):
         p = _label_probabilities(pred, activated)
         return _positions(torch.minimum(p, 1 - p))
@@ -216,7 +216,7 @@ def loss_minus_conditional_entropy(
     axis:int=1, # Class axis of one pass, `(bs, n_classes, ...)`
     task:str=None, # What the loss has the model predict; None: classes
 ) -> Tensor: # `(bs,)`
-    "Loss above the uncertainty that the passes agree on: a reducible loss whose irreducible part is the model's own guess"
+    "Loss above the uncertainty that the passes agree on: a reducible loss by the model's own guess"
     _is_multilabel('loss_minus_conditional_entropy', task, several_passes=True)
     return loss - conditional_entropy(log_probs, axis)
 

@@ -55,7 +55,7 @@ _watched,_written = WeakKeyDictionary(),WeakKeyDictionary()
 def _from_torch(module): return type(module).__module__.startswith('torch.nn.')
 
 def _names_watched(module):
-    "The plain attributes of `module` that a forward may change: of PyTorch's own modules those with tensors, which only hooks and wrappers put there"
+    "Plain attributes of `module` that a forward may change: of PyTorch's own those with tensors, put there by hooks"
     # which a recurrent layer keeps beside its weights
     return [k for k,v in module.__dict__.items() if k not in _every_module_has and not callable(v)
             and (not _from_torch(module) or tensors(v) or k == '_flat_weight_refs')]
@@ -63,7 +63,7 @@ def _names_watched(module):
 def _sizes(modules): return list(map(len, map(vars, modules))) # numbers of attributes
 
 def _plan(modules):
-    "Positions in `modules` of those that have attributes to look at, and these; found again when one has more attributes than it had"
+    "Positions in `modules` of those with attributes to look at, and these; found again when one has more than it had"
     # no module is referred to: this is kept as long as the model is
     ids,sizes = list(map(id, modules)),_sizes(modules)
     known = _watched.get(modules[0])
@@ -119,7 +119,7 @@ def scoring_mode(
     training:bool=False, # Leave each module in its own mode, as it trains, rather than in eval mode?
     modules:list=None # `list(model.modules())`, if at hand
 ):
-    "Forward passes in here leave no trace: no gradient, and mode, buffers, plain attributes and the global random state restored"
+    "Forward passes in here leave no trace: no gradient; mode, buffers, plain attributes and random state restored"
     if modules is None: modules = list(model.modules())
     # in eval mode batch norm reads its statistics only
     writers = modules if training else [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
@@ -247,11 +247,11 @@ def native_bfloat16(
     return device.type=='cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16', False)
 
 class ScoringForward:
-    "A model's forward for scoring, in its own precision and memory format, compiled if asked; to be called within `scoring_mode`"
+    "A model's forward for scoring, in its own precision and memory format, compiled if asked; within `scoring_mode`"
     def __init__(self,
         model:nn.Module, # Model to run forward
         device:torch.device, # Where it is
-        precision='auto', # 'auto': bfloat16 where the hardware has it, else `own`; None: `own`, and the memory format as it comes; or a dtype
+        precision='auto', # 'auto': bfloat16 where native, else `own`; None: `own`, memory as it comes; or a dtype
         own:torch.dtype=None, # Precision that the model trains in; None: float32, or what autocast is in force
         compile=False # Compile it? True, or a dictionary of `torch.compile`'s arguments
     ):
@@ -267,7 +267,7 @@ class ScoringForward:
 
     @property
     def relative_cost(self)->float:
-        "Cost of this forward in units of a forward as in training: 1, or the 0.4 that was measured where bfloat16 is native"
+        "Cost of this forward in units of one as in training: 1, or the 0.4 that was measured where bfloat16 is native"
         return 0.4 if self.dtype in (torch.bfloat16, torch.float16) and self.own in (None, torch.float32) else 1.
 
     def __call__(self, *xb):

@@ -96,7 +96,7 @@ def say_what_will_happen(
     learn:Learner, # In its `before_train`
     source # The training loader as it was
 ):
-    "One line before a fit: steps per epoch, of how many items, beside plain training's, and the bill; and what will have no effect"
+    "One line before a fit: steps per epoch, their items, beside plain training's, the bill; and what has no effect"
     fit,when,bs = selector._fit,selector.when,loader_batch_size(source)
     n_epoch,name = learn.n_epoch - learn.epoch,type(selector).__name__
     if max(selector.epochs_done, learn.epoch) + n_epoch <= when.warmup_epochs:
@@ -203,7 +203,7 @@ def check_inputs_unchanged(
     learn:Learner, # Whose model has just seen a batch
     delivered:list # Copies of the inputs as they were after selection; None: nothing to compare with
 ):
-    "Raise where a callback changed the inputs after selection, so that the model saw something else than what was scored"
+    "Raise where a callback changed the inputs after selection: the model saw something else than was scored"
     if delivered is None: return
     seen,mixes = tensors(plain(learn.xb)),any(isinstance(cb, MixHandler) for cb in learn.cbs)
     same = len(seen) == len(delivered)

@@ -36,15 +36,15 @@ def _selectivity(beta, keep):
 
 # %% ../nbs/22_selective_backprop.ipynb #e9d29b2a
 class SelectiveBackprop(BatchSelector):
-    "Train on items drawn with a probability that grows with the percentile of their loss (Jiang et al. 2019, algorithms 1 and 2)"
+    "Train on items drawn the likelier, the higher the percentile of their loss (Jiang et al. 2019, algorithms 1 and 2)"
     @delegates(selector_parts, but=['epoch'])
     def __init__(self,
         beta:float=None, # Selectivity, at least 0, or a schedule: the probability is `percentile ** beta`; default 3
-        keep:float=None, # The same as an expected share of the items, in (0, 1], or a schedule: beta is `1/keep - 1`; give one of the two
+        keep:float=None, # Expected share of the items, in (0, 1], or a schedule, in place of beta, `1/keep - 1`
         history:int=None, # Number of losses that the percentile is taken among; default 1024
         sampling_min:float=None, # Smallest probability, in [0, 1], or a schedule; default 0
-        pick:str|Pick=None, # Another rule, such as Composer's `RankSample(0.5)`; default `PercentileSample` with the numbers above
-        queue:bool=False, # Let selected items wait until they fill a batch of the DataLoader's size, so that every step has as many?
+        pick:str|Pick=None, # Another rule, as Composer's `RankSample(0.5)`; default `PercentileSample` by the above
+        queue:bool=False, # Let selected items wait until they fill a batch of the DataLoader's size?
         score:str|Callable=None, # How much an item is wanted; default its loss, or with `il` what is reducible of it
         warmup_epochs:int=1, # Epochs, counted over the Learner's life, before selection begins
         seed:int=None, # Seed of the draws, which leave the global random state alone; default 0
@@ -71,7 +71,7 @@ class SelectiveBackprop(BatchSelector):
 @delegates(SelectiveBackprop.__init__)
 def selective_backprop(self:Learner,
     beta:float=None, # Selectivity, at least 0, or a schedule: the probability is `percentile ** beta`; default 3
-    keep:float=None, # The same as an expected share of the items, in (0, 1], or a schedule: beta is `1/keep - 1`; give one of the two
+    keep:float=None, # Expected share of the items, in (0, 1], or a schedule, in place of beta, `1/keep - 1`
     **kwargs
 )->Learner: # The Learner
     "Train on items drawn with a probability that grows with their loss; `learn.no_selection()` undoes it"

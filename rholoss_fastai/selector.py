@@ -55,15 +55,15 @@ class BatchSelector(AnySelector):
     columns = dict(selected='selected') # name in the training table -> column of the ledger
 
     def __init__(self,
-        score:Callable=training_loss, # How much an item is wanted: a function of figures such as `loss`, `pred`, `targ`, `il`, or its name
+        score:Callable=training_loss, # How much an item is wanted: a function of `loss`, `pred`, `il`, or its name
         pick:Pick=None, # Which items a score picks, or its name; default `TopFraction(0.5)`
         scorer:Scorer=None, # How predictions are had; default the cheaper of a forward of its own and a shared one
         il=None, # Irreducible losses, in any form that `il_source` takes
         when:When=None, # In which batches is selected; default in all
         memory:LossMemory=None, # Losses that are remembered rather than scored
         delivery:Narrow=None, # How the selected reach training; default they take the batch's place
-        enlarge:Enlarge=None, # Draw larger candidate batches and keep the batch size? None: select within the loader's own
-        min_items:int=None, # Fewest items to train on; default 2 where batch norm is in train mode (it needs two), else 1
+        enlarge:Enlarge=None, # Draw larger candidate batches? None: select within the loader's own
+        min_items:int=None, # Fewest items to train on; default 2 under batch norm in train mode, else 1
         beside:tuple=() # Callbacks that come and go with this one
     ):
         if min_items is not None: check_count('min_items', min_items, 1)
@@ -120,7 +120,7 @@ class BatchSelector(AnySelector):
         self.add_columns(**{name: partial(self.record.last, column) for name,column in columns.items()})
 
     def before_train(self):
-        "Put a row-tracking copy of the training loader, enlarged if asked, in this epoch's place; `learn.dls` stays as it is"
+        "Put a row-tracking copy of the training loader, enlarged if asked, in its place; `learn.dls` stays as it is"
         learn,fit,source = self.learn,self._fit,self.learn.dl
         fit.warm,fit.selecting = self.off or self.when.warm(learn, self.epochs_done),False
         kept = self.record.kept if self.epochs_selected else self.pick.fraction(learn.pct_train)
@@ -230,7 +230,7 @@ class BatchSelector(AnySelector):
         if not n_trained: raise CancelBatchException # nothing to train on yet
 
     def _check_seen(self):
-        "Does an item's loss mean something, and did the model see what was scored? Before the first step of a fit, and where the loss is replaced"
+        "Does an item's loss mean something, and did the model see what was scored? Before the first step"
         if 'loss' in self.asked or self.pick.weighted: self.checked_item_losses(self.pick.weighted)
         if not self._fit.first: return
         self.scorer.after_pred(self.learn)
@@ -290,32 +290,32 @@ def add_selector(
 
 @patch
 def no_selection(self:Learner)->Learner: # The Learner
-    "Train on every item, and every token of it, again; what was recorded can still be read in `learn.selection`, but isn't exported"
+    "Train on every item, and every token, again; `learn.selection` can still be read, but isn't exported"
     found = selectors(self)
     for cb in found: set_record_aside(self, cb.record)
     return self.remove_cbs(found)
 
 # %% ../nbs/20_selector.ipynb #5f473d5d
 def selector_parts(
-    forward='auto', # 'twice': score without gradients, then train on the selected; 'reuse': one forward with gradients; 'auto': the cheaper; or a `Scorer`
-    precision='auto', # Scoring precision: 'auto', bfloat16 where the hardware has it; None, exactly as the Learner trains; or a dtype
+    forward='auto', # 'twice': score, then train on the selected; 'reuse': one forward; 'auto': cheaper; or a `Scorer`
+    precision='auto', # Scoring precision: 'auto', bfloat16 where native; None, as the Learner trains; or a dtype
     mode:str='eval', # Mode of the model while scoring: 'eval', or 'train', as it trains, which some papers' code does
     compile=False, # Compile the scoring forward? True, or a dictionary of `torch.compile`'s arguments
     scale_factor:float=1., # Score images down-sampled to this share of their height and width, in (0, 1]
-    score_bs:int=None, # Score so many items at a time, which bounds the memory that scoring takes; None: all candidates at once
+    score_bs:int=None, # Score so many items at a time, which bounds scoring's memory; None: all at once
     n_mc:int=10, # Forward passes with dropout for a score that needs `log_probs`
-    proxy:Learner=None, # A Learner whose smaller model scores in the target's stead, trained beside it on what is selected
+    proxy:Learner=None, # A Learner whose smaller model scores in the target's stead, trained on what is selected
     start:float=0., # Share of training after which selection begins
     end:float=1., # Share of training after which it ends
     every:int=1, # Select in each `every`-th batch
     warmup_epochs:int=0, # Epochs, counted over the Learner's life, before selection begins
     staleness:int=1, # Score a row's loss only every so many epochs, and remember it in between
-    il=None, # Irreducible losses: a table, a file, one number per row, a module, a Learner, or a name ('auto', 'probe', 'crossfit')
+    il=None, # Irreducible losses: a table, a file, a number per row, a module, a Learner, 'auto', 'probe', 'crossfit'
     il_budget:float=0.2, # With il='auto': largest share of the fit to come that they may cost
-    enlarge:bool=False, # Keep the batch size as n_b and draw candidate batches of n_b/frac? False: select within the loader's own
-    epoch:str='candidates', # With `enlarge`: one pass over the 'candidates', as many 'steps' as plain training, or as many as 'cost' what its epoch costs
+    enlarge:bool=False, # Keep the batch size as n_b and draw batches of n_b/frac? False: select within the loader's own
+    epoch:str='candidates', # With `enlarge`: a pass over 'candidates', as many 'steps' as plain, or its 'cost'
     min_items:int=None, # Fewest items to train on; default 2 where batch norm is in train mode (it needs two), else 1
-    track:dict=None, # Named subsets of the rows, a mask `(n,)` each: the ledger says how much of what is trained on belongs to them
+    track:dict=None, # Named subsets of the rows, masks `(n,)`: the ledger says their share of what is trained on
     track_columns:bool=False, # Show these shares in the training table too?
     fallback:str=None # 'uniform': train without selection once the record says that it no longer pays
 )->dict: # Arguments of `BatchSelector`
@@ -351,10 +351,10 @@ UNITS['select','item'] = _of_items
 @patch
 @delegates(selector_parts)
 def select(self:Learner,
-    score:str|Callable='loss', # Name in `SCORES`, or a function of figures such as `loss`, `pred`, `targ`, `il`, `log_probs`
+    score:str|Callable='loss', # Name in `SCORES`, or a function of `loss`, `pred`, `targ`, `il`, `log_probs`
     pick:str|Pick='top', # Name in `PICKS`, or a `Pick`
     frac:float=None, # n_b / n_B in (0, 1] of a pick by name, or a schedule; default its own
-    unit:str='item', # What is chosen: 'item', or 'token' for elements of the loss, such as tokens, pixels or labels (see `tokens`)
+    unit:str='item', # What is chosen: 'item', or 'token': elements of the loss, as tokens, pixels, labels (`tokens`)
     **kwargs
 )->Learner: # The Learner
     "Train on the items that `pick` takes by their `score`; `learn.no_selection()` undoes it"

@@ -126,7 +126,7 @@ def score_rows(
     item_losses:ItemLosses=None, # The loss; default of `learn`'s own loss function
     step=noop, # Called after each batch
     augment:bool=False # With the transforms of training?
-)->Tensor: # `(k,)`, on the model's device, in the order of the data set; `spread` makes it `(n,)` where `dl` is restricted
+)->Tensor: # `(k,)`, on the model's device, in the data set's order; `spread` makes it `(n,)`
     "The score of every row that `dl` goes through"
     inputs,name = score_inputs(score),short_name(score)
     check_known_outside(inputs, name)
@@ -206,7 +206,7 @@ def check_new_learners(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them
     dls # `DataLoaders`
 ):
-    "Raise unless `make_learner` makes a new model each time: told beforehand, since runs elsewhere know nothing of each other"
+    "Raise unless `make_learner` makes a new model each time, since runs elsewhere know nothing of each other"
     earlier = []
     # alive, since only so a model can be told to be shared
     with preserve_rng(): kept = [new_learner(make_learner, dls, 0, earlier) for _ in range(2)]
@@ -214,7 +214,7 @@ def check_new_learners(
 
 @contextmanager
 def on_its_own():
-    "fastai takes this process for the only one: else it gathers each batch's loss from all, though they fit models of their own"
+    "fastai takes this process for the only one: else it gathers losses from all, though each fits a model of its own"
     world = os.environ.pop('WORLD_SIZE', None)
     try: yield
     finally:
@@ -258,7 +258,7 @@ def fit_quietly(
 
 # %% ../nbs/11_side_models.ipynb #8b8bfff8
 class Companion:
-    "The model of a Learner, trained step by step on batches that another Learner trains on, whose random stream it leaves alone"
+    "The model of a Learner, trained on batches that another Learner trains on, whose random stream it leaves alone"
     def __init__(self,
         learn:Learner, # Its model, loss function and optimiser
         device:torch.device # Where the batches are

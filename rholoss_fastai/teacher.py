@@ -1,4 +1,4 @@
-"""Irreducible losses from any model or function that gives class probabilities: a zero-shot predictor, a model of the last project, a service
+"""Irreducible losses from anything that gives class probabilities: a zero-shot predictor, an older model, a service
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/teacher.html.md"""
 
@@ -26,7 +26,7 @@ from .side_models import map_rows
 
 # %% ../nbs/17_teacher.ipynb #2a0d0cf0
 def class_columns(
-    classes, # The teacher's class names in its order; or for each class of ours, by name or number, the teacher's column or columns
+    classes, # The teacher's class names in its order; or for each class of ours the teacher's columns
     names=None # Our class names in our order; None: numbers only
 )->list: # For each class of ours the teacher's columns; None: as they are
     "Which of the teacher's columns make up each of our classes"
@@ -77,11 +77,11 @@ def fit_temperature(
 
 # %% ../nbs/17_teacher.ipynb #005e1584
 class TeacherIL(ILSource):
-    "Losses of a teacher: any module or function of the inputs that gives class probabilities or logits (Deng et al. 2023)"
+    "Losses of a teacher: any module or function of the inputs that gives probabilities or logits (Deng et al. 2023)"
     needs_rows,exported = False,False
     def __init__(self,
-        teacher:nn.Module|Callable, # Function of the inputs (`*xb`) that returns `(bs, K)` probabilities or logits, a module, or a Learner
-        classes=None, # The teacher's class names in its order; or for each class of ours the teacher's column or columns; None: as they are
+        teacher:nn.Module|Callable, # Function of the inputs (`*xb`) to `(bs, K)` probabilities or logits, or a Learner
+        classes=None, # Teacher's class names in its order, or for each class of ours its columns; None: as they are
         temperature:float=None, # None: fitted on held-out rows
         held_out=None, # Loader of labelled rows that the temperature is fitted on; default `learn.dls.valid`
         n_rows:int=2000 # So many of these at most

@@ -1,4 +1,4 @@
-"""`learn.select(unit='token')`: forward everything, train on those elements of the loss (tokens, pixels, labels) that are worth it (Rho-1, Lin et al. 2024)
+"""`learn.select(unit='token')`: train on those tokens, pixels or labels that are worth it (Rho-1, Lin et al. 2024)
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/tokens.html.md"""
 
@@ -124,7 +124,9 @@ class ElementTable(TableIL):
                              "targets.")
 
     def __setstate__(self, state): self.__dict__.update(state, given=None, table=None)
-    def __repr__(self): return f"{type(self).__name__}({'' if self.given is None else f'{len(self.lengths)} rows, {len(self.flat)-1} elements'})"
+    def __repr__(self):
+        held = '' if self.given is None else f'{len(self.lengths)} rows, {len(self.flat)-1} elements'
+        return f"{type(self).__name__}({held})"
 
 # %% ../nbs/24_tokens.ipynb #3c46e75a
 def element_losses(
@@ -156,7 +158,7 @@ def _element_il(il):
 
 # %% ../nbs/24_tokens.ipynb #e74032d1
 class TokenSelector(AnySelector):
-    "Train on the elements of the loss (tokens, pixels, labels) that `pick` takes by their `score`, among all of a batch (Lin et al. 2024)"
+    "Train on elements of the loss (tokens, pixels, labels) that `pick` takes of a batch by `score` (Lin et al. 2024)"
     # before what adds to the loss (AWD-LSTM's regularisation) or divides it (GradientAccumulation)
     order = TrainEvalCallback.order + 5
     name,makes_loss = 'token_selector','whole'
@@ -164,10 +166,10 @@ class TokenSelector(AnySelector):
     mask = None # `(bs, ...)` bool, the elements of the last batch that were trained on
 
     def __init__(self,
-        score=None, # Function of `loss` and `il`, element by element, or its name; default 'reducible' with `il`, else 'loss'
+        score=None, # Function of `loss` and `il` by element, or its name; default 'reducible' with `il`, else 'loss'
         pick='top', # Which elements: a pick that ranks, such as `TopFraction`, `Boltzmann` or `Uniform`, or its name
         frac:float=None, # Share of the elements that count, in (0, 1], or a schedule; default 0.6 of a pick by name
-        il=None, # Reference: an nn.Module or a Learner, trained on other or on better data, or a table of its losses (see `ElementTable`)
+        il=None, # Reference: a module or a Learner, trained on better data, or a table of its losses (`ElementTable`)
         start:float=0., # Share of training after which selection begins
         end:float=1., # Share of training after which it ends
         every:int=1, # Select in each `every`-th batch
@@ -192,7 +194,7 @@ class TokenSelector(AnySelector):
         self.when,self.record = When(start, end, every, warmup_epochs),SelectionRecord()
 
     @property
-    def needs_rows(self)->bool: return self.il_source is not None and self.il_source.needs_rows # must the dataset row of each item be known?
+    def needs_rows(self)->bool: return self.il_source is not None and self.il_source.needs_rows # of each item
 
     def begin_fit(self):
         "Check what can be checked before the first batch"

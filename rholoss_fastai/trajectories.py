@@ -1,4 +1,4 @@
-"""Each row's losses and margins, epoch by epoch, and what can be read from them: which labels are wrong, which rows are forgotten, which move as clean ones do
+"""Each row's losses and margins, epoch by epoch: which labels are wrong, which rows are forgotten, which move as clean
 
 Docs: https://rholoss-fastai.github.io/rholoss_fastai/trajectories.html.md"""
 
@@ -221,7 +221,7 @@ class ByHistory(EpochRule):
     def __init__(self,
         history:LossHistory, # A callback of the same Learner
         reading='alignment', # A name in `READINGS`, or a function of `losses` `(n_epoch, n)`
-        rule:EpochRule=None # That chooses by it; default `InfoBatch(weighted=False)`, which drops half of the rows below the mean
+        rule:EpochRule=None # That chooses by it; default `InfoBatch(weighted=False)`: half of those below the mean go
     ):
         self.history,self.reading,self.rule = history,reading,InfoBatch(weighted=False) if rule is None else rule
         if self.rule.last != 1:

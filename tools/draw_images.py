@@ -1,4 +1,4 @@
-"Draw the site's icon, the picture that links to it are shown with, and the README's: favicon.png, social.png and suspects.png in nbs/images"
+"Draw the site's icon, its social picture and the README's: favicon, social and suspects.png in nbs/images"
 from pathlib import Path
 
 import matplotlib

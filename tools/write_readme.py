@@ -19,7 +19,7 @@ TARGET = re.compile(r'(!?\[[^\]]*\]\(|<img[^>]*\ssrc=")([^)\s"]+)')
 WARNING = '<!-- Written from nbs/index.ipynb by tools/write_readme.py: edit the notebook, not this file -->'
 
 def relink(markdown, config):
-    "`markdown` with links to pages pointing at the documentation site, and other relative links starting from the repository's root"
+    "`markdown` with links to pages pointing at the documentation site, other relative ones from the repository's root"
     def target(match):
         link = doc_link(match[2], config.doc_url)
         if not re.match(r'[a-z]+:|#|/', link): link = posixpath.normpath(posixpath.join(config.nbs_path.name, link))
