@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
+
 from .fit_callback import FitCallback
 from .picks import LossShare
 from .scores import reducible_part, training_loss

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from fastai.callback.core import TrainEvalCallback
+
 from .checks import short_name
 from .fit_callback import FitCallback
 from .nested import as_tensor, batch_size, plain

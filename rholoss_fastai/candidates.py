@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from fastai.learner import Learner
 from torch import Tensor
+
 from .checks import NotSaved, check_count, check_number
 from .losses import ItemLosses
 from .nested import batch_size, prediction, subset_batch

@@ -16,6 +16,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import GetAttr, noop
 from torch import Tensor, nn
+
 from .candidates import Candidates
 from .checks import NotSaved, check_choice
 from .nested import batch_size, join_batches, subset_batch, tensors

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
 from .candidates import candidate_input
 from .checks import check_number, scheduled
 from .losses import ItemLosses

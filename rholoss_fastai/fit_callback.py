@@ -20,6 +20,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, ValueMetric
 from fastcore.foundation import L
 from torch import Tensor
+
 from .checks import NotSaved
 from .losses import ItemLosses
 from .nested import batch_size, plain

@@ -17,8 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from fastai.optimizer import (Optimizer, OptimWrapper, adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step,
-                              rms_prop_step, sgd_step, step_stat, weight_decay)
+from fastai.optimizer import Optimizer, adam_step, average_sqr_grad, momentum_step, rms_prop_step, sgd_step, step_stat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
@@ -66,6 +65,8 @@ def _torch_steppers(opt):
                      "without nesterov, dampening, amsgrad and maximize, and fastai's SGD, RMSProp and Adam.")
 
 # %% ../nbs/40_hypergradient.ipynb #d94e5670
+from fastai.optimizer import OptimWrapper, average_grad, l2_reg, weight_decay
+
 class Update:
     "The step of an optimiser, fastai's or in an `OptimWrapper`, as a function of weights and hyper-parameters"
     def __init__(self,

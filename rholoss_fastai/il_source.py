@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, noop
 from fastai.optimizer import OptimWrapper
-from fastai.learner import noop
 from torch import Tensor, nn
+
 from .checks import by_name, check_count, check_number
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies
 from .item_table import ItemTable
@@ -28,8 +28,8 @@ from .noise import row_targets
 from .probe import choose_features, probe_cost, probe_irreducible
 from .record import STEP_COST
 from .rows import own_rows, track_rows
-from .side_models import changers_in_training
 from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
+from .side_models import changers_in_training
 
 # %% ../nbs/16_il_source.ipynb #69b00319
 class ILSource:

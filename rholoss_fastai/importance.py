@@ -8,7 +8,8 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/importance.html.md"""
 __all__ = ['DatasetScores', 'dataset_scores', 'el2n', 'grand', 'ForgettingTracker', 'score_dataset']
 
 # %% ../nbs/30_importance.ipynb #a9989b68
-import gc, time
+import gc
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,21 +27,17 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from .checks import NotSaved, by_name, check_count, short_name
+from .executors import run_in_order
 from .il_source import il_values
 from .item_table import ItemTable, fingerprint, spread
 from .loaders import restrict_rows, scoring_loader, with_loaders
-from .nested import batch_size, class_targets, describe, subset_batch
-from .rows import is_distributed, own_rows, preserve_rng
-from .rows import track_rows
 from .losses import ItemLosses
-from .nested import prediction
-from .checks import NotSaved, check_count, short_name
-from .checks import by_name
+from .nested import batch_size, class_targets, describe, prediction, subset_batch
+from .rows import is_distributed, own_rows, preserve_rng, track_rows
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
-from .executors import run_in_order
-from .side_models import (batch_progress, check_new_learners, fit_quietly, map_rows, new_learner,
-                                        on_its_own, score_rows, shows_progress)
+from .side_models import batch_progress, check_new_learners, fit_quietly, map_rows, score_rows, shows_progress
 
 # %% ../nbs/30_importance.ipynb #bb2106d5
 class DatasetScores(ItemTable):
@@ -285,6 +282,8 @@ def _run(learn, dl, score, il, n_epoch, lr, one_cycle, max_bytes, step):
     return _values(learn, dl, score, il, max_bytes, step)
 
 # %% ../nbs/30_importance.ipynb #b9e109f7
+from .side_models import new_learner, on_its_own
+
 def _scores_of_run(make_learner, dls, dl, seed, score, function, il, epochs, lr, one_cycle, max_bytes, earlier, step):
     "A run of its own: the scores of all rows, and what is known of it"
     start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)

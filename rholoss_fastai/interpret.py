@@ -22,14 +22,14 @@ from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .checks import check_count
 from .il_source import il_values
 from .loaders import scoring_loader
-from .rows import dataset_size, preserve_rng, track_rows, whole_dataset
 from .losses import ItemLosses
 from .nested import plain, prediction
 from .noise import class_names
-from .checks import check_count
 from .record import SelectionRecord
+from .rows import dataset_size, preserve_rng, track_rows, whole_dataset
 
 # %% ../nbs/50_interpret.ipynb #e8c646ce
 def _apart(values, gap):

@@ -8,14 +8,13 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/irreducible.html.md"""
 __all__ = ['IrreducibleLosses', 'irreducible_losses', 'fit_irreducible', 'crossfit_irreducible', 'small_cnn', 'learner_copies']
 
 # %% ../nbs/13_irreducible.ipynb #56793029
-import gc, time
+import gc
+import time
 from copy import deepcopy
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
@@ -23,18 +22,17 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.torch_core import get_model, set_seed, trainable_params
 from fastcore.basics import noop, patch, store_attr
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .item_table import ItemTable, fingerprint
-
-from .loaders import restrict_rows, scoring_loader, with_loaders
-
-from .rows import is_distributed, own_rows, preserve_rng
-from .losses import ItemLosses
 from .checks import check_count, check_number, short_name
-from .nested import class_targets
 from .executors import run_in_order
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own,
-                                        score_rows, shows_progress)
+from .item_table import ItemTable, fingerprint
+from .loaders import restrict_rows, scoring_loader, with_loaders
+from .losses import ItemLosses
+from .nested import class_targets
+from .rows import is_distributed, own_rows, preserve_rng
+from .side_models import batch_progress, check_new_learners, fit_quietly, new_learner, score_rows, shows_progress
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
 class IrreducibleLosses(ItemTable):
@@ -188,6 +186,8 @@ def fit_irreducible(
                                      _info(learn_il, judged, start, n_epoch, [kept.best_epoch]))
 
 # %% ../nbs/13_irreducible.ipynb #8264466a
+from .side_models import on_its_own
+
 def _score_fold(make_learner, dls, dl, rows, seed, n_epoch, lr, one_cycle, earlier, step):
     "Fit a Learner on `dls`, which lacks a fold's rows, and judge these: `(k, 3)`, the best epoch, what is known of it"
     start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)

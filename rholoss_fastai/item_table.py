@@ -8,7 +8,11 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/item_table.html.md"""
 __all__ = ['fingerprint', 'spread', 'ItemTable']
 
 # %% ../nbs/07_item_table.ipynb #a5bd439e
-import copy, hashlib, json, os, uuid
+import copy
+import hashlib
+import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
+
 from .nested import as_tensor
 from .rows import RowSubset, dataset_size, own_rows, preserve_rng, reader, untracked, whole
 

@@ -30,8 +30,7 @@ from .loaders import restrict_rows, scoring_loader, with_loaders
 from .row_weights import RowWeights, weighted_loaders
 from .rows import dataset_size, own_rows, preserve_rng, reader
 from .scores import training_loss
-from .side_models import (batch_progress, check_new_learners, fit_quietly, new_learner, on_its_own,
-                                        score_rows, shows_progress)
+from .side_models import batch_progress, check_new_learners, fit_quietly, new_learner, score_rows, shows_progress
 
 # %% ../nbs/37_just_train_twice.ipynb #08fe3385
 def misclassified(
@@ -155,6 +154,8 @@ def just_train_twice(
     return learn
 
 # %% ../nbs/37_just_train_twice.ipynb #bfc62245
+from .side_models import on_its_own
+
 def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, groups, metric, worst, n_epoch, lr,
                  one_cycle, earlier, step):
     "The line of a pair in the table"

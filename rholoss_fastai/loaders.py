@@ -8,7 +8,9 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/loaders.html.md"""
 __all__ = ['restrict_rows', 'replace_dataset', 'scoring_loader', 'seeded_loaders', 'with_loaders']
 
 # %% ../nbs/06_loaders.ipynb #5742c481
-import copy, functools, random
+import copy
+import functools
+import random
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
@@ -22,9 +24,10 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from fasttransform import Pipeline
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
-from .rows import RowSubset, check_batch_size, check_rows_known, copy_loader, copy_torch_loader, is_distributed
-from .rows import reader, row_dtype, untracked, whole
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader as TorchDataLoader
+
+from .rows import RowSubset, check_rows_known, copy_loader, copy_torch_loader, is_distributed, row_dtype, whole
 
 # %% ../nbs/06_loaders.ipynb #1c42cc8c
 def _restricted(dataset, rows):
@@ -51,6 +54,8 @@ def _restricted(dataset, rows):
     return RowSubset(all_rows, rows), positions
 
 # %% ../nbs/06_loaders.ipynb #b7fc4433
+from .rows import check_batch_size, reader, untracked
+
 def _restrict_torch(dl, rows, seed):
     "`restrict_rows` for a PyTorch DataLoader"
     dataset,positions = _restricted(dl.dataset, rows)

@@ -8,18 +8,20 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/losses.html.md"""
 __all__ = ['ItemLosses', 'item_losses']
 
 # %% ../nbs/02_losses.ipynb #ecbdd991
-import torch
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from types import FunctionType
 from typing import Literal
-from torch import Tensor, nn
+
+import torch
 from fastai.losses import BaseLoss
 from fastcore.basics import patch
+from torch import Tensor, nn
 from torch.nn import functional as F
-from .loss_tasks import call_parameters, from_library, function_types, known_loss, loss_name, loss_task, takes_probabilities
+
+from .loss_tasks import call_parameters, from_library, function_types, known_loss, loss_name, loss_task
 from .nested import check_no_item_lists, describe, map_tensors, plain, prediction, tensors
 
 # %% ../nbs/02_losses.ipynb #36738d2f
@@ -63,6 +65,8 @@ def _full(t):
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 # %% ../nbs/02_losses.ipynb #a9598aba
+from .loss_tasks import takes_probabilities
+
 class ItemLosses:
     "A function of `(pred, *targs)` that gives the loss of each item, found out once for `loss_func`"
     def __init__(self,

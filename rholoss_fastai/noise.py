@@ -9,8 +9,8 @@ __all__ = ['row_targets', 'redraw_labels', 'relabel', 'class_names', 'noisy_labe
            'relevant_classes', 'long_tail_rows', 'long_tail']
 
 # %% ../nbs/12_noise.ipynb #d6d516b9
-from copy import copy
 from collections.abc import Mapping
+from copy import copy
 
 import numpy as np
 import torch
@@ -22,11 +22,10 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor
 
-from .loaders import replace_dataset, restrict_rows, with_loaders
-
-from .rows import whole_dataset
 from .checks import check_count, check_number
+from .loaders import replace_dataset, restrict_rows, with_loaders
 from .nested import as_tensor
+from .rows import whole_dataset
 
 # %% ../nbs/12_noise.ipynb #b0d1060b
 def _label_key(item):

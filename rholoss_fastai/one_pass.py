@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .checks import check_count, check_number
 from .divergence import DivergenceGuard
 from .fit_callback import FitCallback
-from .hypergradient import SCALES, ExtraPass, HyperParams, Update, WeightRates, curved, first_items, hypergradient, values_in_place
+from .hypergradient import SCALES, ExtraPass, HyperParams, Update, WeightRates, curved, first_items, values_in_place
 from .loaders import restrict_rows, scoring_loader
 from .nested import plain
 from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
@@ -191,6 +191,8 @@ def _check_validation(dls, valid_dl, valid_pct):
                          "set.")
 
 # %% ../nbs/41_one_pass.ipynb #d3e81c0e
+from .hypergradient import hypergradient
+
 class OnePassTuner(FitCallback):
     "Learns the optimiser's own hyper-parameters while it trains (Clarke et al. 2022, algorithm 1)"
     order = GradientClip.order+1 # after all that changes the gradient

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from .checks import NotSaved, by_name, check_count, check_number, scheduled
 
 # %% ../nbs/04_picks.ipynb #3491100d

@@ -18,8 +18,8 @@ from fastai.tabular.core import Tabular
 from torch import Tensor
 
 from .checks import check_choice, check_count, check_number
-from .importance import DatasetScores
 from .il_source import il_values
+from .importance import DatasetScores
 from .item_table import ItemTable
 from .loaders import restrict_rows, with_loaders
 from .noise import row_targets

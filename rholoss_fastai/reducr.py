@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 from torch.nn import functional as F
+
 from .candidates import candidate_input
 from .checks import by_name, check_count, check_number
 from .fit_callback import FitCallback

@@ -13,8 +13,7 @@ import weakref
 from functools import partial
 
 import torch
-from fastai.learner import Learner
-from fastai.learner import noop
+from fastai.learner import Learner, noop
 from fastcore.basics import patch
 from torch import Tensor
 

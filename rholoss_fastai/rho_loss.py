@@ -13,9 +13,10 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
+
+from .beside import TrainBeside
 from .il_source import CrossFitIL, ModelIL, il_source
 from .picks import Pick, TopFraction, find_pick
-from .beside import TrainBeside
 from .scores import reducible_loss, worth_learning
 from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
 

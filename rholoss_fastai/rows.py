@@ -10,7 +10,9 @@ __all__ = ['RowSubset', 'whole', 'row_dtype', 'RowsUnknown', 'is_distributed', '
            'loader_batch_size', 'epoch_size', 'whole_dataset', 'own_rows', 'preserve_rng']
 
 # %% ../nbs/05_rows.ipynb #22c4582a
-import copy, random, sys
+import copy
+import random
+import sys
 from collections import deque
 from contextlib import contextmanager
 from types import MethodType
@@ -23,7 +25,8 @@ from fastai.text.data import LMDataLoader
 from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader, IterableDataset
+from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import DataLoader as TorchDataLoader
 
 # %% ../nbs/05_rows.ipynb #902ed4ce
 class RowSubset(GetAttr):

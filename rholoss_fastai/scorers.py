@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+
 from .candidates import Candidates, own_forward
 from .checks import NotSaved, check_choice, check_count, check_number
 from .nested import batch_size, prediction, subset_batch

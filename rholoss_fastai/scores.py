@@ -11,11 +11,13 @@ __all__ = ['SCORES', 'training_loss', 'reducible_loss', 'reducible_part', 'learn
            'score_inputs', 'check_known_outside', 'find_score', 'for_loss']
 
 # %% ../nbs/03_scores.ipynb #aae039f6
-import torch
 from collections.abc import Callable
 from functools import partial
 from inspect import Parameter, signature
+
+import torch
 from torch import Tensor
+
 from .checks import by_name
 from .losses import ItemLosses
 from .nested import class_targets, plain, prediction

@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
 from .nested import children, map_tensors, tensors
 
 # %% ../nbs/08_scoring.ipynb #b23381d6

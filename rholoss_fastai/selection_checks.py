@@ -20,6 +20,7 @@ from fastai.learner import Learner, noop
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import Tensor
+
 from .candidates import Candidates, own_forward
 from .checks import short_name
 from .nested import check_no_item_lists, plain, subset_batch, tensors

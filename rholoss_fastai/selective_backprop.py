@@ -13,6 +13,7 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
+
 from .checks import check_number
 from .delivery import Narrow, Queue
 from .picks import PercentileSample, Pick

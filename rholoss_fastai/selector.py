@@ -18,6 +18,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .beside import FallBack, TrackSubsets, TrainBeside
 from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_choice, check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
@@ -27,13 +29,10 @@ from .nested import plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
 from .record import SelectionRecord, set_record_aside
 from .rows import dataset_size
+from .scorers import Scorer, find_scorer
 from .scores import find_score, for_loss, score_inputs, training_loss
 from .scoring import unwrapped
-from .selection_checks import (check_epoch, check_first_batch, check_inputs_unchanged, check_learner,
-                                             check_scores, check_sentence, check_state, explained, rows_of_candidates,
-                                             say_what_will_happen)
-from .beside import FallBack, TrackSubsets, TrainBeside
-from .scorers import Scorer, find_scorer
+from .selection_checks import check_epoch, check_first_batch, check_inputs_unchanged, check_learner, check_scores
 
 # %% ../nbs/20_selector.ipynb #e9f503c4
 class AnySelector(FitCallback):
@@ -47,6 +46,8 @@ def selectors(
     return [cb for cb in learn.cbs if isinstance(cb, AnySelector)]
 
 # %% ../nbs/20_selector.ipynb #1b2b8f00
+from .selection_checks import check_sentence, check_state, explained, rows_of_candidates, say_what_will_happen
+
 class BatchSelector(AnySelector):
     "Train on the items of each batch that `pick` takes by their `score`"
     # after the mode is set, before MixUp and CutMix (0): what is mixed is what was selected

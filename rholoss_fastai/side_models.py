@@ -9,15 +9,17 @@ __all__ = ['input_changers', 'split_batch', 'changers_in_training', 'map_rows', 
            'new_learner', 'check_new_learners', 'on_its_own', 'fit_quietly', 'Companion']
 
 # %% ../nbs/11_side_models.ipynb #b73d505a
-import os, sys, weakref
-from copy import copy
+import os
+import sys
+import weakref
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
-from fastai.callback.schedule import ParamScheduler # noqa: F401 (patches `fit_one_cycle`)
+from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, set_seed, to_device
@@ -28,10 +30,9 @@ from torch import Tensor
 
 from .checks import short_name
 from .loaders import scoring_loader
-
-from .rows import own_rows, preserve_rng, track_rows
 from .losses import ItemLosses
 from .nested import map_tensors, plain, prediction, tensors
+from .rows import own_rows, preserve_rng, track_rows
 from .scores import check_known_outside, for_loss, score_inputs, training_loss
 from .scoring import autocast, learner_precision, scoring_mode
 

@@ -15,6 +15,7 @@ import torch
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import Tensor, nn
+
 from .checks import check_number
 from .il_source import ILSource, check_other_model
 from .losses import ItemLosses

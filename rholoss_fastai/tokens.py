@@ -18,6 +18,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from torch import Tensor
+
 from .candidates import Candidates, When
 from .checks import short_name
 from .fit_callback import batch_rows
