@@ -21,13 +21,11 @@ from fastai.torch_core import default_device
 from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import (  # noqa: E402
-    CIFAR_STATS, CONFUSED, LITE_STATS, ImageRows, image_loaders, pretrained_body, read_images,
-)
-from cifar10_rho_loss import make_learner  # noqa: E402
-from common import accept_underscores, compared, read_method  # noqa: E402
+from cifar10_data import CIFAR_STATS, CONFUSED, LITE_STATS, ImageRows, image_loaders, pretrained_body, read_images
+from cifar10_rho_loss import make_learner
+from common import accept_underscores, compared, read_method
 
-from rholoss_fastai.all import redraw_labels  # noqa: E402
+from rholoss_fastai.all import redraw_labels
 
 # height and width of the images, training rows, epochs, highest learning rate
 SETTINGS = dict(small_cnn=(32, 25_000, 5., 3e-3), resnet18=(32, 50_000, 10., 3e-3), efficientnet=(64, 6_000, 4., 1e-3))
@@ -84,7 +82,8 @@ def main(
         raise SystemExit('--path is missing: the folder of CIFAR-10, with train/<class>/ and test/<class>/.')
     default_size,n_rows,n_epoch,highest = SETTINGS[arch]
     size = size or default_size
-    name = f"compare_{arch}_noise{noise:g}{'_confused' if confusion else ''}{f'_size{size}' if size != default_size else ''}"
+    name = f"compare_{arch}_noise{noise:g}{'_confused' if confusion else ''}"
+    if size != default_size: name += f'_size{size}'
     torch.set_num_threads(threads)
     images,targets,files = read_images(Path(path)/'train', size)
     stats = LITE_STATS if arch == 'efficientnet' else CIFAR_STATS

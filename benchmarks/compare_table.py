@@ -20,9 +20,9 @@ from fastai.tabular.learner import tabular_learner
 from fastcore.script import call_parse
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from common import accept_underscores, compared, read_method  # noqa: E402
+from common import accept_underscores, compared, read_method
 
-from rholoss_fastai.all import noisy_labels  # noqa: E402
+from rholoss_fastai.all import noisy_labels
 
 
 def make_learner(dls): return tabular_learner(dls, layers=[200, 100], metrics=accuracy)

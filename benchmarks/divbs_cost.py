@@ -16,9 +16,9 @@ from fastcore.script import call_parse
 from torchvision.models import resnet18
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from common import accept_underscores, machine, print_table  # noqa: E402
+from common import accept_underscores, machine, print_table
 
-from rholoss_fastai.all import ItemLosses, diverse_items, logit_gradients  # noqa: E402
+from rholoss_fastai.all import ItemLosses, diverse_items, logit_gradients
 
 
 def medians(jobs, repeats, device):

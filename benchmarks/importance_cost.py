@@ -16,11 +16,11 @@ from fastai.torch_core import default_device, set_seed
 from fastcore.script import call_parse
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import ImageRows, image_loader  # noqa: E402
-from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
-from common import accept_underscores, machine, print_table  # noqa: E402
+from cifar10_data import ImageRows, image_loader
+from cifar10_rho_loss import ARCHITECTURES
+from common import accept_underscores, machine, print_table
 
-from rholoss_fastai.all import el2n, grand  # noqa: E402
+from rholoss_fastai.all import el2n, grand
 
 
 def cost(arch, n, repeats, max_bytes, device):

@@ -130,7 +130,7 @@ def main():
         whole = Learner(loaders(images, targets), model if name == 'body' else nn.Linear(1, 1),
                         loss_func=CrossEntropyLossFlat())
         whole.dls.train.after_batch = lambda b: (b[0].float()/255, b[1])
-        with Timer() as timer: x = map_rows(whole, whole.dls.train, lambda _, xb, yb, rows: read(model, xb).cpu()) # noqa: B023
+        with Timer() as timer: x = map_rows(whole, whole.dls.train, lambda _, xb, yb, rows: read(model, xb).cpu())
         passes[name] = dict(n=len(images), dim=x.shape[1], process_seconds=timer.process_seconds, size=args.size
                             if name == 'body' else 16)
         print(name, passes[name], flush=True)

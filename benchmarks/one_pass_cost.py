@@ -21,11 +21,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
-from common import accept_underscores, machine, print_table  # noqa: E402
-from step_cost import clock, loader  # noqa: E402
+from cifar10_rho_loss import ARCHITECTURES
+from common import accept_underscores, machine, print_table
+from step_cost import clock, loader
 
-import rholoss_fastai.all  # noqa: E402, F401 (patches one_pass)
+import rholoss_fastai.all  # noqa: F401 (patches one_pass)
 
 
 def mlp(*sizes):

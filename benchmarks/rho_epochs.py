@@ -36,12 +36,10 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse, store_true
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import (  # noqa: E402
-    CIFAR_STATS, CONFUSED, LITE_STATS, ImageRows, image_loaders, pretrained_body, read_images,
-)
-from common import accept_underscores, machine, print_table  # noqa: E402
+from cifar10_data import CIFAR_STATS, CONFUSED, LITE_STATS, ImageRows, image_loaders, pretrained_body, read_images
+from common import accept_underscores, machine, print_table
 
-from rholoss_fastai.all import long_tail_rows, redraw_labels, small_cnn  # noqa: E402
+from rholoss_fastai.all import long_tail_rows, redraw_labels, small_cnn
 
 SETTINGS = dict(scratch=dict(rows=25_000, size=32, lr=1e-3, bs=32, noise=0.2, budgets='2000,4000',
                              runs='plain rho_epochs'),
@@ -128,7 +126,8 @@ def one_run(dls, test, setting, noisy, budget, seed, method, options):
     res['accuracy'],res['recall'] = evaluate(learn, test)
     if method == 'plain': res['steps'] = steps.step if setting.startswith('scratch') else budget*len(dls.train)
     else:
-        res['steps'] = steps.step if setting.startswith('scratch') else -(-learn.selection.total('trained')//dls.train.bs)
+        n_steps = -(-learn.selection.total('trained')//dls.train.bs)
+        res['steps'] = steps.step if setting.startswith('scratch') else n_steps
         times,rule = learn.selection.selected.float(),learn.epoch_pruner.rule
         res.update(wrong_estimate=rule.wrong, drop=rule.drop, plain=rule.plain)
         if noisy.any(): res['wrong_trained'] = (times[noisy].sum()/times.sum()).item()
@@ -180,7 +179,8 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     if path:
         path,size,rows = Path(path),size or defaults['size'],rows or defaults['rows']
-        setting += f"{'_confused' if confusion else ''}{f'_tail{tail:g}' if tail > 1 else ''}{f'_size{size}' if size != defaults['size'] else ''}"
+        setting += f"{'_confused' if confusion else ''}{f'_tail{tail:g}' if tail > 1 else ''}"
+        if size != defaults['size']: setting += f'_size{size}'
         images,targets,files = read_images(path/'train', size)
         some = (torch.arange(0, len(targets), max(1, len(targets)//rows))[:rows] if tail == 1
                 else long_tail_rows(targets, tail))

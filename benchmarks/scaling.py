@@ -20,10 +20,10 @@ from fastcore.basics import noop
 from fastcore.script import call_parse
 
 sys.path.extend(str(Path(__file__).parent/o) for o in ('.', '../recipes'))
-from common import accept_underscores, machine, print_table  # noqa: E402
-from step_cost import clock, resident  # noqa: E402
+from common import accept_underscores, machine, print_table
+from step_cost import clock, resident
 
-from rholoss_fastai.all import IrreducibleLosses, SelectionRecord, track_rows  # noqa: E402
+from rholoss_fastai.all import IrreducibleLosses, SelectionRecord, track_rows
 
 N_CANDIDATES, FRAC, STEP_MS = 320, 0.1, 10.
 

@@ -42,10 +42,10 @@ from fastcore.script import call_parse
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_rho_loss import ARCHITECTURES  # noqa: E402
-from common import accept_underscores, machine, print_table, same_machine  # noqa: E402
+from cifar10_rho_loss import ARCHITECTURES
+from common import accept_underscores, machine, print_table, same_machine
 
-from rholoss_fastai.all import RankSample, ScoringForward, top_items  # noqa: E402
+from rholoss_fastai.all import RankSample, ScoringForward, top_items
 
 N_SELECTED = 32 # of RHO-LOSS, as published: candidates are n_b/frac
 N_LOADED = 128 # of the methods that select within the loader's batch

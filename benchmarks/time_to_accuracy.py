@@ -18,11 +18,11 @@ from fastai.torch_core import default_device
 from fastcore.script import call_parse
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from cifar10_data import even_rows_and_holdout, image_loader, image_loaders  # noqa: E402
-from cifar10_rho_loss import make_learner  # noqa: E402
-from common import accept_underscores, compared, read_method  # noqa: E402
+from cifar10_data import even_rows_and_holdout, image_loader, image_loaders
+from cifar10_rho_loss import make_learner
+from common import accept_underscores, compared, read_method
 
-from rholoss_fastai.all import fit_irreducible  # noqa: E402
+from rholoss_fastai.all import fit_irreducible
 
 RUNS = ('random rho_loss:frac=0.5,compile=true rho_loss:frac=0.33,compile=true rho_loss:frac=0.25,compile=true '
         'rho_loss:frac=0.1,compile=true batch_loss_filter:warmup_epochs=0 selective_backprop:keep=0.5,warmup_epochs=0')

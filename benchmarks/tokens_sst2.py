@@ -28,9 +28,9 @@ from fastcore.script import call_parse
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent/'recipes'))
-from common import accept_underscores, machine, print_table  # noqa: E402
+from common import accept_underscores, machine, print_table
 
-import rholoss_fastai.all  # noqa: E402, F401 (patches `select`)
+import rholoss_fastai.all  # noqa: F401 (patches `select`)
 
 PAD,BEGIN,UNKNOWN = -100,0,1
 

@@ -48,7 +48,7 @@ accept_underscores()
 def main(
     path:str=None, # Folder of the data; default: fastai's download
     data:str='cifar10', # cifar10, imagenette or imagewoof
-    methods:str='batch_loss_filter selective_backprop composer', # With settings as in selective_backprop:beta=1,queue=true;
+    methods:str='batch_loss_filter selective_backprop composer', # Settings as in selective_backprop:beta=1,queue=true;
                                                                  # composer draws a fixed share by rank
     mixup:bool=False, # Add MixUp
     epochs:int=6, # Budget, in epochs of plain training

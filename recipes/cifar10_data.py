@@ -88,7 +88,7 @@ def pretrained_body():
 
 
 def even_rows_and_holdout(path, noise, test_rows=0, seed=0):
-    "Even rows of CIFAR-10 to train on, odd ones as holdout, the test set or some rows of it, and whose labels are redrawn"
+    "Even rows of CIFAR-10 to train on, odd ones as holdout, the test set or some of it, and whose labels are redrawn"
     path = Path(path or untar_data(URLs.CIFAR))
     images,targets,files = read_images(path/'train')
     labels,noisy = redraw_labels(targets, noise, seed=seed)

@@ -6,10 +6,9 @@ python recipes/just_train_twice.py --preset waterbirds --path <folder> --out run
 Without a preset, two classes of the CIFAR-10 in the folder, in a coloured frame that agrees with the class in most
 training rows and in half of the others. With one, a folder with a metadata file: a row an image or a text, with the
 class, the columns whose crossing is its group, and the split (0 or train, 1 or val, 2 or test). Any other data set:
---metadata and the names of its columns. Images begin from a pretrained ResNet, texts from BERT (needs
-pip install transformers); with \
-    --no_pretrained, a ResNet or a small AWD-LSTM begins from scratch. Each run reports the epoch whose worst group was best on
-the validation rows; one that was killed starts anew. What --path must hold, by preset:
+--metadata and the names of its columns. Images begin from a pretrained ResNet, texts from BERT (needs pip install
+transformers); with --no_pretrained, a ResNet or a small AWD-LSTM begins from scratch. Each run reports the epoch whose
+worst group was best on the validation rows; one that was killed starts anew. What --path must hold, by preset:
 
 waterbirds: the folder waterbird_complete95_forest2water2 (linked to by github.com/kohpangwei/group_DRO), which has
 metadata.csv and the images
@@ -38,20 +37,27 @@ from cifar10_rho_loss import ARCHITECTURES
 from common import Evaluations, accept_underscores, best, last_five, machine, print_table, read_run, steps_to, write_run
 from fastai.callback.schedule import ParamScheduler, SchedLin
 from fastai.callback.training import GradientClip
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from fastai.data.load import DataLoader
+from fastai.data.transforms import ColReader, ColSplitter, Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import default_device, set_seed
-from fastai.vision.all import CategoryBlock, ColReader, ColSplitter, DataBlock, Flip, ImageBlock, Normalize, RandomResizedCrop, imagenet_stats, vision_learner
 from fastai.vision import models
+from fastai.vision.augment import Flip, RandomResizedCrop
+from fastai.vision.core import imagenet_stats
+from fastai.vision.data import ImageBlock
+from fastai.vision.learner import vision_learner
 from fastcore.script import call_parse, store_true
 from text_rho_loss import SMALL_LSTM, Classifier
 
-from rholoss_fastai.all import GroupDRO, just_train_twice, misclassified, row_groups, score_rows, tune_just_train_twice, weighted_loaders
+from rholoss_fastai.all import GroupDRO, just_train_twice, row_groups, tune_just_train_twice, weighted_loaders
+from rholoss_fastai.just_train_twice import misclassified
+from rholoss_fastai.side_models import score_rows
 
 METHODS = ('erm', 'jtt', 'group_dro')
 COLOURS = torch.tensor([[220, 40, 40], [40, 80, 220]], dtype=torch.uint8)
@@ -135,8 +141,8 @@ def with_partition(path, table):
 def with_sentences(path, table):
     """Group DRO's metadata of MultiNLI with the sentences, which have files of their own
 
-    By its `dataset_scripts/generate_multinli.py`, the first column numbers the rows of the three files one after the other; rows whose label is '-' are left
-    out, but counted."""
+    By its `dataset_scripts/generate_multinli.py`, the first column numbers the rows of the three files one after the
+    other; rows whose label is '-' are left out, but counted."""
     files = [existing(path/f'multinli_1.0_{o}.jsonl') for o in ('train', 'dev_matched', 'dev_mismatched')]
     columns = ['gold_label', 'sentence1', 'sentence2']
     rows = pd.concat([pd.read_json(o, lines=True, dtype=False)[columns] for o in files],
@@ -177,8 +183,9 @@ def read_table(path, options):
 
 
 def bert_data(seen, test, paired, max_length, bs, lr, wd, device):
-    "Loaders of texts, one of test texts, and a function that makes a Learner of BERT, fine-tuned as by Group DRO's code"
-    try: from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    "Loaders of texts, one of test texts, and a function that makes a Learner of BERT, fine-tuned as in Group DRO"
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as e:
         raise SystemExit(f"Texts begin from {BERT} ({e}): pip install transformers, or choose --no_pretrained.") from e
     tokenizer = AutoTokenizer.from_pretrained(BERT)

@@ -22,7 +22,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastcore.script import call_parse
 
-from rholoss_fastai.all import METHODS, IrreducibleLosses, crossfit_irreducible, prune, redraw_labels, score_dataset, write_json
+from rholoss_fastai.all import IrreducibleLosses, crossfit_irreducible, prune, redraw_labels, score_dataset, write_json
+from rholoss_fastai.compare import METHODS
 
 # method -> the score that it goes by, and how `prune` uses it
 PRUNING = dict(random=('el2n', dict(strategy='random')), el2n=('el2n', {}),

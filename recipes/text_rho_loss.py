@@ -17,13 +17,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from common import accept_underscores, compared, read_method
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.data.transforms import ColReader, ColSplitter
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import MatthewsCorrCoef, accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.text.all import AWD_LSTM, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
+from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import default_device
 from fastcore.script import call_parse, store_true
 from torch import nn
@@ -85,7 +87,8 @@ def word_pieces(texts):
 
 def huggingface_learner(sentences, bs, pretrained, name='albert/albert-base-v2'):
     "Loaders, and a function of them that makes a fastai Learner of a Hugging Face classifier"
-    from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AlbertConfig, AlbertForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification as AutoClassifier
     texts = sentences.text[~sentences.is_valid].tolist()
     tokenizer = AutoTokenizer.from_pretrained(name) if pretrained else word_pieces(texts)
     def collate(items):
@@ -99,7 +102,7 @@ def huggingface_learner(sentences, bs, pretrained, name='albert/albert-base-v2')
                       loader(sentences[sentences.is_valid], 200))
     dls.device = default_device()
     def make(dls, **kwargs):
-        if pretrained: model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+        if pretrained: model = AutoClassifier.from_pretrained(name, num_labels=2)
         else:
             model = AlbertForSequenceClassification(AlbertConfig(vocab_size=len(tokenizer), num_labels=2,
                                                                  pad_token_id=0, **SMALL_ALBERT))
@@ -120,7 +123,7 @@ def main(
     data:str='cola', # cola or sst2
     model:str='fastai', # fastai (AWD-LSTM) or hf (ALBERT)
     pretrained:store_true=False, # Download pretrained weights and fine-tune them?
-    methods:str='random rho_loss:frac=0.1', # Methods of `compare` beside plain training, separated by spaces; settings after a colon
+    methods:str='random rho_loss:frac=0.1', # Methods of `compare`, separated by spaces; settings after a colon
     metric:str='accuracy', # accuracy or matthews_corrcoef, CoLA's own
     noise:float=0., # Share of the training labels redrawn; dev stays clean
     bs:int=32, # Items trained on in each step, n_b

@@ -101,7 +101,7 @@ class Loops:
         for _ in range(steps): self.step(data.all)
 
     def baydin(self, data, steps, hyper_lr=1e-3):
-        "Hypergradient descent (Baydin et al. 2018) as the paper runs it: log10 lr rises by the product of two gradients"
+        "Hypergradient descent (Baydin et al. 2018) as in the paper: log10 lr rises by the product of two gradients"
         last = None
         for _ in range(steps):
             grads = self.step(data.all)

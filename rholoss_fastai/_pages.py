@@ -13,7 +13,8 @@ def measured(
     *patterns:str # Names of files in `benchmarks/results`; may hold wildcards
 )->list: # What each of them holds; empty where there are none
     "Results of the benchmarks; where there are none, a sentence that says where to look"
-    folder = next((o/'benchmarks'/'results' for o in [Path.cwd(), *Path.cwd().parents] if (o/'benchmarks'/'results').is_dir()), None)
+    folders = [o/'benchmarks'/'results' for o in (Path.cwd(), *Path.cwd().parents)]
+    folder = next((o for o in folders if o.is_dir()), None)
     if folder is None: print(f'What was measured is kept with the source: {RESULTS}')
     files = sorted(o for pattern in patterns for o in folder.glob(pattern)) if folder else []
     if folder and not files: print(f"Not measured yet: benchmarks/results holds no {' or '.join(patterns)}.")
@@ -24,8 +25,9 @@ def markdown_table(
 )->str:
     "A Markdown table, numbers to the right"
     names = list(rows[0])
-    numbers = {name: all(isinstance(o[name], (int, float)) or str(o[name])[:1] in '+-−–0123456789' for o in rows) for name in names}
-    lines = [names, ['---:' if numbers[name] else '---' for name in names], *([str(o[name]) for name in names] for o in rows)]
+    def number(o): return isinstance(o, (int, float)) or str(o)[:1] in '+-−–0123456789'
+    rule = ['---:' if all(number(o[name]) for o in rows) else '---' for name in names]
+    lines = [names, rule, *([str(o[name]) for name in names] for o in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 def comparison_rows(
@@ -39,7 +41,8 @@ def comparison_rows(
     for method,row in table.sort_values(metric, ascending=not result.greater).iterrows():
         interval = '' if np.isnan(row.low) else f' ({difference(row.low)} to {difference(row.high)})'
         line = {'method': f'`{method}`', 'seeds': int(row.seeds), metric: number(row[metric]),
-                f"{'points' if share else 'difference'} to plain (95 % interval)": '–' if method == 'plain' else difference(row.difference) + interval,
+                f"{'points' if share else 'difference'} to plain (95 % interval)":
+                    '–' if method == 'plain' else difference(row.difference) + interval,
                 'cost, plain epochs': f'{row.cost:.2f}', 'seconds': f'{row.seconds:.0f}'}
         if not np.isnan(row.wrong_labels): line['wrong labels trained on'] = f'{row.wrong_labels:.0%}'
         res.append(line)
@@ -57,8 +60,10 @@ def rho_epochs_rows(
         if 'points' not in line: continue
         setting,_,kind = line['setting'].partition('_')
         rows = ', one pass over the chosen rows' if 'rows' in line['run'] else ''
-        res.append({'trained': f"{_SETTINGS.get(setting, setting)}{f' ({kind})' if kind else ''}{rows}", 'labels redrawn': f"{line['noise']:.0%}",
-                    'budget': f"{line['budget']} {'epochs' if setting == 'finetune' else 'steps'}", 'plain': f'{plain[key(line)]:.1%}',
-                    '`rho_epochs`': f"{line['mean']:.1%}", 'points, by seed': ', '.join(f'{o:+.1f}' for o in line['points']),
+        res.append({'trained': f"{_SETTINGS.get(setting, setting)}{f' ({kind})' if kind else ''}{rows}",
+                    'labels redrawn': f"{line['noise']:.0%}",
+                    'budget': f"{line['budget']} {'epochs' if setting == 'finetune' else 'steps'}",
+                    'plain': f'{plain[key(line)]:.1%}', '`rho_epochs`': f"{line['mean']:.1%}",
+                    'points, by seed': ', '.join(f'{o:+.1f}' for o in line['points']),
                     'processor seconds, plain = 1': f"{np.mean(line['cost']):.2f}"})
     return sorted(res, key=lambda o: (o['trained'].startswith('pretrained'), o['labels redrawn'] == '0%'))

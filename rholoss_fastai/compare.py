@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import rholoss_fastai
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
+
+import rholoss_fastai
 
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epochs, measure_prices, timed_steps
 from .checks import by_name, check_choice, check_count, check_number

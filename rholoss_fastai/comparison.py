@@ -19,10 +19,11 @@ import fastai
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import rholoss_fastai
 import torch
 from fastcore.basics import patch
 from scipy import stats
+
+import rholoss_fastai
 
 from .budget import greater_is_better
 from .interpret import name_lines

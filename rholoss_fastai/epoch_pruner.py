@@ -331,7 +331,7 @@ def add_pruner(learn, pruner):
 # %% ../nbs/32_epoch_pruner.ipynb #75394398
 @patch
 def prune_epochs(self:Learner,
-    rule='infobatch', # Name in `EPOCH_RULES`, rule, function of `(remembered, epoch, generator)`, or InfoBatch's `ratio`
+    rule='infobatch', # In `EPOCH_RULES`, rule, function of `(remembered, epoch, generator)`, or InfoBatch's `ratio`
     *args, # Settings of the rule, in its order
     epoch:str='rows', # An epoch: one pass over the chosen 'rows', as many 'steps' as plain, or of the same 'cost'
     refresh:int=None, # At least every so many epochs, one on everything; None: as the rule says

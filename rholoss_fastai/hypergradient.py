@@ -44,6 +44,9 @@ def _rms_prop_step(w, g, lr, sqr_avg, eps, grad_avg=None, **_):
 def _adam_step(w, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, **_):
     return dict(w=w - lr/(1 - mom**step)*grad_avg/(_root(sqr_avg/(1 - sqr_mom**step)) + eps))
 
+# %% ../nbs/40_hypergradient.ipynb #df3eca40
+from fastai.optimizer import OptimWrapper, average_grad, l2_reg, weight_decay
+
 _functional = {sgd_step: _sgd_step, momentum_step: _momentum_step, weight_decay: _weight_decay, l2_reg: _l2_reg,
                average_grad: _average_grad, average_sqr_grad: _average_sqr_grad, step_stat: _step_stat,
                rms_prop_step: _rms_prop_step, adam_step: _adam_step}
@@ -65,8 +68,6 @@ def _torch_steppers(opt):
                      "without nesterov, dampening, amsgrad and maximize, and fastai's SGD, RMSProp and Adam.")
 
 # %% ../nbs/40_hypergradient.ipynb #d94e5670
-from fastai.optimizer import OptimWrapper, average_grad, l2_reg, weight_decay
-
 class Update:
     "The step of an optimiser, fastai's or in an `OptimWrapper`, as a function of weights and hyper-parameters"
     def __init__(self,

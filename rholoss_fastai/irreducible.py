@@ -301,8 +301,8 @@ def learner_copies(
         raise ValueError("This Learner has already been fitted: copies of it would have seen the rows that they are to "
                          "score, and their losses would be too low. Make a fresh Learner, or pass irreducible losses: "
                          "learn.rho_loss(il=...).")
-    settings = {k: getattr(learn, k) for k in 'loss_func lr splitter path model_dir wd wd_bn_bias train_bn '
-                                              'moms'.split()}
+    settings = {k: getattr(learn, k) for k in ('loss_func', 'lr', 'splitter', 'path', 'model_dir', 'wd', 'wd_bn_bias',
+                                               'train_bn', 'moms')}
     opt_func,name = learn.opt_func,vars(learn).get('arch')
     if arch is not None:
         if isinstance(opt_func, OptimWrapper):

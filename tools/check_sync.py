@@ -19,9 +19,15 @@ def generated_modules(lib_path):
     return {path: (path.parent/lines[0].removeprefix(HEADER).rstrip('.')).resolve()
             for path, lines in sources.items() if lines}
 
+def long_lines(lib_path, n=120):
+    "The modules' lines of more than `n` characters; nbdev lays out the index and `__all__` as it likes"
+    return [f'{path.name}:{i}' for path in sorted(Path(lib_path).rglob('*.py')) if path.name != '_modidx.py'
+            for i,line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1)
+            if len(line) > n and not line.startswith('__all__ = ')]
+
 @call_parse
 def main():
-    "Export and clean everything, then exit 1 where the result differs from the last commit"
+    "Export and clean everything, then exit 1 where the result differs from the last commit or a line is too long"
     os.chdir(ROOT)
     os.environ.pop('IN_TEST', None)  # where it is set, nbdev_export does nothing
     config = get_config()
@@ -34,3 +40,4 @@ def main():
     if changed := git('status', '--porcelain'):
         print(changed, git('diff', '--stat'), sep='\n')
         sys.exit('Notebooks and modules differ from the last commit: run nbdev-export and nbdev-clean, and commit')
+    if long := long_lines(config.lib_path): sys.exit(f"Lines of more than 120 characters: {', '.join(long)}")
