@@ -125,7 +125,8 @@ class ItemLosses:
         # one's own may draw random numbers
         with nullcontext() if self.one_tensor else _random_state_kept(prediction(pred).device):
             elements = self._elements(pred, targs, bs)
-            return (self._one_by_one(pred, targs, bs) if elements is None else self._reduced(elements, targs, bs)).float()
+            return (self._one_by_one(pred, targs, bs) if elements is None
+                    else self._reduced(elements, targs, bs)).float()
 
     def elements(self,
         pred, # Prediction as the model returned it, `bs` rows

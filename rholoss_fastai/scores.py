@@ -94,7 +94,8 @@ def gradient_norm_bound(
     if targ.is_floating_point(): grad = grad - targ
     else:
         targ = targ.unsqueeze(axis)
-        counts = (targ != ignore_index) & (targ >= 0) & (targ < grad.shape[axis]) # a loss of one's own may leave out others
+        # a loss of one's own may leave out others
+        counts = (targ != ignore_index) & (targ >= 0) & (targ < grad.shape[axis])
         grad = grad.scatter_add(axis, targ.where(counts, 0), -torch.ones_like(grad)) * counts
     return grad.flatten(1).norm(dim=1).float()
 
