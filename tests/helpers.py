@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback  # noqa: F401 (patches `no_bar`)
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from fastcore.basics import noop
 from hypothesis import settings
 from torch import nn
 
@@ -96,10 +98,18 @@ def mlp(n_out=N_CLASSES):
 
 
 def learner(dls=None, model=linear, loss_func=None, seed=0, lr=0.05, **kwargs):
-    "A Learner on the toy task; `model` is a function or a module"
-    set_seed(seed)
+    "A Learner on the toy task; `model` is a function or a module, and `dls` a function or loaders"
+    if seed is not None: set_seed(seed)
     model = model if isinstance(model, nn.Module) else model()
-    return Learner(loaders() if dls is None else dls, model, loss_func=loss_func or CrossEntropyLossFlat(), lr=lr, **{'opt_func': SGD, **kwargs})
+    dls = loaders() if dls is None else dls() if callable(dls) else dls
+    return Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), lr=lr, **{'opt_func': SGD, **kwargs})
+
+
+def quiet(learn):
+    "Without bars and lines, whatever is called"
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = noop
+    return learn
 
 
 def fit(learn, n_epoch=1, *args, method='fit', seed=None, **kwargs):

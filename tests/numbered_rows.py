@@ -1,11 +1,13 @@
 """A small data set whose items tell their row, for tests of what is selected and weighed, and Learners on it."""
+from functools import partial
+
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+from helpers import learner, quiet
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,11 +32,20 @@ def rows_of(xb): return (xb[:, 0, 0, 0]*1024).round().long()
 VALID, BS = Rows(60), 32
 
 
-def loaders(bs=BS, **kwargs): return DataLoaders(DataLoader(Rows(), bs=bs, shuffle=True, **kwargs), DataLoader(VALID, bs=25))
-def learner(dls, lr=0.02, **kwargs): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), CrossEntropyLossFlat(), lr=lr, opt_func=SGD, **kwargs)
-def fit(learn, n_epoch=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
+def loaders(bs=BS, train=None, valid=VALID, valid_bs=25, **kwargs):
+    return DataLoaders(DataLoader(Rows() if train is None else train, bs=bs, shuffle=True, **kwargs), DataLoader(valid, bs=valid_bs))
+
+def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+
+def row_learner(dls, lr=0.02, **kwargs):
+    "A linear one, from where the random numbers stand"
+    return learner(dls, linear, seed=None, lr=lr, **kwargs)
+
+def image_learner(path=None, *, model, n, bs, data=Rows, num_workers=0, drop_last=True, **kwargs):
+    "One with a metric and Adam that says nothing, whatever is called"
+    dls = partial(loaders, bs, data(n), data(48), 48, drop_last=drop_last, num_workers=num_workers)
+    return quiet(learner(dls, model, **{**dict(opt_func=Adam, lr=1e-3, metrics=accuracy, path=path), **kwargs}))
+
 def item_losses(model, rows=slice(None)):
     data = Rows()
     return F.cross_entropy(model(data.images[rows]), data.targets[rows], reduction='none')

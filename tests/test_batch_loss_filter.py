@@ -21,13 +21,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import OptimWrapper, SGD
+from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.text.models.awdlstm import RNNDropout
 from fastai.torch_core import set_seed
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from helpers import examples
+from helpers import examples, fit, learner, quiet
 
 import rholoss_fastai.batch_loss_filter as module
 from rholoss_fastai.all import BatchLossFilter, LossShare
@@ -128,21 +128,13 @@ def rows_of(x): return (x.reshape(len(x), -1)[:, 4]*1024).round().long()
 def plain_model(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.Tanh(), nn.Linear(16, 2))
 def usual_model(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
 
-def learner(path=None, model=plain_model, data=None, loss_func=None, bs=BS, metrics=accuracy, seed=0, num_workers=0, drop_last=True, **kwargs):
+def lazy_learner(path=None, model=plain_model, data=None, loss_func=None, bs=BS, seed=0, num_workers=0, drop_last=True, **kwargs):
+    "One that says nothing, whose lazy layer a batch has made"
     set_seed(seed)
-    data = Rows() if data is None else data
+    data, model = Rows() if data is None else data, model()
     dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(data, bs=N))
-    model = model()
-    with torch.no_grad(): model.eval()(*dls.train.one_batch()[:-1])  # the lazy layer
-    set_seed(seed)
-    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics, path=path, **kwargs)
-    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
-    learn.logger = lambda *_: None
-    return learn
-
-def fit(learn, *args, method='fit', **kwargs):
-    with learn.no_logging(), learn.no_mbar(): getattr(learn, method)(*args, **kwargs)
-    return learn
+    with torch.no_grad(): model.eval()(*dls.train.one_batch()[:-1])
+    return quiet(learner(dls, model, loss_func, seed, **{**dict(opt_func=Adam, lr=1e-3, metrics=accuracy, path=path), **kwargs}))
 
 def weights(learn): return torch.cat([o.detach().flatten().double() for o in learn.model.state_dict().values()])
 
@@ -171,7 +163,7 @@ class Oracle(Callback):
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_choice_equals_an_independent_one(model, num_workers):
     oracle, batches = Oracle(0.7), Batches()
-    learn = fit(learner(model=model, num_workers=num_workers).batch_loss_filter(0.7, warmup_epochs=0), 2, 1e-2, cbs=[oracle, batches])
+    learn = fit(lazy_learner(model=model, num_workers=num_workers).batch_loss_filter(0.7, warmup_epochs=0), 2, 1e-2, cbs=[oracle, batches])
     assert len(batches.rows) == 2*N//BS and len({len(o) for o in batches.rows}) > 1
     for got, expected in zip(batches.rows, oracle.rows): assert torch.equal(got, expected)
     assert torch.equal(learn.selection.selected.long(), torch.bincount(torch.cat(oracle.rows), minlength=N))
@@ -186,11 +178,11 @@ def test_gradient_is_of_the_selected_items_alone(forward):
         def before_fit(self): self.gradient = None
         def after_backward(self):
             if self.gradient is None: self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
-    learn, first = learner().batch_loss_filter(0.6, warmup_epochs=0, forward=forward), First()
+    learn, first = lazy_learner().batch_loss_filter(0.6, warmup_epochs=0, forward=forward), First()
     start = {k: v.clone() for k, v in learn.model.state_dict().items()}
     fit(learn, 1, cbs=first)
     assert len(first.batch[0]) < BS
-    net = learner().model
+    net = lazy_learner().model
     net.load_state_dict(start)
     F.cross_entropy(net(first.batch[0]), first.batch[1]).backward()
     for got, parameter in zip(first.gradient, net.parameters()): torch.testing.assert_close(got, parameter.grad, rtol=0, atol=1e-6)
@@ -199,7 +191,7 @@ def test_reuse_and_twice_are_the_same_training():
     runs = []
     for forward in ('twice', 'reuse'):
         batches = Batches()
-        learn = learner(model=lambda: plain_model().double(), data=Rows(dtype=torch.float64))
+        learn = lazy_learner(model=lambda: plain_model().double(), data=Rows(dtype=torch.float64))
         fit(learn.batch_loss_filter(0.7, warmup_epochs=0, forward=forward), 3, 1e-2, cbs=[batches, GradientClip(0.5)])
         assert learn.selection.ledger.forward.tolist() == [forward]*3
         runs.append((weights(learn), batches.rows, learn.selection))
@@ -212,7 +204,7 @@ def test_reuse_and_twice_are_the_same_training():
     torch.testing.assert_close(torch.tensor(record_a.ledger.loss_share), torch.tensor(record_b.ledger.loss_share))
 
 def test_auto_decides_by_what_the_epoch_before_kept():
-    def run(**kwargs): return fit(learner().batch_loss_filter(**kwargs), 5, 1e-2)
+    def run(**kwargs): return fit(lazy_learner().batch_loss_filter(**kwargs), 5, 1e-2)
     many, few = run(min_loss_perc=0.98), run(min_loss_perc=0.5)
     assert many.selection.ledger.forward.tolist() == ['none', 'twice', 'reuse', 'reuse', 'reuse']
     assert few.selection.ledger.forward.tolist() == ['none'] + ['twice']*4
@@ -236,7 +228,7 @@ def test_auto_never_reuses_where_chance_or_the_batch_has_a_say(extra, reuses):
     class Model(nn.Module):
         def __init__(self): super().__init__(); self.extra, self.net = extra(), plain_model()
         def forward(self, x): return self.net(x)
-    learn = fit(learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2)
+    learn = fit(lazy_learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2)
     assert learn.selection.ledger.forward.tolist() == ['twice', 'reuse' if reuses else 'twice']
 
 @pytest.mark.parametrize('make,reuses', [(lambda: Recurrent(0.), True), (lambda: Recurrent(0.5), False), (lambda: nn.Sequential(RNNDropout(0.1)), False)])
@@ -244,7 +236,7 @@ def test_auto_knows_dropout_inside_other_layers(make, reuses):
     class Model(nn.Module):
         def __init__(self): super().__init__(); self.extra, self.net = make(), plain_model()
         def forward(self, x): return self.net(x)
-    assert fit(learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2).selection.ledger.forward[1] == ('reuse' if reuses else 'twice')
+    assert fit(lazy_learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2).selection.ledger.forward[1] == ('reuse' if reuses else 'twice')
 
 def test_auto_does_not_reuse_a_prediction_that_cannot_be_narrowed():
     class States(nn.Module):
@@ -252,14 +244,14 @@ def test_auto_does_not_reuse_a_prediction_that_cannot_be_narrowed():
         def __init__(self): super().__init__(); self.net = plain_model()
         def forward(self, x): return self.net(x), x.new_zeros(2, len(x), 3)
     loss_func = lambda pred, targ, reduction='mean': F.cross_entropy(pred[0], targ, reduction=reduction)
-    make = partial(learner, model=States, loss_func=loss_func, metrics=None)
+    make = partial(lazy_learner, model=States, loss_func=loss_func, metrics=None)
     assert fit(make().batch_loss_filter(0.99), 3).selection.ledger.forward.tolist() == ['none', 'twice', 'twice']
     with pytest.raises(ValueError, match='first dimension'): fit(make().batch_loss_filter(0.5, warmup_epochs=0, forward='reuse'), 1)
 
 @pytest.mark.parametrize('model,forward', [(usual_model, 'twice'), (usual_model, 'auto'), (usual_model, 'reuse'), (plain_model, 'auto')])
 def test_all_items_is_plain_fastai(model, forward):
     def run(select):
-        learn = fit(select(learner(model=model)), 3, 1e-2)
+        learn = fit(select(lazy_learner(model=model)), 3, 1e-2)
         return weights(learn), torch.get_rng_state(), learn.recorder.losses
     plain, filtered = run(lambda o: o), run(lambda o: o.batch_loss_filter(min_sample_perc=1, forward=forward))
     assert torch.equal(plain[0], filtered[0]) and torch.equal(plain[1], filtered[1]) and plain[2] == filtered[2]
@@ -267,7 +259,7 @@ def test_all_items_is_plain_fastai(model, forward):
 def test_reuse_trains_batch_norm_on_the_candidates():
     "What the documents say: with one forward, running statistics are of the whole batch"
     def running_mean(forward, **kwargs):
-        learn = learner(model=lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)))
+        learn = lazy_learner(model=lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)))
         return fit(learn.batch_loss_filter(0.5, warmup_epochs=0, forward=forward, **kwargs), 1).model[0].running_mean
     everything = running_mean('twice', min_sample_perc=1)
     torch.testing.assert_close(running_mean('reuse'), everything)
@@ -278,7 +270,7 @@ def test_reuse_trains_batch_norm_on_the_candidates():
 
 def test_first_epoch_is_whole_and_the_filter_survives_the_fit():
     "As in the original, but it does not remove itself"
-    learn = fit(learner().batch_loss_filter(0.6), 2)
+    learn = fit(lazy_learner().batch_loss_filter(0.6), 2)
     fit(learn, 2)
     ledger = learn.selection.ledger
     assert ledger.selected[0] == 1 and (ledger.selected[1:] < 1).all()
@@ -300,7 +292,7 @@ def test_columns_are_the_shares_of_items_and_of_loss():
             if self.training: self.kept.append(self.losses())
         def losses(self):
             with torch.no_grad(): return F.cross_entropy(self.model(self.x), self.y, reduction='none')
-    learn, shares = learner().batch_loss_filter(0.8, warmup_epochs=0), Shares()
+    learn, shares = lazy_learner().batch_loss_filter(0.8, warmup_epochs=0), Shares()
     fit(learn, 1, cbs=shares)
     kept, total = torch.cat(shares.kept), torch.cat(shares.total)
     assert learn.recorder.values[0][-2] == len(kept)/len(total)
@@ -312,7 +304,7 @@ COMPANIONS = dict(nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [C
 @pytest.mark.parametrize('forward', ['twice', 'auto', 'reuse'])
 @pytest.mark.parametrize('name', COMPANIONS)
 def test_beside_other_callbacks(name, forward, tmp_path):
-    learn = learner(tmp_path, data=Rows(image=True)).batch_loss_filter(0.7, forward=forward, warmup_epochs=0)
+    learn = lazy_learner(tmp_path, data=Rows(image=True)).batch_loss_filter(0.7, forward=forward, warmup_epochs=0)
     if forward == 'reuse' and name in ('mixup', 'cutmix'):
         with pytest.raises(ValueError, match="forward='twice'"): fit(learn, 1, cbs=COMPANIONS[name]())
         return
@@ -336,26 +328,26 @@ def test_what_is_mixed_is_what_was_selected(mix, forward):
         def before_batch(self):
             if self.training: self.rows.append(rows_of(self.x))
     oracle, mixed = Oracle(0.7), Mixed()
-    learn = learner(data=Rows(image=True)).batch_loss_filter(0.7, warmup_epochs=0, forward=forward)
+    learn = lazy_learner(data=Rows(image=True)).batch_loss_filter(0.7, warmup_epochs=0, forward=forward)
     fit(learn, 2, cbs=[oracle, mixed, mix()])
     for got, expected in zip(mixed.rows, oracle.rows): assert torch.equal(got, expected)
     assert set(learn.selection.ledger.forward) == {'twice'}
 
 def test_schedules():
-    learn = fit(learner().batch_loss_filter(SchedLin(0.3, 0.9), warmup_epochs=0), 5, 1e-4)
+    learn = fit(lazy_learner().batch_loss_filter(SchedLin(0.3, 0.9), warmup_epochs=0), 5, 1e-4)
     selected = learn.selection.ledger.selected.tolist()
     assert all(a < b for a, b in zip(selected, selected[1:]))
-    learn = fit(learner().batch_loss_filter(0.01, SchedCos(1., 0.25), warmup_epochs=0), 4)
+    learn = fit(lazy_learner().batch_loss_filter(0.01, SchedCos(1., 0.25), warmup_epochs=0), 4)
     assert learn.selection.ledger.selected[0] > 0.9 and learn.selection.ledger.selected[3] < 0.5
 
 def test_multiple_of_and_small_last_batch():
     batches = Batches()
-    fit(learner(data=Rows(N+3), drop_last=False).batch_loss_filter(0.5, multiple_of=8, warmup_epochs=0), 2, cbs=batches)
+    fit(lazy_learner(data=Rows(N+3), drop_last=False).batch_loss_filter(0.5, multiple_of=8, warmup_epochs=0), 2, cbs=batches)
     sizes = [len(o) for o in batches.rows]
     assert sizes[N//BS::N//BS+1] == [3, 3] and {o for o in sizes if o != 3} <= {8, 16}
 
 def test_never_one_item_with_batch_norm():
-    learn = fit(learner(model=usual_model).batch_loss_filter(0.01, warmup_epochs=0), 1)
+    learn = fit(lazy_learner(model=usual_model).batch_loss_filter(0.01, warmup_epochs=0), 1)
     assert learn.selection.ledger.trained.tolist() == [2*N//BS]
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
@@ -363,11 +355,11 @@ def test_diverged(value, recwarn):
     class Diverged(nn.Module):
         def __init__(self): super().__init__(); self.net = plain_model()
         def forward(self, x): return self.net(x)*value
-    learn = fit(learner(model=Diverged).batch_loss_filter(warmup_epochs=0), 1)
+    learn = fit(lazy_learner(model=Diverged).batch_loss_filter(warmup_epochs=0), 1)
     assert learn.selection.ledger.trained[0] >= N//BS
 
 def test_export_and_load(tmp_path):
-    learn = fit(learner(tmp_path).batch_loss_filter(SchedCos(0.9, 0.5), multiple_of=2, scale_lr='sqrt'), 2)
+    learn = fit(lazy_learner(tmp_path).batch_loss_filter(SchedCos(0.9, 0.5), multiple_of=2, scale_lr='sqrt'), 2)
     learn.export('a.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -395,7 +387,7 @@ class Steps(Callback):
 def test_scale_lr_is_sgd_by_hand(rule, power, forward):
     class ByHand(Callback):
         order = -4
-        def before_fit(self): self.net, self.factors = learner().model, []
+        def before_fit(self): self.net, self.factors = lazy_learner().model, []
         def after_pred(self):
             if not self.training: return
             self.net.load_state_dict(self.model.state_dict())
@@ -407,7 +399,7 @@ def test_scale_lr_is_sgd_by_hand(rule, power, forward):
                 for lr, p in zip([0.1, 0.1, 0.3, 0.3], self.net.parameters()): p -= factor*lr*p.grad
         def after_batch(self):
             if self.training: torch.testing.assert_close([*self.model.parameters()], [*self.net.parameters()])
-    learn = learner(opt_func=partial(SGD, mom=0., wd=0.), splitter=lambda m: [[*m[1].parameters()], [*m[3].parameters()]])
+    learn = lazy_learner(opt_func=partial(SGD, mom=0., wd=0.), splitter=lambda m: [[*m[1].parameters()], [*m[3].parameters()]])
     by_hand, steps = ByHand(), Steps()
     fit(learn.batch_loss_filter(0.6, warmup_epochs=0, scale_lr=rule, forward=forward), 2, slice(0.1, 0.3), cbs=[by_hand, steps])
     if rule: assert max(by_hand.factors) < 1 and len(set(by_hand.factors)) > 1
@@ -416,7 +408,7 @@ def test_scale_lr_is_sgd_by_hand(rule, power, forward):
 def test_scale_lr_leaves_the_schedule_alone():
     runs = []
     for scale_lr in (None, 'linear'):
-        learn = learner().batch_loss_filter(0.5, scale_lr=scale_lr)
+        learn = lazy_learner().batch_loss_filter(0.5, scale_lr=scale_lr)
         fit(learn, 3, 1e-2, method='fit_one_cycle')
         runs.append(learn)
     assert runs[0].recorder.lrs == runs[1].recorder.lrs
@@ -424,8 +416,8 @@ def test_scale_lr_leaves_the_schedule_alone():
     assert runs[0].selection.ledger.trained[0] == N and not torch.equal(weights(runs[0]), weights(runs[1]))
 
 def test_scale_lr_is_off_where_nothing_is_left_out():
-    plain = fit(learner(), 2, 1e-2)
-    filtered = fit(learner().batch_loss_filter(0.5, warmup_epochs=2, scale_lr='linear'), 2, 1e-2)
+    plain = fit(lazy_learner(), 2, 1e-2)
+    filtered = fit(lazy_learner().batch_loss_filter(0.5, warmup_epochs=2, scale_lr='linear'), 2, 1e-2)
     assert torch.equal(weights(plain), weights(filtered))
 
 @pytest.mark.parametrize('opt_func', [partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)])
@@ -435,7 +427,7 @@ def test_scale_lr_of_a_pytorch_optimizer(opt_func):
         order = 44
         def before_step(self): rates.append((len(self.x), self.opt.opt.param_groups[0]['lr']))
     steps = Steps()
-    learn = fit(learner(opt_func=opt_func).batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 1, 1e-2, cbs=[AtStep(), steps])
+    learn = fit(lazy_learner(opt_func=opt_func).batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 1, 1e-2, cbs=[AtStep(), steps])
     assert rates and all(lr == pytest.approx(1e-2*n/BS) for n, lr in rates)
     assert all(o == [1e-2] for _, o in steps.seen)
     assert learn.opt.opt.param_groups[0]['lr'] == 1e-2
@@ -446,7 +438,7 @@ def test_scale_lr_restores_the_rate_of_a_cancelled_step(error):
         order = 10
         def before_step(self):
             if self.iter % 2: raise error
-    learn, steps = learner().batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'), Steps()
+    learn, steps = lazy_learner().batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'), Steps()
     try: fit(learn, 1, 1e-2, cbs=[Cancel(), steps])
     except KeyboardInterrupt: pass
     assert all(rates == [1e-2] for _, rates in steps.seen)
@@ -465,14 +457,14 @@ def test_scale_lr_with_gradient_accumulation():
             self.shares.append((self.opt.hypers[0]['lr']/1e-2, sum(self.sizes)/(BS*len(self.sizes)), len(self.sizes)))
             self.sizes = []
     at_step, steps = AtStep(), Steps()
-    fit(learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 4, 1e-2, cbs=[GradientAccumulation(2*BS), at_step, steps])
+    fit(lazy_learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 4, 1e-2, cbs=[GradientAccumulation(2*BS), at_step, steps])
     assert len(at_step.shares) > 2 and all(n > 1 for *_, n in at_step.shares)
     assert all(got == pytest.approx(expected) for got, expected, _ in at_step.shares)
     assert len(steps.seen) == 4*N//BS and all(rates == [1e-2] for _, rates in steps.seen)
 
 def test_scale_lr_is_refused_in_a_distributed_run(monkeypatch):
     monkeypatch.setattr(module, 'num_distrib', lambda: 2)
-    with pytest.raises(ValueError, match='drift apart'): fit(learner().batch_loss_filter(scale_lr='linear'), 1)
+    with pytest.raises(ValueError, match='drift apart'): fit(lazy_learner().batch_loss_filter(scale_lr='linear'), 1)
 
 
 # Tasks, inputs and outputs
@@ -562,21 +554,21 @@ BAD = [(dict(min_loss_perc=1.1), 'min_loss_perc must lie in [0, 1]; got 1.1'), (
 
 @pytest.mark.parametrize('kwargs,message', BAD)
 def test_bad_values(kwargs, message):
-    for make in (BatchLossFilter, learner().batch_loss_filter):
+    for make in (BatchLossFilter, lazy_learner().batch_loss_filter):
         with pytest.raises(ValueError) as e: make(**kwargs)
         assert message in str(e.value)
 
 @pytest.mark.parametrize('kwargs', [dict(min_loss_perc='90%'), dict(min_loss_perc=None), dict(min_sample_perc=True), dict(multiple_of=8.),
                                     dict(multiple_of=True), dict(keep_easiest=lambda pct: 'few'), dict(min_los_perc=0.5), dict(pick=LossShare())])
 def test_bad_kinds(kwargs):
-    with pytest.raises(TypeError): learner().batch_loss_filter(**kwargs)
+    with pytest.raises(TypeError): lazy_learner().batch_loss_filter(**kwargs)
 
 def test_multiple_of_above_the_batch():
-    learn = learner().batch_loss_filter(multiple_of=BS+1, warmup_epochs=3)
+    learn = lazy_learner().batch_loss_filter(multiple_of=BS+1, warmup_epochs=3)
     start = weights(learn)
     with pytest.raises(ValueError, match='multiple_of=17 is larger than the batch of 16'): fit(learn, 1)
     assert torch.equal(weights(learn), start)
-    fit(learner().batch_loss_filter(multiple_of=BS), 1)
+    fit(lazy_learner().batch_loss_filter(multiple_of=BS), 1)
 
 def test_every_event_exists():
     from fastai.callback.core import event
@@ -614,7 +606,7 @@ def test_one_read_a_batch_without_a_gpu(forward, monkeypatch):
         def after_pred(self):
             if self.event == 'after_pred': self.toggle()
     event = 'before_batch' if forward == 'twice' else 'after_pred'
-    learn = learner(model=usual_model).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    learn = lazy_learner(model=usual_model).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
     fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
     assert counts == [(0, 1)]*(2*(N//BS - 1))
 
@@ -644,7 +636,7 @@ def test_one_host_sync_a_batch(forward):
         def after_pred(self):
             if self.event == 'after_pred': self.toggle()
     event = 'before_batch' if forward == 'twice' else 'after_pred'
-    learn = learner().batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    learn = lazy_learner().batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
     try: fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
     finally: torch.cuda.set_sync_debug_mode('default')
     assert counts == [1]*(2*(N//BS - 1))
@@ -653,7 +645,7 @@ def test_one_host_sync_a_batch(forward):
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('forward', ['twice', 'reuse'])
 def test_mixed_precision(half, forward):
-    learn = learner(model=usual_model).batch_loss_filter(0.7, scale_lr='sqrt', forward=forward, warmup_epochs=0)
+    learn = lazy_learner(model=usual_model).batch_loss_filter(0.7, scale_lr='sqrt', forward=forward, warmup_epochs=0)
     getattr(learn, half)()
     steps = Steps()
     fit(learn, 3, 1e-2, cbs=steps)

@@ -24,7 +24,9 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import F1Score, Perplexity, RocAucBinary, accuracy, error_rate, rmse
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
+from helpers import learner
 from scipy import stats
 from torch import nn
 
@@ -46,10 +48,9 @@ def data(n=N, bs=BS, **kwargs):
 
 
 def net(): return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
-def make_learner(dls, **kwargs): return Learner(dls, net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.02), **kwargs})
-def learner(**kwargs):
-    set_seed(0)
-    return make_learner(data()[0], **kwargs)
+def make_learner(dls, seed=None, **kwargs):
+    return learner(dls, net, seed=seed, **{**dict(opt_func=Adam, lr=0.02, metrics=accuracy), **kwargs})
+def noisy_learner(**kwargs): return make_learner(lambda: data()[0], seed=0, **kwargs)
 
 
 def quick(methods=('random',), make=make_learner, dls=None, **kwargs):
@@ -85,7 +86,7 @@ def costs(learn):
     lambda learn: learn.selective_backprop(beta=2, queue=True), lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1, epoch='candidates')])
 def test_cost_is_that_of_plain_training_and_the_rate_decays(method):
     watch = Watch()
-    learn = method(learner(cbs=watch))
+    learn = method(noisy_learner(cbs=watch))
     meter = fit_within(learn, 6)
     a_step = max(1, (N/BS)/meter.steps*6)*BS/N*(1 + 1/(STEP_COST*0.1)) # the dearest
     assert abs(meter.cost - 6) <= a_step/2 + 1e-6
@@ -103,7 +104,7 @@ def test_plain_training_is_fastais_own(fit):
         def before_validate(self): raise CancelValidException
     runs = []
     for i in range(2):
-        learn = learner(cbs=[] if i else NoValidation())
+        learn = noisy_learner(cbs=[] if i else NoValidation())
         with learn.no_bar(), learn.no_logging():
             if i: fit_within(learn, 3, fit, lr=0.01, evaluations=1 + 4*i)
             else: getattr(learn, fit)(3, 0.01)
@@ -115,7 +116,7 @@ def test_evaluations_leave_no_trace():
     "Between steps whose gradients accumulate, with dropout, batch norm, and a loader that is shuffled"
     runs = []
     for n in (1, 25):
-        learn = learner(cbs=GradientAccumulation(3*BS))
+        learn = noisy_learner(cbs=GradientAccumulation(3*BS))
         frozen = learn.model[1] # a layer that trains in eval mode stays so
         class Freeze(Callback):
             def before_batch(self): frozen.eval()
@@ -128,34 +129,34 @@ def test_evaluations_leave_no_trace():
 
 @pytest.mark.parametrize('metric', [accuracy, error_rate, F1Score(), RocAucBinary(), Perplexity()])
 def test_what_is_evaluated_is_what_validate_says(metric):
-    learn = learner(metrics=metric)
+    learn = noisy_learner(metrics=metric)
     meter = fit_within(learn, 2, evaluations=4)
     with learn.no_bar(), learn.no_logging(): assert meter.history[-1]['value'] == pytest.approx(learn.validate()[1], rel=1e-6)
     assert len({o['value'] for o in meter.history}) > 1
 
 
 def test_a_bill_shortens_the_longest_fit():
-    assert fit_within(learner(), 3, bill=1.).steps == 2*N//BS
-    assert fit_within(learner(), 3, 'fine_tune', bill=1.).steps == 3*N//BS # an epoch of it frozen
-    with pytest.raises(ValueError, match='used up before training begins'): fit_within(learner(), 2, bill=2.)
+    assert fit_within(noisy_learner(), 3, bill=1.).steps == 2*N//BS
+    assert fit_within(noisy_learner(), 3, 'fine_tune', bill=1.).steps == 3*N//BS # an epoch of it frozen
+    with pytest.raises(ValueError, match='used up before training begins'): fit_within(noisy_learner(), 2, bill=2.)
 
 
 def test_equal_seconds_and_own_fits():
-    learn,began = learner(), time.process_time()
+    learn,began = noisy_learner(), time.process_time()
     meter = fit_within(learn, 2, unit='seconds', per_epoch=0.4)
     assert meter.clocks.seconds[0] == pytest.approx(0.8, abs=0.1) and time.process_time() - began >= 0.8
     assert meter.share_at_end > 0.9 and meter.lr_at_end < 0.005
     def fit(learn, n_epoch):
         learn.fit(1, 0.01)
         learn.fit_one_cycle(n_epoch - 1, 0.02)
-    assert fit_within(learner(), 3, fit).steps == 3*N//BS
-    with pytest.raises(ValueError, match='must be one of fit_one_cycle'): fit_within(learner(), 3, 'fit_two_cycles')
-    with pytest.raises(ValueError, match='needs per_epoch'): fit_within(learner(), 3, unit='seconds')
-    with pytest.raises(ValueError, match='has trained nothing'): fit_within(learner(), 3, lambda learn, n: None)
+    assert fit_within(noisy_learner(), 3, fit).steps == 3*N//BS
+    with pytest.raises(ValueError, match='must be one of fit_one_cycle'): fit_within(noisy_learner(), 3, 'fit_two_cycles')
+    with pytest.raises(ValueError, match='needs per_epoch'): fit_within(noisy_learner(), 3, unit='seconds')
+    with pytest.raises(ValueError, match='has trained nothing'): fit_within(noisy_learner(), 3, lambda learn, n: None)
 
 
 def test_trackers_read_the_validation(tmp_path):
-    learn = learner(cbs=[EarlyStoppingCallback('valid_loss', patience=50), SaveModelCallback(fname='best')])
+    learn = noisy_learner(cbs=[EarlyStoppingCallback('valid_loss', patience=50), SaveModelCallback(fname='best')])
     learn.path = tmp_path
     assert fit_within(learn, 2).steps == 2*N//BS
 
@@ -164,7 +165,7 @@ def test_a_method_that_selects_nothing_is_told():
     class Nothing(Callback):
         def before_batch(self):
             if self.training: self.learn.yb = ()
-    learn = learner(cbs=Nothing())
+    learn = noisy_learner(cbs=Nothing())
     with pytest.raises(ValueError, match='selects no item at all'): fit_within(learn, 2)
 
 
@@ -172,7 +173,7 @@ def test_prices_are_positive_and_count():
     prices = measure_prices(make_learner, data()[0], steps=3, rounds=1)
     assert min(prices.train, prices.score, prices.seconds) > 0 and min(prices.load, prices.step) >= 0 and prices.score == 1
     dear = Prices(train=2., score=4., load=1., step=8.)
-    learn = learner().select('loss', 'top', frac=0.25)
+    learn = noisy_learner().select('loss', 'top', frac=0.25)
     meter = fit_within(learn, 4, prices=dear)
     plain = (1 + 2)*N + 8*N/BS
     assert meter.cost == pytest.approx((meter.loaded + 4*learn.selection.scoring_cost*meter.scored + 2*meter.trained + 8*meter.steps)/plain)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset
-from helpers import examples
+from helpers import examples, fit, learner
 
 from rholoss_fastai.all import Candidates, DivBS, ThenUniform, diverse_items, find_pick, logit_gradients
 from rholoss_fastai.losses import ItemLosses
@@ -155,25 +155,22 @@ def test_an_output_object():
 
 # In training
 
-def learner(**kwargs):
-    set_seed(0)
+def vectors():
     x = torch.randn(96, 5)
     dl = DataLoader(list(zip(x, x[:, :4].argmax(1))), bs=24, shuffle=True)
-    return Learner(DataLoaders(dl, dl), Net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.1, **kwargs)
+    return DataLoaders(dl, dl)
 
-def fit(learn, n_epoch=2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
+def head_learner(): return learner(vectors, Net, lr=0.1)
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(enlarge=True), dict(score_bs=5), dict(score='gradient_norm'), dict(forward='twice')], ids=str)
 def test_trains(kwargs):
-    learn = fit(learner().select(pick='divbs', frac=0.25, **kwargs))
+    learn = fit(head_learner().select(pick='divbs', frac=0.25, **kwargs), 2)
     assert (learn.selection.ledger.selected == 0.25).all() and (learn.selection.ledger.scored == 96).all()
     assert (learn.selection.ledger.forward == 'twice').all()
     assert all(p.isfinite().all() for p in learn.model.parameters()) and not any(m._forward_hooks for m in learn.model.modules())
 
 def test_the_cheaper_forward_stays_one_of_its_own():
-    learn = fit(learner().select(pick='divbs', frac=0.95), 3)
+    learn = fit(head_learner().select(pick='divbs', frac=0.95), 3)
     assert (learn.selection.ledger.forward == 'twice').all()
 
 class Stream(IterableDataset):
@@ -256,31 +253,31 @@ def test_other_losses_train(loss, targets):
     set_seed(0)
     x = torch.randn(48, 5)
     dl = DataLoader(list(zip(x, targets(x[:, :4].argmax(1)))), bs=12)
-    learn = fit(Learner(DataLoaders(dl, dl), Net(), loss_func=loss, opt_func=SGD, lr=0.01).select(pick='divbs', frac=0.25))
+    learn = fit(Learner(DataLoaders(dl, dl), Net(), loss_func=loss, opt_func=SGD, lr=0.01).select(pick='divbs', frac=0.25), 2)
     assert learn.selection.ledger.trained.tolist() == [12, 12] and all(o.isfinite().all() for o in learn.model.parameters())
 
 def test_staleness_only_where_something_is_left_to_save():
     "The products of gradients are of now: remembered losses would save no forward"
-    with pytest.raises(ValueError, match=r"needs the prediction of each candidate anew \(gram\)"): learner().select(pick='divbs', staleness=2)
-    with pytest.raises(ValueError, match=r"anew \(pred\)"): learner().select('entropy', staleness=2)
-    with pytest.raises(ValueError, match=r"anew \(log_probs\)"): learner().select('bald', staleness=2)
+    with pytest.raises(ValueError, match=r"needs the prediction of each candidate anew \(gram\)"): head_learner().select(pick='divbs', staleness=2)
+    with pytest.raises(ValueError, match=r"anew \(pred\)"): head_learner().select('entropy', staleness=2)
+    with pytest.raises(ValueError, match=r"anew \(log_probs\)"): head_learner().select('bald', staleness=2)
     for kwargs in (dict(pick='per_class'), dict(pick=ThenUniform(0.5))):
-        learn = fit(learner().select(staleness=2, **kwargs), 4)
+        learn = fit(head_learner().select(staleness=2, **kwargs), 4)
         assert learn.selection.ledger.scored.tolist()[:2] == [96, 0]
 
 def test_one_kind_of_item_and_a_diverged_model():
-    learn = learner()
+    learn = head_learner()
     dl = DataLoader([(torch.ones(5), torch.tensor(1))]*24, bs=12)
     learn.dls = DataLoaders(dl, dl)
-    assert fit(learn.select(pick='divbs', frac=0.25)).selection.ledger.trained.tolist() == [6, 6]
-    diverged = learner()
+    assert fit(learn.select(pick='divbs', frac=0.25), 2).selection.ledger.trained.tolist() == [6, 6]
+    diverged = head_learner()
     with torch.no_grad(): diverged.model.head.weight.fill_(math.nan)
     with pytest.warns(UserWarning, match='every score was NaN'): fit(diverged.select(pick='divbs', frac=0.25), 1)
     assert diverged.selection.ledger.trained.tolist() == [24]
 
 def test_refused_before_training():
-    with pytest.raises(ValueError, match="gram: .*forward='twice'"): learner().select(pick='divbs', forward='reuse')
-    with pytest.raises(ValueError, match='gram: .*compile=False'): learner().select(pick='divbs', compile=True)
+    with pytest.raises(ValueError, match="gram: .*forward='twice'"): head_learner().select(pick='divbs', forward='reuse')
+    with pytest.raises(ValueError, match='gram: .*compile=False'): head_learner().select(pick='divbs', compile=True)
     with pytest.raises(ValueError, match='frac must lie'): DivBS(0.)
 
 def test_copies():

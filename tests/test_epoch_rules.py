@@ -13,7 +13,7 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Transform
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.optimizer import SGD
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
 from sklearn.cluster import KMeans
-from helpers import examples, two_processes
+from helpers import examples, fit, learner, two_processes
 
 from rholoss_fastai.all import (IES, EpochInfo, EpochPruner, EpochRule, ForgettingTracker, InfoBatch, RandomSubset, SelectionRecord, SeTa, gradient_norm_bound,
                                 loss_groups, prune)
@@ -46,14 +46,8 @@ def dataloaders(dataset=None, bs=BS, drop_last=False, **kwargs):
 
 def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 def net(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-def learner(dls=None, model=None, **kwargs):
-    set_seed(0)
-    return Learner(dls or dataloaders(), model or net(), **{**dict(loss_func=CrossEntropyLossFlat(), lr=1e-2), **kwargs})
-
-
-def fit(learn, n_epoch=1, one_cycle=False, **kwargs):
-    with learn.no_bar(), learn.no_logging(): (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, **kwargs)
-    return learn
+def epoch_learner(dls=None, model=None, **kwargs):
+    return learner(dls or dataloaders, model or net, **{**dict(opt_func=Adam, lr=1e-2), **kwargs})
 
 
 def choose(learn):
@@ -101,7 +95,7 @@ def check_rule(watch, n_epoch, ratio, delta, n=N, bs=BS):
 
 @pytest.mark.parametrize('n_epoch,ratio,delta', [(1, 0.5, 0.875), (3, 0.5, 0.875), (8, 0.5, 0.875), (7, 0.9, 0.5), (6, 0.3, 1.), (4, 0.7, 0.)])
 def test_the_rule_for_any_number_of_epochs(n_epoch, ratio, delta):
-    learn, watch = learner().prune_epochs(ratio, delta), Watch()
+    learn, watch = epoch_learner().prune_epochs(ratio, delta), Watch()
     fit(learn, n_epoch, cbs=watch)
     remembered = check_rule(watch, n_epoch, ratio, delta)
     assert torch.equal(learn.epoch_pruner.remembered, remembered)
@@ -115,7 +109,7 @@ def test_the_rule_for_any_number_of_epochs(n_epoch, ratio, delta):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_nothing_dropped_is_read(workers):
     dls = dataloaders(num_workers=workers)
-    learn, watch = learner(dls).prune_epochs(0.8), Watch()
+    learn, watch = epoch_learner(dls).prune_epochs(0.8), Watch()
     if workers == 0:
         class Read(Callback):
             def before_train(self): dls.train.dataset.read.clear()
@@ -135,21 +129,21 @@ def test_expected_gradient_is_that_of_everything():
             if 0 < self.epoch < 200: self.sums += self.model[1].weight.grad*self.bs
         def after_train(self): self.n += 0 < self.epoch < 200
     model, rows = linear(), Rows(40)
-    learn, sums = learner(dataloaders(rows, bs=20), model, opt_func=SGD).prune_epochs(0.7, 1.), Sum()
+    learn, sums = epoch_learner(dataloaders(rows, bs=20), model, opt_func=SGD).prune_epochs(0.7, 1.), Sum()
     fit(learn, 200, lr=0., cbs=sums)
     assert learn.selection.ledger.selected[1:].max() < 0.8
     F.cross_entropy(model(rows.images), rows.targets, reduction='sum').backward()
     full = model[1].weight.grad
     spread = (sums.sums/sums.n - full).norm()/full.norm()
     assert spread < 0.12
-    plain, sums = learner(dataloaders(rows, bs=20), model, opt_func=SGD).prune_epochs(0.7, 1., weighted=False), Sum()
+    plain, sums = epoch_learner(dataloaders(rows, bs=20), model, opt_func=SGD).prune_epochs(0.7, 1., weighted=False), Sum()
     fit(plain, 50, lr=0., cbs=sums)
     assert (sums.sums/sums.n - full).norm()/full.norm() > 2*spread # it is the weights that do it
 
 
 def test_without_pruning_nothing_changes():
     def weights(prepare, n_epoch=3):
-        learn = prepare(learner())
+        learn = prepare(epoch_learner())
         fit(learn, n_epoch)
         return torch.cat([o.flatten() for o in learn.model.state_dict().values()])
     plain = weights(lambda learn: learn)
@@ -165,14 +159,14 @@ def test_draws_come_from_a_generator_of_its_own():
     "The same rows whatever the global state, which isn't moved by drawing"
     def drawn(disturb):
         set_seed(0)
-        learn, watch = learner(model=linear()).prune_epochs(seed=3), Watch()
+        learn, watch = epoch_learner(model=linear()).prune_epochs(seed=3), Watch()
         class Disturb(Callback):
             order = -20
             def before_train(self): disturb()
         fit(learn, 4, lr=0., cbs=[watch, Disturb()])
         return [set(torch.cat(o).tolist()) for o in watch.rows]
     assert drawn(lambda: None) == drawn(lambda: (torch.rand(9), np.random.rand(9)))
-    learn = fit(learner().prune_epochs(), 2)
+    learn = fit(epoch_learner().prune_epochs(), 2)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     choose(learn)
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == np.random.get_state()[1].tolist()
@@ -184,7 +178,7 @@ def test_schedules_see_the_true_number_of_steps():
         order = 90
         def before_batch(self):
             if self.training: seen.append((self.epoch, self.pct_train, self.learn.n_iter))
-    learn = fit(learner().prune_epochs(0.8), 6, one_cycle=True, cbs=Steps())
+    learn = fit(epoch_learner().prune_epochs(0.8), 6, method='fit_one_cycle', cbs=Steps())
     n_iter = [-(-o//BS) for o in learn.selection.ledger.trained]
     assert min(n_iter) < max(n_iter) == 13
     expected = [(e, (e + i/n)/6, n) for e,n in enumerate(n_iter) for i in range(n)]
@@ -200,7 +194,7 @@ def test_weights_before_gradients_accumulate():
         order = 91
         def before_step(self): grads.append(self.model[1].weight.grad.clone())
     model, rows = linear(), Rows(12*BS)
-    learn, watch = learner(dataloaders(rows), model, opt_func=SGD).prune_epochs(0.5, 1.), Watch()
+    learn, watch = epoch_learner(dataloaders(rows), model, opt_func=SGD).prune_epochs(0.5, 1.), Watch()
     fit(learn, 2, lr=0., cbs=[GradientAccumulation(2*BS), watch, Keep()])
     losses = F.cross_entropy(model(rows.images), rows.targets, reduction='none')
     below = losses < losses.mean()
@@ -223,7 +217,7 @@ def test_remembered_scores():
                 if self.training:
                     rows, pred = rows_of(self.x), self.pred.detach()
                     seen[rows] = expected(F.cross_entropy(pred, self.y, reduction='none'), pred, self.y, rows)
-        learn = fit(learner().prune_epochs(score=score, il=None if score is gradient_norm_bound else il), 4, cbs=Expect())
+        learn = fit(epoch_learner().prune_epochs(score=score, il=None if score is gradient_norm_bound else il), 4, cbs=Expect())
         assert torch.allclose(learn.epoch_pruner.remembered, seen, atol=1e-6) and learn.selection.ledger.selected.min() < 1
 
 
@@ -234,7 +228,7 @@ def test_reducible_leaves_noise_out_and_is_unweighted():
     il = torch.where(noise, 6., 0.1)
     times = {}
     for score in ('loss', 'reducible'):
-        learn, watch = learner(dataloaders(rows)).prune_epochs(0.8, score=score, il=il), Watch()
+        learn, watch = epoch_learner(dataloaders(rows)).prune_epochs(0.8, score=score, il=il), Watch()
         fit(learn, 8, cbs=watch)
         counts = learn.selection.selected.float()
         times[score] = (counts[noise].mean()/counts[~noise].mean()).item()
@@ -242,7 +236,7 @@ def test_reducible_leaves_noise_out_and_is_unweighted():
             unweighted = np.allclose([o.mean().item() for o in losses], loss, atol=1e-5)
             assert unweighted == (score == 'reducible')
     assert times['reducible'] < 0.7 < 1.2 < times['loss']
-    weighted = learner(dataloaders(rows)).prune_epochs(0.8, score='reducible', il=il, weighted=True)
+    weighted = epoch_learner(dataloaders(rows)).prune_epochs(0.8, score='reducible', il=il, weighted=True)
     watch = Watch()
     fit(weighted, 3, cbs=watch)
     assert not np.allclose([o.mean().item() for o in watch.losses[1]], watch.loss[1], atol=1e-4)
@@ -250,12 +244,12 @@ def test_reducible_leaves_noise_out_and_is_unweighted():
 
 @pytest.mark.parametrize('refresh', [2, 3])
 def test_refresh(refresh):
-    selected = fit(learner().prune_epochs(0.9, 1., refresh=refresh), 8).selection.ledger.selected
+    selected = fit(epoch_learner().prune_epochs(0.9, 1., refresh=refresh), 8).selection.ledger.selected
     assert [o == 1 for o in selected] == [e % refresh == 0 for e in range(8)]
 
 
 def test_memory_over_several_fits():
-    learn, watch = learner().prune_epochs(), Watch()
+    learn, watch = epoch_learner().prune_epochs(), Watch()
     fit(learn, 3)
     fit(learn, 4, cbs=watch)
     assert learn.selection.ledger.selected.lt(1).tolist() == [False, True, False] + [True]*3 + [False] # the second fit begins with what the first remembered
@@ -268,7 +262,7 @@ def test_of_a_pruned_data_set():
     "Both ways together"
     dls = prune(dataloaders(), random_scores(), 0.5, 'random')
     rows = set(dls.train.dataset.row_numbers.tolist())
-    learn, watch = learner(dls).prune_epochs(), Watch()
+    learn, watch = epoch_learner(dls).prune_epochs(), Watch()
     fit(learn, 4, cbs=watch)
     trained = [set(torch.cat(o).tolist()) for o in watch.rows]
     assert trained[0] == trained[3] == rows and trained[1] < rows and learn.selection.ledger.selected[1] == len(trained[1])/100
@@ -277,13 +271,13 @@ def test_of_a_pruned_data_set():
 @pytest.mark.parametrize('n', range(66, 78))
 def test_a_last_batch_is_never_a_single_item(n):
     "Which batch norm in training mode refuses"
-    learn = fit(learner(dataloaders(Reads(n))).prune_epochs(0.5, 1., seed=n), 4)
+    learn = fit(epoch_learner(dataloaders(Reads(n))).prune_epochs(0.5, 1., seed=n), 4)
     assert all(o % BS != 1 for o in learn.selection.ledger.trained)
 
 
 def test_rows_without_a_number_stay():
     "A loss that isn't finite, or isn't known, says nothing"
-    learn = fit(learner().prune_epochs(0.9, 1.), 2)
+    learn = fit(epoch_learner().prune_epochs(0.9, 1.), 2)
     for value in (torch.nan, torch.inf, -torch.inf):
         learn.epoch_pruner.remembered[[3, 50]] = value
         for _ in range(20):
@@ -292,7 +286,7 @@ def test_rows_without_a_number_stay():
 
 
 def test_other_callbacks_and_calls(tmp_path):
-    learn = learner(path=tmp_path, metrics=lambda pred, targ: pred.sum()).prune_epochs()
+    learn = epoch_learner(path=tmp_path, metrics=lambda pred, targ: pred.sum()).prune_epochs()
     tracker = ForgettingTracker()
     fit(learn, 4, cbs=tracker)
     assert len(tracker.scores()) == N and tracker.n_epochs == 4
@@ -326,9 +320,9 @@ def test_other_callbacks_and_calls(tmp_path):
 
 def test_selection_and_mixup_are_refused():
     for first,second in ((lambda o: o.prune_epochs(), lambda o: o.batch_loss_filter()), (lambda o: o.batch_loss_filter(), lambda o: o.prune_epochs())):
-        with pytest.raises(ValueError, match='one of them|no_pruning|no_selection'): fit(second(first(learner())), 1)
-    with pytest.raises(ValueError, match='makes one item of two'): fit(learner().prune_epochs(), 1, cbs=MixUp())
-    with pytest.raises(ValueError, match='makes one item of two'): learner(cbs=MixUp()).prune_epochs()
+        with pytest.raises(ValueError, match='one of them|no_pruning|no_selection'): fit(second(first(epoch_learner())), 1)
+    with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner().prune_epochs(), 1, cbs=MixUp())
+    with pytest.raises(ValueError, match='makes one item of two'): epoch_learner(cbs=MixUp()).prune_epochs()
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
@@ -340,21 +334,21 @@ def test_selection_and_mixup_are_refused():
     (dict(score='reducible', il=torch.full((N,), torch.nan)), ValueError, 'NaN'), (dict(score=lambda margin: 0), ValueError, 'parameters'),
 ])
 def test_bad_settings_of_prune_epochs(kwargs, error, message):
-    with pytest.raises(error, match=message): learner().prune_epochs(**kwargs)
+    with pytest.raises(error, match=message): epoch_learner().prune_epochs(**kwargs)
 
 
 def test_bad_loaders():
     stream = DataLoaders(DataLoader(iter(range(9)), bs=3), DataLoader(Rows(9)))
     with pytest.raises(ValueError, match="can't be known"): fit(Learner(stream, net(), loss_func=CrossEntropyLossFlat()).prune_epochs(), 1)
     with pytest.raises(ValueError, match="can't be known"): prune(stream, random_scores(9))
-    with pytest.raises(ValueError, match='An epoch has no batches'): fit(learner(dataloaders(Reads(50), bs=64, drop_last=True)).prune_epochs(0.9), 3)
+    with pytest.raises(ValueError, match='An epoch has no batches'): fit(epoch_learner(dataloaders(Reads(50), bs=64, drop_last=True)).prune_epochs(0.9), 3)
     with pytest.raises(ValueError, match='batch_loss_filter') as e: fit(Learner(stream, net(), loss_func=CrossEntropyLossFlat()).prune_epochs(), 1)
     assert 'il=' not in str(e.value) # which would not mend it
     class Drops(Callback):
         order = -6
         def before_batch(self):
             if self.training: self.learn.xb, self.learn.yb = (self.x[1:],), (self.y[1:],)
-    with pytest.raises(ValueError, match='15 items, but 16 rows'): fit(learner().prune_epochs(), 1, cbs=Drops())
+    with pytest.raises(ValueError, match='15 items, but 16 rows'): fit(epoch_learner().prune_epochs(), 1, cbs=Drops())
 
 
 def test_other_tasks():
@@ -363,7 +357,7 @@ def test_other_tasks():
     data = TensorDataset(rows.images, rows.images.mean((1, 2, 3)) + torch.arange(N)/50)
     dls = DataLoaders(TorchDataLoader(data, BS, shuffle=True), TorchDataLoader(data, 50))
     for loss_func in (MSELossFlat(), lambda pred, targ: ((pred.squeeze(-1) - targ)**2).mean()):
-        learn = fit(learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=loss_func).prune_epochs(), 4)
+        learn = fit(epoch_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=loss_func).prune_epochs(), 4)
         assert learn.selection.ledger.selected[1:3].max() < 1 and learn.recorder.values[-1][0] < learn.recorder.values[0][0]
 
 
@@ -376,7 +370,7 @@ from distributed_rho_loss import broadcast
 from fastai.distributed import DistributedDL
 import torch.distributed as dist
 DistributedDL._broadcast = broadcast
-learn = learner(dataloaders(Rows(N)), linear()).prune_epochs()
+learn = epoch_learner(dataloaders(Rows(N)), linear()).prune_epochs()
 if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
 tracker, watch = ForgettingTracker(), Watch()
 with learn.distrib_ctx(sync_bn=False), learn.no_logging(): learn.fit(4, cbs=[tracker, watch])
@@ -420,7 +414,7 @@ def test_weights_keep_the_losses_own_reduction(loss_func):
             assert torch.allclose(self.learn.loss_grad, (weights*each).sum()/per, rtol=1e-5)
             self.n += bool((weights != 1).any())
     compare = Compare()
-    fit(learner(loss_func=loss_func).prune_epochs(0.5, 1.), 3, cbs=compare)
+    fit(epoch_learner(loss_func=loss_func).prune_epochs(0.5, 1.), 3, cbs=compare)
     assert compare.n > 5
 
 
@@ -428,20 +422,20 @@ def test_an_interrupted_lr_find_does_not_switch_it_off():
     class Interrupt(Callback):
         def after_loss(self):
             if self.iter == 2: raise KeyboardInterrupt
-    learn = learner().prune_epochs(delta=1.)
+    learn = epoch_learner().prune_epochs(delta=1.)
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
     fit(learn, 3)
     assert learn.selection.ledger.trained.iloc[-1] < N
-    tracked = learner(cbs=ForgettingTracker())
+    tracked = epoch_learner(cbs=ForgettingTracker())
     with tracked.no_bar(), tracked.no_logging(), tracked.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): tracked.lr_find(num_it=5, show_plot=False)
     assert fit(tracked, 2).forgetting_tracker.n_epochs == 2
 
 
 @pytest.mark.cuda
 def test_on_cuda_without_waiting():
-    learn = fit(learner(dataloaders(Rows(N)).to('cuda'), net().cuda()).prune_epochs(), 4)
+    learn = fit(epoch_learner(dataloaders(Rows(N)).to('cuda'), net().cuda()).prune_epochs(), 4)
     assert learn.epoch_pruner.remembered.is_cuda and learn.selection.ledger.selected.min() < 1
-    half = learner(dataloaders(Rows(N)).to('cuda'), net().cuda()).to_fp16().prune_epochs()
+    half = epoch_learner(dataloaders(Rows(N)).to('cuda'), net().cuda()).to_fp16().prune_epochs()
     fit(half, 4)
     assert half.epoch_pruner.remembered.isfinite().all()
     class Strict(Callback):
@@ -560,7 +554,7 @@ def test_ies_against_lists(histories, threshold, floor):
 
 def test_ies_leaves_and_comes_back():
     "Mastered rows are scored, not trained on, and return when their loss moves again"
-    learn = learner(model=linear()).prune_epochs('ies', threshold=0.02, floor=0.)
+    learn = epoch_learner(model=linear()).prune_epochs('ies', threshold=0.02, floor=0.)
     watch = Watch()
     fit(learn, 6, lr=0., cbs=watch)
     assert [len(torch.cat(o)) for o in watch.rows][:5] == [N]*5 and len(torch.cat(watch.rows[5])) == BS # all of them: a batch at random is left
@@ -588,7 +582,7 @@ def test_ies_looks_at_rows_as_training_sees_them():
     class Brighter(Transform):
         split_idx = 0
         def encodes(self, x: torch.Tensor): return x + 1. if x.is_floating_point() else x
-    learn = learner(dataloaders(after_batch=Brighter()), linear()).prune_epochs('ies', threshold=0.02, floor=0.)
+    learn = epoch_learner(dataloaders(after_batch=Brighter()), linear()).prune_epochs('ies', threshold=0.02, floor=0.)
     fit(learn, 8, lr=0.) # with the same losses in every epoch, whatever is looked at: but for the transform, rows would come back
     trained = learn.selection.ledger.trained.tolist()
     assert trained == [N]*5 + [BS]*3 and learn.selection.ledger.scored.tolist()[6:] == [N]*2
@@ -599,7 +593,7 @@ def test_ies_looks_at_rows_as_training_sees_them():
 def test_shares_below_a_batch(rule, kwargs, n):
     "A full batch is trained on at least, and none of a single item, which batch norm can't take"
     if rule == 'infobatch': kwargs = dict(ratio=0.99, **kwargs)
-    learn = fit(learner(dataloaders(Reads(n))).prune_epochs(rule, **kwargs), 8)
+    learn = fit(epoch_learner(dataloaders(Reads(n))).prune_epochs(rule, **kwargs), 8)
     assert all(o >= BS and o % BS != 1 for o in learn.selection.ledger.trained.iloc[1:])
     assert all(o.isfinite().all() for o in learn.model.parameters())
 
@@ -613,12 +607,12 @@ def test_resumed(rule, kwargs, tmp_path):
         def before_batch(self):
             if self.training:
                 self.lrs.append(self.opt.hypers[0]['lr']); self.n_iter.append(self.learn.n_iter); self.pct.append(self.pct_train)
-    learn = learner(path=tmp_path).prune_epochs(rule, **kwargs)
-    fit(learn, 4, one_cycle=True)
+    learn = epoch_learner(path=tmp_path).prune_epochs(rule, **kwargs)
+    fit(learn, 4, method='fit_one_cycle')
     learn.save('half')
-    again = learner(path=tmp_path).prune_epochs(rule, **kwargs)
+    again = epoch_learner(path=tmp_path).prune_epochs(rule, **kwargs)
     again.load('half')
-    fit(again, 8, one_cycle=True, start_epoch=4, cbs=(steps := Steps()))
+    fit(again, 8, method='fit_one_cycle', start_epoch=4, cbs=(steps := Steps()))
     ledger = again.selection.ledger
     n_iter = [-(-o//BS) for o in ledger.trained]
     assert len(ledger) == 4 and steps.n_iter == [n for n in n_iter for _ in range(n)]
@@ -652,11 +646,11 @@ class HardHalf(EpochRule):
 def test_rounds_make_up_as_many_steps(n, drop_last, rule):
     "Each round chosen anew from what is remembered, on across epochs, and the rate at its end"
     dls = dataloaders(Reads(n), drop_last=drop_last)
-    learn,watch,steps = learner(dls),Watch(),len(dls.train)
+    learn,watch,steps = epoch_learner(dls),Watch(),len(dls.train)
     learn.prune_epochs(rule, epoch='steps', **(dict(keep=0.3) if rule == 'random' else {}))
-    fit(learn, 5, one_cycle=True, cbs=watch)
+    fit(learn, 5, method='fit_one_cycle', cbs=watch)
     assert [len(o) for o in watch.rows] == [steps]*5 == [o[0] for o in watch.n_iter] and len(learn.recorder.lrs) == 5*steps
-    plain = fit(learner(dls), 5, one_cycle=True)
+    plain = fit(epoch_learner(dls), 5, method='fit_one_cycle')
     assert np.allclose(learn.recorder.lrs, plain.recorder.lrs)
     batches = [r for o in watch.rows for r in o]
     losses = [r for o in watch.losses for r in o]
@@ -679,7 +673,7 @@ def test_rounds_of_everything_are_plain_training():
     for kwargs in (dict(), dict(drop_last=True)):
         ends = []
         for prepare in (lambda o: o, lambda o: o.prune_epochs(All(), epoch='steps'), lambda o: o.prune_epochs(All())):
-            learn = fit(prepare(learner(dataloaders(**kwargs))), 3)
+            learn = fit(prepare(epoch_learner(dataloaders(**kwargs))), 3)
             ends.append(torch.cat([o.flatten() for o in learn.model.state_dict().values()]))
         assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
@@ -687,7 +681,7 @@ def test_rounds_of_everything_are_plain_training():
 def test_workers_and_torch_loaders_in_rounds():
     rows = Rows(N)
     for dls in (dataloaders(rows, num_workers=2), DataLoaders(TorchDataLoader(rows, BS, shuffle=True, num_workers=2), TorchDataLoader(rows, 50))):
-        learn,watch = learner(dls).prune_epochs(HardHalf(), epoch='steps'),Watch()
+        learn,watch = epoch_learner(dls).prune_epochs(HardHalf(), epoch='steps'),Watch()
         fit(learn, 3, cbs=watch)
         assert [len(o) for o in watch.rows] == [13]*3
         assert torch.equal(learn.selection.selected, torch.cat([r for o in watch.rows for r in o]).bincount(minlength=N))
@@ -695,24 +689,24 @@ def test_workers_and_torch_loaders_in_rounds():
 
 def test_a_function_is_a_rule():
     def first_rows(remembered, epoch, generator): return epoch.rows[:40]
-    learn = fit(learner().prune_epochs(first_rows), 2)
+    learn = fit(epoch_learner().prune_epochs(first_rows), 2)
     assert learn.selection.ledger.trained.tolist() == [40, 40] and (learn.selection.selected > 0).sum() == 40
-    learn = fit(learner().prune_epochs(lambda remembered, epoch, generator: epoch.rows[:3]), 2)
+    learn = fit(epoch_learner().prune_epochs(lambda remembered, epoch, generator: epoch.rows[:3]), 2)
     assert learn.selection.ledger.trained.tolist() == [BS]*2 # less than a batch: filled up at random
-    learn = fit(learner().prune_epochs(lambda remembered, epoch, generator: epoch.rows[:0]), 2)
+    learn = fit(epoch_learner().prune_epochs(lambda remembered, epoch, generator: epoch.rows[:0]), 2)
     assert learn.selection.ledger.trained.tolist() == [BS]*2
     for choice,message in ((lambda r, e, g: e.rows[:5]*0, '1 of them different'), (lambda r, e, g: e.rows + 1, 'some of `epoch.rows`'),
                            (lambda r, e, g: (e.rows, torch.ones(N)), 'weighs = True')):
-        with pytest.raises(ValueError, match=message): fit(learner().prune_epochs(choice), 1)
-    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio"): learner().prune_epochs('infobatch', keep=0.5)
-    with pytest.raises(ValueError, match="Did you mean 'random'"): learner().prune_epochs('randon')
-    with pytest.raises(TypeError, match='settings of a rule that is given by name'): learner().prune_epochs(HardHalf(), keep=0.5)
+        with pytest.raises(ValueError, match=message): fit(epoch_learner().prune_epochs(choice), 1)
+    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio"): epoch_learner().prune_epochs('infobatch', keep=0.5)
+    with pytest.raises(ValueError, match="Did you mean 'random'"): epoch_learner().prune_epochs('randon')
+    with pytest.raises(TypeError, match='settings of a rule that is given by name'): epoch_learner().prune_epochs(HardHalf(), keep=0.5)
 
 
 def test_it_says_what_it_will_do():
     def said(n_epoch, *args, **kwargs):
         lines = []
-        learn = learner().prune_epochs(*args, **kwargs)
+        learn = epoch_learner().prune_epochs(*args, **kwargs)
         with learn.no_bar():
             learn.logger = lambda o: lines.append(o) if isinstance(o, str) else None
             learn.fit(n_epoch)
@@ -723,9 +717,9 @@ def test_it_says_what_it_will_do():
 
 
 def test_no_sentence_with_mixup_unless_nothing_is_remembered():
-    fit(learner(cbs=MixUp()).prune_epochs('random'), 1)
+    fit(epoch_learner(cbs=MixUp()).prune_epochs('random'), 1)
     for rule in ('seta', 'ies', 'infobatch'):
-        with pytest.raises(ValueError, match="rule='random'"): learner(cbs=MixUp()).prune_epochs(rule)
+        with pytest.raises(ValueError, match="rule='random'"): epoch_learner(cbs=MixUp()).prune_epochs(rule)
 
 
 # Interruption
@@ -741,7 +735,7 @@ def test_interrupted_anywhere(event, epoch, tmp_path):
         order = 30
         def __call__(self, name):
             if name == event and self.learn.epoch == 2 and (self.learn.training or 'valid' in event or 'epoch' in event): raise KeyboardInterrupt
-    learn = learner(path=tmp_path, metrics=lambda pred, targ: pred.sum()).prune_epochs(delta=1., epoch=epoch)
+    learn = epoch_learner(path=tmp_path, metrics=lambda pred, targ: pred.sum()).prune_epochs(delta=1., epoch=epoch)
     with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=Stop())
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Stop)])
     record = learn.selection
@@ -763,7 +757,7 @@ def test_interrupted_anywhere(event, epoch, tmp_path):
 def test_an_export_after_no_pruning_needs_nothing_of_this_package(tmp_path):
     import pickle
     import zipfile
-    learn = learner(path=tmp_path).prune_epochs()
+    learn = epoch_learner(path=tmp_path).prune_epochs()
     fit(learn, 3)
     learn.no_pruning()
     assert len(learn.selection.ledger) == 3 # still to be read
@@ -789,7 +783,7 @@ class Draws(Callback):
 results = {{}}
 for rule,kwargs in (('seta', dict(prune=0.1)), ('ies', dict(threshold=0.1, floor=0.2))):
     history, watch, draws = LossHistory(), Watch(), Draws()
-    learn = learner(dataloaders(Rows(N)), linear()).prune_epochs(rule, seed=4, **kwargs)
+    learn = epoch_learner(dataloaders(Rows(N)), linear()).prune_epochs(rule, seed=4, **kwargs)
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     with learn.distrib_ctx(sync_bn=False), learn.no_logging(): learn.fit(8, 0.05, cbs=[watch, draws, history])
     results[rule] = dict(rows=[torch.cat(o) for o in watch.rows], losses=[torch.cat(o) for o in watch.losses], before=draws.before,

@@ -7,7 +7,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import DataLoader
 from fastai.metrics import F1Score, accuracy, error_rate
 from fastai.text.data import SortedDL
-from numbered_rows import N, VALID, Rows, fit, learner, loaders
+from helpers import fit
+from numbered_rows import N, VALID, Rows, row_learner, loaders
 from sklearn.metrics import f1_score
 
 from rholoss_fastai.all import Groups, WorstGroup, restrict_rows, row_groups
@@ -22,7 +23,7 @@ def test_worst_group_is_that_of_a_loop(metric, worst, brute, ordered, tmp_path):
     if not ordered: dls.loaders = [dls.train, SortedDL(VALID, sort_func=lambda o: float(o[0][0, 3, 3]), bs=25)]
     measure = WorstGroup(metric, pd.Series(names), worst=worst)
     save = SaveModelCallback(monitor='worst_group', fname=tmp_path/'best', comp=np.less if worst is max else None)
-    learn = fit(learner(dls, metrics=[accuracy, measure]), 3, cbs=save)
+    learn = fit(row_learner(dls, metrics=[accuracy, measure]), 3, cbs=save)
     values = learn.validate() # of the best epoch's weights, loaded at the end
     pred = learn.model.eval()(VALID.images).argmax(1)
     expected = {o: brute(pred[names == o], VALID.targets[names == o]) for o in 'abc'}

@@ -14,8 +14,9 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.optimizer import SGD
+from fastai.optimizer import SGD, Adam
 from fasttransform import Transform
+from helpers import fit, learner
 from numbered_rows import Rows
 from torch import nn
 from torch.nn import functional as F
@@ -30,14 +31,9 @@ from rholoss_fastai.all import (DatasetScores, ForgettingTracker, IrreducibleLos
 quiet = dict(progress=False)
 
 
-def learner(dataset, model, loss_func=None, bs=16, valid=None, **kwargs):
-    dls = DataLoaders(DataLoader(dataset, bs=bs, shuffle=True), DataLoader(valid or dataset, bs=bs), device='cpu')
-    return Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), **kwargs)
-
-
-def fit(learn, n_epoch, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
+def dataset_learner(dataset, model, loss_func=None, bs=16, **kwargs):
+    dls = DataLoaders(DataLoader(dataset, bs=bs, shuffle=True), DataLoader(dataset, bs=bs), device='cpu')
+    return learner(dls, model, loss_func, **{**dict(seed=None, opt_func=Adam, lr=1e-3), **kwargs})
 
 
 def normed(learn, score, dl=None, **kwargs): return score(learn, dl or learn.dls.train, **quiet, **kwargs).values
@@ -97,7 +93,7 @@ def test_grand_equals_a_loop_in_float64(case, max_bytes):
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(0.5, 2)
     inputs = [dict(left=a, right=a**2) for a in x] if case == 'output' else list(x)
-    learn = learner(list(zip(inputs, y)), model, loss_func)
+    learn = dataset_learner(list(zip(inputs, y)), model, loss_func)
     got = normed(learn, grand, max_bytes=max_bytes)
     model.eval()
     expected = []
@@ -111,7 +107,7 @@ def test_grand_equals_a_loop_in_float64(case, max_bytes):
 
 
 def test_grand_is_over_what_trains():
-    learn = learner(Rows(20), cnn())
+    learn = dataset_learner(Rows(20), cnn())
     whole = normed(learn, grand)
     for p in learn.model[0].parameters(): p.requires_grad_(False)
     body, head = normed(learn, grand), learn.model[-1]
@@ -144,7 +140,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize('model', [cnn(), nn.Sequential(nn.Flatten(), nn.Linear(36, 200), nn.ReLU(), nn.Linear(200, 3))])
 def test_grand_keeps_to_its_memory(model):
-    learn = learner(Rows(120), model, bs=120)
+    learn = dataset_learner(Rows(120), model, bs=120)
     most, values = {}, {}
     for max_bytes in (2**18, 2**20, 2**22):
         with LiveBytes() as live: values[max_bytes] = normed(learn, grand, max_bytes=max_bytes)
@@ -199,7 +195,7 @@ def test_scoring_is_not_augmented():
 
 
 def test_mean_over_learners_and_names():
-    learns = [learner(Rows(30), cnn()) for _ in range(3)]
+    learns = [dataset_learner(Rows(30), cnn()) for _ in range(3)]
     dl = learns[0].dls.train
     table = el2n(learns, dl, **quiet)
     assert torch.allclose(table.values, torch.stack([el2n(o, dl, **quiet).values for o in learns]).mean(0)) and table.info['n_runs'] == 3
@@ -218,7 +214,7 @@ def test_mean_over_learners_and_names():
 
 
 def test_tables_fit_their_data_set(tmp_path):
-    learn = learner(Rows(30), cnn())
+    learn = dataset_learner(Rows(30), cnn())
     table = el2n(learn, learn.dls.train, **quiet)
     table.save(tmp_path/'el2n')
     again = DatasetScores.load(tmp_path/'el2n')
@@ -354,9 +350,9 @@ def test_what_is_right_is_the_users_choice():
     values = torch.randn(60, 2)
     data = list(zip(rows.images, values))
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
-    with pytest.raises(ValueError, match='correct=function'): fit(learner(data, model, MSELossFlat()), 1, cbs=ForgettingTracker())
+    with pytest.raises(ValueError, match='correct=function'): fit(dataset_learner(data, model, MSELossFlat()), 1, cbs=ForgettingTracker())
     tracker = ForgettingTracker(correct=lambda pred, targ: (pred - targ).abs().amax(1) < 1)
-    learn = learner(data, model, MSELossFlat(), opt_func=SGD, lr=0.)
+    learn = dataset_learner(data, model, MSELossFlat(), opt_func=SGD, lr=0.)
     fit(learn, 2, cbs=tracker)
     assert torch.equal(tracker.learnt, (model(rows.images) - values).abs().amax(1) < 1) and not tracker.forgotten.any()
     with pytest.raises(ValueError, match='for each of the 16 items'): fit(learn, 1, cbs=ForgettingTracker(correct=lambda pred, targ: (pred > targ)))
@@ -459,7 +455,7 @@ class Column(Rows):
 
 def test_classes_in_a_column():
     torch.manual_seed(0)
-    plain, column = (learner(data, cnn()) for data in (Rows(30), Column(30)))
+    plain, column = (dataset_learner(data, cnn()) for data in (Rows(30), Column(30)))
     column.model.load_state_dict(plain.model.state_dict())
     for score in (el2n, grand): assert torch.allclose(normed(column, score), normed(plain, score), atol=1e-6)
     tracker = ForgettingTracker()
@@ -472,18 +468,18 @@ def test_several_labels_and_numbers():
     torch.manual_seed(0)
     x, y = torch.randn(20, 4), torch.randint(0, 2, (20, 3))
     data = list(zip(x, y))
-    learn = learner(data, nn.Linear(4, 3), nn.BCEWithLogitsLoss())
+    learn = dataset_learner(data, nn.Linear(4, 3), nn.BCEWithLogitsLoss())
     learn.loss_func = lambda pred, targ: F.binary_cross_entropy_with_logits(pred, targ.float())
     with torch.no_grad(): expected = (learn.model(x).sigmoid() - y).norm(dim=1)
     assert torch.allclose(normed(learn, el2n), expected, atol=1e-6)
-    with pytest.raises(ValueError, match='has the model predict numbers'): normed(learner(list(zip(x, y.float())), nn.Linear(4, 3), nn.MSELoss()), el2n)
+    with pytest.raises(ValueError, match='has the model predict numbers'): normed(dataset_learner(list(zip(x, y.float())), nn.Linear(4, 3), nn.MSELoss()), el2n)
 
 
 def test_forgetting_with_several_targets():
     class Two(Rows):
         def __getitem__(self, i): x, y = super().__getitem__(i)[:2]; return x, y, y
     def loss(pred, a, b): return F.cross_entropy(pred, a) + F.cross_entropy(pred, b)
-    learn = learner(Two(30), cnn(), loss)
+    learn = dataset_learner(Two(30), cnn(), loss)
     learn.dls.train.n_inp = learn.dls.valid.n_inp = learn.dls.n_inp = 1
     with pytest.raises(ValueError, match='one class per item.*correct=function of pred and the targets'): fit(learn, 1, cbs=ForgettingTracker())
     for online in (True, False):
@@ -503,7 +499,7 @@ def test_a_part_is_a_data_set(score):
 def test_losses_that_mean_nothing():
     "A contrastive loss: a single item's is 0"
     def info_nce(pred, targ): z = F.normalize(pred, dim=1); return F.cross_entropy(z@z.T/0.1, torch.arange(len(z)))
-    learn = learner(Rows(30), cnn(), info_nce)
+    learn = dataset_learner(Rows(30), cnn(), info_nce)
     for score in ('grand', 'loss'):
         with pytest.raises(ValueError, match='info_nce of an item alone is 0 for each'): dataset_scores(learn, learn.dls.train, score, **quiet)
 

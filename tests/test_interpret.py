@@ -21,6 +21,7 @@ from numbered_rows import Rows
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
+from helpers import fit
 
 from rholoss_fastai.all import IrreducibleLosses, SelectionRecord, dataset_size, long_tail, row_targets, whole_dataset
 
@@ -89,7 +90,7 @@ def fitted(kind, tmp_path, **kwargs):
     learn = learners[kind](tmp_path)
     il = IrreducibleLosses.of(torch.rand(dataset_size(learn.dls.train), generator=torch.Generator().manual_seed(1)), learn.dls.train)
     learn.rho_loss(il, frac=0.25, epoch='candidates', **kwargs)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    fit(learn, 3)
     return learn
 
 
@@ -153,7 +154,7 @@ def test_tables(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(buffers, learn.model.buffers()))
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
     assert [type(cb) for cb in learn.cbs] == [type(cb) for cb in cbs]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit(learn, 1)
     assert len(record.lines) == 4
 
 
@@ -229,7 +230,7 @@ def test_more_than_there_are(tmp_path):
 
 def test_other_selectors(tmp_path):
     learn = plain(tmp_path).batch_loss_filter(0.5)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     assert len(learn.selection.top(4)) == 4
     assert len(learn.selection.suspects(4, il=torch.zeros(N))) == 4
 
@@ -258,7 +259,7 @@ def test_what_is_missing(tmp_path):
 def test_on_cuda(tmp_path):
     learn = images(tmp_path).rho_loss(torch.rand(N), frac=0.25, epoch='candidates')
     learn.dls.to(torch.device('cuda'))
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     suspects = learn.selection.suspects(10)
     learn.dls.to(torch.device('cpu'))
     learn.model.cpu()

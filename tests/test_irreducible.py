@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
-from helpers import two_processes
+from helpers import fit, two_processes
 
 from rholoss_fastai.irreducible import IrreducibleLosses, crossfit_irreducible, fit_irreducible, irreducible_losses, learner_copies
 from rholoss_fastai.loaders import restrict_rows
@@ -57,10 +57,6 @@ class Net(nn.Module):
 
 def make_learner(dls, opt_func=Adam, lr=1e-2, **kwargs):
     return Learner(dls, Net(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, lr=lr, **kwargs)
-
-def fit(learn, n_epoch=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
 
 def rng_state(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 

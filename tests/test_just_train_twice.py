@@ -17,7 +17,8 @@ from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.text.data import SortedDL
 from fastai.torch_core import set_seed
-from numbered_rows import BS, N, VALID, Noted, Rows, fit, learner, loaders
+from helpers import fit
+from numbered_rows import BS, N, VALID, Noted, Rows, row_learner, loaders
 from PIL import Image
 from torch import nn
 
@@ -32,7 +33,7 @@ def test_error_set_is_the_rows_that_come_out_wrong(kind):
     if kind == 'restricted': dls.loaders = [restrict_rows(dls.train, own), dls.valid]
     if kind == 'sorted': dls.loaders = [SortedDL(Rows(), sort_func=lambda o: float(o[0][0, 3, 3]), bs=BS, shuffle=True), dls.valid]
     set_seed(1)
-    learn = learner(dls)
+    learn = row_learner(dls)
     learn.model.train()
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in learn.model.state_dict().items()}
     errors = error_set(learn)
@@ -50,7 +51,7 @@ def test_just_train_twice_is_its_parts(by):
     "The second Learner, by hand from the first's frozen model; the same each time, and the random state is left alone"
     made = []
     def make(dls):
-        made.append(learner(dls, cbs=Noted()))
+        made.append(row_learner(dls, cbs=Noted()))
         return made[-1]
     dls, before = loaders(), torch.get_rng_state()
     learn = just_train_twice(make, dls, 2, 2, 7, by=by, seed=3, progress=False)
@@ -71,13 +72,13 @@ def test_just_train_twice_is_its_parts(by):
 
 def test_tune_takes_the_same_error_sets_and_sorts_by_the_worst_group():
     groups = ['ab'[i % 2] for i in range(60)]
-    table = tune_just_train_twice(learner, loaders(), groups, (1, 3), 2, (1, 10), seed=3, progress=False)
-    sizes = {t: len(just_train_twice(learner, loaders(), t, 1, 2, seed=3, progress=False).error_set) for t in (1, 3)}
+    table = tune_just_train_twice(row_learner, loaders(), groups, (1, 3), 2, (1, 10), seed=3, progress=False)
+    sizes = {t: len(just_train_twice(row_learner, loaders(), t, 1, 2, seed=3, progress=False).error_set) for t in (1, 3)}
     assert {t: n for t, n in zip(table.n_epoch_id, table.errors)} == sizes
     assert len(table) == 4 and table.worst_group.is_monotonic_decreasing and set(zip(table.n_epoch_id, table.upweight)) == {(1, 1), (1, 10), (3, 1), (3, 10)}
     best = table.iloc[0]
     worst = WorstGroup(accuracy, groups)
-    def make(dls): return learner(dls, metrics=worst)
+    def make(dls): return row_learner(dls, metrics=worst)
     just_train_twice(make, loaders(), int(best.n_epoch_id), 2, best.upweight, seed=3, progress=False)
     assert worst.table[-2:].min(axis=1).max() == pytest.approx(best.worst_group) # the pair by itself gives the same
 
@@ -96,7 +97,7 @@ def always(pred, targ): return torch.ones(len(targ))
     (dict(by='copies'), ValueError, "'sampling' or 'loss'; got 'copies'"),
     (dict(noise=2.), ValueError, 'noise'), (dict(dls=[1]), TypeError, 'DataLoaders; got list')])
 def test_bad_input_of_just_train_twice(change, error, words):
-    args = dict(make_learner=learner, dls=loaders(), n_epoch_id=1, n_epoch=1, upweight=5, progress=False)
+    args = dict(make_learner=row_learner, dls=loaders(), n_epoch_id=1, n_epoch=1, upweight=5, progress=False)
     with pytest.raises(error, match=words): just_train_twice(**dict(args, **change))
 
 
@@ -106,20 +107,20 @@ def test_bad_input():
     for weights, words in ((torch.ones(5), r'shape \(5,\)'), (-torch.ones(N), 'none negative'), (torch.full((N,), torch.nan), 'finite'),
                            (torch.zeros(N), 'not all 0')):
         with pytest.raises(ValueError, match=words): weighted_loaders(dls, weights)
-        with pytest.raises(ValueError, match=words): fit(learner(dls), cbs=RowWeights(weights))
+        with pytest.raises(ValueError, match=words): fit(row_learner(dls), cbs=RowWeights(weights))
     torch_dls = DataLoaders(torch.utils.data.DataLoader(Rows(), BS), torch.utils.data.DataLoader(VALID, BS))
     with pytest.raises(TypeError, match="by='loss'"): weighted_loaders(torch_dls, torch.ones(N))
     with pytest.raises(ValueError, match='eta'): GroupDRO(groups, eta=0)
     with pytest.raises(ValueError, match='adjustment'): GroupDRO(groups, adjustment=-1)
-    with pytest.raises(ValueError, match='2 groups for a data set of 240'): fit(learner(dls), cbs=GroupDRO(['a', 'b']))
-    with pytest.raises(ValueError, match='MixUp makes one item of two'): fit(learner(dls), cbs=[GroupDRO(groups), MixUp()])
+    with pytest.raises(ValueError, match='2 groups for a data set of 240'): fit(row_learner(dls), cbs=GroupDRO(['a', 'b']))
+    with pytest.raises(ValueError, match='MixUp makes one item of two'): fit(row_learner(dls), cbs=[GroupDRO(groups), MixUp()])
     stream = DataLoaders(DataLoader(iter(list(zip(Rows().images, Rows().targets))), bs=8), dls.valid)
-    with pytest.raises(ValueError, match='iterable'): fit(learner(stream), cbs=GroupDRO(groups))
+    with pytest.raises(ValueError, match='iterable'): fit(row_learner(stream), cbs=GroupDRO(groups))
     with pytest.raises(ValueError, match='worst must be min or max'): WorstGroup(accuracy, groups, worst='min')
-    with pytest.raises(ValueError, match='240 groups for a data set of 60'): fit(learner(dls, metrics=WorstGroup(accuracy, groups)))
-    with pytest.raises(ValueError, match="doesn't shuffle"): learner(dls, metrics=WorstGroup(accuracy, groups)).validate(dl=dls.train)
-    with pytest.raises(ValueError, match='The error set is empty'): tune_just_train_twice(learner, dls, groups[:60], [1], 1, [5], wrong=never, progress=False)
-    with pytest.raises(ValueError, match='need one value each'): tune_just_train_twice(learner, dls, groups[:60], [], 1, [5])
+    with pytest.raises(ValueError, match='240 groups for a data set of 60'): fit(row_learner(dls, metrics=WorstGroup(accuracy, groups)))
+    with pytest.raises(ValueError, match="doesn't shuffle"): row_learner(dls, metrics=WorstGroup(accuracy, groups)).validate(dl=dls.train)
+    with pytest.raises(ValueError, match='The error set is empty'): tune_just_train_twice(row_learner, dls, groups[:60], [1], 1, [5], wrong=never, progress=False)
+    with pytest.raises(ValueError, match='need one value each'): tune_just_train_twice(row_learner, dls, groups[:60], [], 1, [5])
     with pytest.raises(ValueError, match='Pass wrong='): error_set(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), CrossEntropyLossFlat()))
 
 
@@ -303,7 +304,7 @@ def test_classes_in_a_column_are_classes(kind):
     expected = (pred.argmax(1) != targets).float()
     for targ in targets.to(kind), targets.to(kind)[:, None]: assert torch.equal(misclassified(pred, targ), expected)
     dls = DataLoaders(DataLoader(list(zip(data.images, targets[:, None])), bs=BS, shuffle=True), DataLoader(VALID, bs=25))
-    def make(dls): return learner(dls, cbs=Noted())
+    def make(dls): return row_learner(dls, cbs=Noted())
     wide = just_train_twice(make, dls, 1, 1, 5, progress=False)
     dls.loaders = [DataLoader(list(zip(data.images, targets)), bs=BS, shuffle=True), dls.valid]
     assert torch.equal(wide.error_set, just_train_twice(make, dls, 1, 1, 5, progress=False).error_set)

@@ -20,7 +20,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader, Subset, TensorDataset
-from helpers import examples
+from helpers import examples, fit
 
 from rholoss_fastai.all import (IrreducibleLosses, add_noise, class_names, fingerprint, long_tail, long_tail_rows, noisy_inputs, noisy_labels, redraw_labels,
                                 relabel, relevant_classes, replace_dataset, restrict_rows, row_targets, scoring_loader, track_rows, whole_dataset)
@@ -209,7 +209,7 @@ def test_fastai_goes_on_as_before():
     learn = Learner(dls, nn.Linear(4, 3))
     il = IrreducibleLosses.of(torch.zeros(N), dls.train)
     learn.rho_loss(il, frac=0.5, epoch='candidates')
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     assert learn.selection.seen.sum() > learn.selection.selected.sum() > 0
     with pytest.raises(ValueError, match='relabelled'): Learner(block(), nn.Linear(4, 3)).rho_loss(il)
 

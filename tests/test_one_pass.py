@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
-from helpers import examples
+from helpers import examples, fit, learner
 
 from rholoss_fastai.all import OnePassTuner, Update, hypergradient
 
@@ -69,16 +69,10 @@ class FloatLoss(Callback):
 def two_groups(model): return [list(model[0].parameters()), list(model[2:].parameters())]
 
 
-def learner(opt='sgd', model=None, dls=None, seed=0, double=True, lr=0.05, **kwargs):
-    set_seed(seed)
-    model = (model or partial(mlp, 3, 4, 1, double=double))()
+def double_learner(opt='sgd', model=None, dls=None, seed=0, double=True, lr=0.05, **kwargs):
     opt_func = OPTIMISERS[opt] if isinstance(opt, str) else opt
-    return Learner(loaders(double=double) if dls is None else dls, model, loss_func=nn.MSELoss(), opt_func=opt_func, lr=lr, **kwargs).add_cb(FloatLoss())
-
-
-def fit(learn, n_epoch=1, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, *args, **kwargs)
-    return learn
+    model, dls = model or partial(mlp, 3, 4, 1, double=double), dls or partial(loaders, double=double)
+    return learner(dls, model, nn.MSELoss(), seed, lr, opt_func=opt_func, **kwargs).add_cb(FloatLoss())
 
 
 def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])
@@ -138,7 +132,7 @@ def with_valid(dls):
 @pytest.mark.parametrize('wd_bn_bias', [False, True])
 def test_update_is_the_optimisers_step(name, wd_bn_bias):
     "For several steps, with biases that fastai does not decay, and values of its own in each group"
-    learn = learner(name, splitter=two_groups, wd_bn_bias=wd_bn_bias)
+    learn = double_learner(name, splitter=two_groups, wd_bn_bias=wd_bn_bias)
     learn.create_opt()
     learn.opt.set_hyper('lr', [0.01, 0.1])
     update, (x, y) = Update(learn.opt), data()[0]
@@ -168,7 +162,7 @@ def test_update_for_any_value(lr, wd, mom, name):
 @pytest.mark.parametrize('name', WITH_MOMENTUM)
 def test_one_term_is_the_exact_derivative_through_the_last_step(name):
     "lr, wd and mom of each of two groups, in the third step, so that there are moments"
-    learn = learner(name, dls=with_valid(loaders()), splitter=two_groups)
+    learn = double_learner(name, dls=with_valid(loaders()), splitter=two_groups)
     learn.create_opt()
     learn.lr = [0.02, 0.05]
     spy = spied(learn, n_terms=1, every=3)
@@ -180,7 +174,7 @@ def test_one_term_is_the_exact_derivative_through_the_last_step(name):
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2', 'adamw', 'adam_l2'])
 def test_per_parameter_rates_are_exact(name):
     "The derivative by each single weight's rate, against the whole group's: they add up to it"
-    learn = learner(name, dls=with_valid(loaders()))
+    learn = double_learner(name, dls=with_valid(loaders()))
     spy = spied(learn, n_terms=1, every=3, tune='lr', per='parameter')
     assert [s.shape for s in spy.slopes] == [p.shape for p in learn.model.parameters()]
     assert sum(s.sum().item() for s in spy.slopes) == pytest.approx(exact_slope(spy, learn, 'lr', 0), rel=1e-6)
@@ -222,14 +216,14 @@ def brute_force(spy, learn, name, n_terms, factor=1., n_part=None):
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2', 'adamw', 'adam_l2'])
 @pytest.mark.parametrize('n_terms', [1, 2, 5])
 def test_k_terms_are_the_frozen_linearisation(name, n_terms):
-    learn = learner(name, dls=with_valid(loaders()), splitter=two_groups, lr=[0.1, 0.3])
+    learn = double_learner(name, dls=with_valid(loaders()), splitter=two_groups, lr=[0.1, 0.3])
     spy = spied(learn, n_terms=n_terms, every=3)
     assert torch.allclose(torch.stack(spy.slopes), brute_force(spy, learn, name, n_terms), rtol=1e-6, atol=1e-14)
 
 
 def test_second_derivatives_of_a_part_of_the_batch():
     "The step and its value are the whole batch's; I - dw'/dw is that of the first quarter of it"
-    learn = learner(dls=with_valid(loaders()), splitter=two_groups)
+    learn = double_learner(dls=with_valid(loaders()), splitter=two_groups)
     spy = spied(learn, hessian_share=0.25, n_terms=4, every=3)
     assert torch.allclose(torch.stack(spy.slopes), brute_force(spy, learn, 'sgd', 4, n_part=5), rtol=1e-6, atol=1e-14)
 
@@ -318,7 +312,7 @@ def test_hypergradient_by_hand():
 @pytest.mark.parametrize('n_terms', [1, 3])
 def test_clipped_gradients(n_terms):
     "The hypergradient is that of the clipped step; clipping counts as a constant factor"
-    learn = learner('sgd', dls=with_valid(loaders()), cbs=GradientClip(0.05), splitter=two_groups)
+    learn = double_learner('sgd', dls=with_valid(loaders()), cbs=GradientClip(0.05), splitter=two_groups)
     spy, name = spied(learn, n_terms=n_terms, every=3), 'sgd'
     assert sum((g**2).sum() for g in spy.grads).sqrt() == pytest.approx(0.05, rel=1e-3)
     if n_terms == 1: expected = [exact_slope(spy, learn, o, g) for o in ('lr', 'wd', 'mom') for g in (0, 1)]
@@ -334,7 +328,7 @@ def test_gradient_accumulation(n_terms):
     "It tunes as a batch of the accumulated size does, where the batches that make a step are alike: second derivatives are those of the last"
     (x, y), valid = data(n=15)[0], data()[1]
     rows = [(a, b) for o in range(0, 15, 5) for _ in range(4) for a, b in zip(x[o:o+5], y[o:o+5])]
-    learners = [learner(dls=DataLoaders(DataLoader(rows, bs=bs), loader(*valid, 20)), cbs=cbs) for bs, cbs in ((20, None), (5, GradientAccumulation(20)))]
+    learners = [double_learner(dls=DataLoaders(DataLoader(rows, bs=bs), loader(*valid, 20)), cbs=cbs) for bs, cbs in ((20, None), (5, GradientAccumulation(20)))]
     for learn in learners: fit(learn.one_pass(n_terms=n_terms, every=2, valid_dl=loader(*valid, 20), hessian_share=1), 4)
     assert torch.allclose(*map(weights, learners)) and len(tuner(learners[0]).history) == 6
     assert tuner(learners[0]).history.lr.tolist() == pytest.approx(tuner(learners[1]).history.lr.tolist())
@@ -343,7 +337,7 @@ def test_gradient_accumulation(n_terms):
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 def test_mixed_precision_on_a_cpu(precision):
     "fastai's is for CUDA alone: here it changes nothing"
-    learners = [fit(learner(double=False, lr=1e-3), 0), fit(getattr(learner(double=False, lr=1e-3), precision)(), 0)]
+    learners = [fit(double_learner(double=False, lr=1e-3), 0), fit(getattr(double_learner(double=False, lr=1e-3), precision)(), 0)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for learn in learners: fit(learn.one_pass(every=2), 4)
@@ -354,7 +348,7 @@ def test_mixed_precision_on_a_cpu(precision):
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 def test_mixed_precision_on_cuda(precision):
     "Hypergradients are computed in full precision, so half precision changes what is learnt by its noise only"
-    learners = [learner(double=False, lr=1e-3), getattr(learner(double=False, lr=1e-3), precision)()]
+    learners = [double_learner(double=False, lr=1e-3), getattr(double_learner(double=False, lr=1e-3), precision)()]
     for learn in learners:
         learn.dls.to(torch.device('cuda'))
         fit(learn.one_pass(every=2), 10)
@@ -380,7 +374,7 @@ def test_training_is_what_it_is_without():
     "With hyper-parameters that don't move, the same weights, buffers, batches and random numbers"
     runs = []
     for tune in (False, True):
-        learn = learner(partial(SGD, mom=0.9, wd=0.01), Net, double=False, lr=0.1)
+        learn = double_learner(partial(SGD, mom=0.9, wd=0.01), Net, double=False, lr=0.1)
         if tune: learn.one_pass(every=2, hyper_lr=1e-12)
         fit(learn, 4, cbs=NoValidation())
         runs.append((weights(learn), learn.model.seen, torch.rand(3), learn.recorder.losses))
@@ -411,7 +405,7 @@ def test_transforms_of_training_stay_on(valid_pct):
 
 
 def test_validation_batches_are_shuffled_and_cover_the_set():
-    learn = learner(dls=DataLoaders(loader(*data()[0], 6), loader(*data()[1], 10, False)), double=True)
+    learn = double_learner(dls=DataLoaders(loader(*data()[0], 6), loader(*data()[1], 10, False)), double=True)
     learn.one_pass(every=1)
     learn.create_opt()
     batches = [next(tuner_batches(learn))[0] for _ in range(8)]
@@ -497,14 +491,14 @@ class Flash(nn.Module):
 
 
 def test_what_is_differentiable_once_only():
-    with pytest.raises(RuntimeError, match=r'one_pass\(n_terms=1\) needs no second derivative'): fit(learner(model=Flash, double=False).one_pass(every=1))
-    assert len(tuner(fit(learner(model=Flash, double=False).one_pass(every=1, n_terms=1))).lines) == 3
+    with pytest.raises(RuntimeError, match=r'one_pass\(n_terms=1\) needs no second derivative'): fit(double_learner(model=Flash, double=False).one_pass(every=1))
+    assert len(tuner(fit(double_learner(model=Flash, double=False).one_pass(every=1, n_terms=1))).lines) == 3
 
 
 # Fits
 
 def test_columns_history_and_the_next_fit():
-    learn = learner(double=False, lr=1e-3, metrics=lambda p, t: (p - t).abs().mean()).one_pass(every=2)
+    learn = double_learner(double=False, lr=1e-3, metrics=lambda p, t: (p - t).abs().mean()).one_pass(every=2)
     fit(learn, 4)
     assert list(learn.recorder.metric_names[4:-1]) == ['lr', 'wd', 'mom'] and len(learn.metrics) == 1
     history = tuner(learn).history
@@ -526,7 +520,7 @@ def test_columns_history_and_the_next_fit():
 def test_two_fits_are_one(name, per, tmp_path):
     "Also where the second is another process's: weights and moments by learn.save, what was learnt by state_dict"
     lr = 1e-2 if 'torch' in name else [1e-2, 2e-2]
-    make = lambda: learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups, lr=lr, path=tmp_path).one_pass(every=2, per=per)
+    make = lambda: double_learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups, lr=lr, path=tmp_path).one_pass(every=2, per=per)
     whole, halves = fit(make(), 20), fit(make(), 10)
     halves.save('half')
     state, resumed = tuner(halves).state_dict(), make()
@@ -537,11 +531,11 @@ def test_two_fits_are_one(name, per, tmp_path):
     for learn in (halves, resumed):
         assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 10
         assert torch.allclose(flat(tuner(whole).hypers.leaves).detach(), flat(tuner(learn).hypers.leaves).detach(), rtol=1e-6)
-    with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(learner(name).one_pass()).load_state_dict(state)
+    with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(double_learner(name).one_pass()).load_state_dict(state)
 
 
 def test_an_explicit_rate_begins_anew():
-    learn = fit(learner(lr=1e-3).one_pass(every=2), 4)
+    learn = fit(double_learner(lr=1e-3).one_pass(every=2), 4)
     fit(learn, 1, lr=0.02)
     assert learn.recorder.lrs[0] == pytest.approx(0.02) and tuner(learn).history.lr.iloc[6] == pytest.approx(0.02, rel=0.15)
     assert next(iter(tuner(learn).hypers.adam.state.values()))['step'] == 1
@@ -562,7 +556,7 @@ def test_interrupted_fit():
     class Stop(Callback):
         def after_step(self):
             if self.iter == 1: raise KeyError('power cut')
-    learn = learner().one_pass(every=1)
+    learn = double_learner().one_pass(every=1)
     with pytest.raises(KeyError): fit(learn, 1, cbs=Stop())
     learned = learn.lr
     fit(learn, 0)
@@ -573,7 +567,7 @@ def test_interrupted_fit():
 
 def test_frozen_groups():
     "A frozen group's values stay; once it trains they move"
-    learn = learner(splitter=two_groups)
+    learn = double_learner(splitter=two_groups)
     learn.freeze()
     first = learn.model[0].weight.detach().clone()
     fit(learn.one_pass(every=1))
@@ -592,7 +586,7 @@ def test_frozen_groups():
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2', 'adamw', 'torch_sgd'])
 def test_rates_of_single_weights_in_force(name):
     "The step that is taken is the update with each weight's own rate"
-    learn = learner(name).one_pass(every=2, per='parameter', tune='lr', hyper_lr=0.5)
+    learn = double_learner(name).one_pass(every=2, per='parameter', tune='lr', hyper_lr=0.5)
     class Look(Callback):
         order = OnePassTuner.order - 1
         steps = 0
@@ -612,13 +606,13 @@ def test_rates_of_single_weights_in_force(name):
 
 def test_schedules():
     with pytest.raises(ValueError, match='A schedule sets lr, mom'):
-        with learner().one_pass().no_bar() as learn: learn.fit_one_cycle(1)
-    learn = learner().one_pass(tune='wd', every=1)
+        with double_learner().one_pass().no_bar() as learn: learn.fit_one_cycle(1)
+    learn = double_learner().one_pass(tune='wd', every=1)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(2)
         assert len(set(learn.recorder.lrs)) == 6 and tuner(learn).history.wd.nunique() == 6
-        with pytest.raises(ValueError, match='A schedule sets lr'): learner().one_pass(tune='lr').fit(1, cbs=ReduceLROnPlateau())
-        learn = learner().one_pass(every=1)
+        with pytest.raises(ValueError, match='A schedule sets lr'): double_learner().one_pass(tune='lr').fit(1, cbs=ReduceLROnPlateau())
+        learn = double_learner().one_pass(every=1)
         learn.lr_find(num_it=5, show_plot=False)
     assert not tuner(learn).lines
     fit(learn)
@@ -632,7 +626,7 @@ def finite(learn): return weights(learn).isfinite().all()
 
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2'])
 def test_a_rate_that_blows_up_recovers(name):
-    learn = learner(name, dls=loaders(n=300, n_valid=100), lr=10.).one_pass()
+    learn = double_learner(name, dls=loaders(n=300, n_valid=100), lr=10.).one_pass()
     with pytest.warns(UserWarning) as caught: fit(learn, 20)
     assert any('lr 10 to 1' in str(o.message) for o in caught) and any('Training diverged by step 10' in str(o.message) for o in caught)
     history = tuner(learn).history
@@ -642,7 +636,7 @@ def test_a_rate_that_blows_up_recovers(name):
 @pytest.mark.parametrize('n_epoch', [1, 3])
 def test_nan_between_two_steps_of_the_hyper_parameters(n_epoch):
     "`every` beyond the end of the fit: the check at the end of an epoch is all there is"
-    learn = learner(dls=loaders(n=600), lr=10.).one_pass(every=10**6)
+    learn = double_learner(dls=loaders(n=600), lr=10.).one_pass(every=10**6)
     with pytest.warns(UserWarning, match='back to the weights of step 0'): fit(learn, n_epoch)
     assert finite(learn) and learn.lr == pytest.approx(0.1)
 
@@ -652,18 +646,18 @@ def test_training_losses_count_too():
     class Loud(Callback):
         order = OnePassTuner.order - 1
         def before_step(self): self.learn.loss = self.loss + (100. if self.iter == 2 else 0.)
-    with pytest.warns(UserWarning, match='diverged by step 10 .training loss'): learn = fit(learner(dls=loaders(100, n=1000), cbs=Loud()).one_pass(every=5))
+    with pytest.warns(UserWarning, match='diverged by step 10 .training loss'): learn = fit(double_learner(dls=loaders(100, n=1000), cbs=Loud()).one_pass(every=5))
     assert tuner(learn).history.rolled_back.tolist() == [False, True] and tuner(learn).history.valid_loss.iloc[1] < 2*tuner(learn).reference[0]
 
 
 def test_a_fit_that_another_callback_stops():
-    learn = learner(dls=loaders(n=2000), lr=10., cbs=TerminateOnNaNCallback()).one_pass(every=10**6)
+    learn = double_learner(dls=loaders(n=2000), lr=10., cbs=TerminateOnNaNCallback()).one_pass(every=10**6)
     with pytest.warns(UserWarning, match='diverged'): fit(learn, 1)
     assert finite(learn)
 
 
 def test_divergence_with_a_rate_that_is_not_learnt():
-    learn = learner(dls=loaders(n=600), lr=10.).one_pass(tune=('wd', 'mom'))
+    learn = double_learner(dls=loaders(n=600), lr=10.).one_pass(tune=('wd', 'mom'))
     with pytest.warns(UserWarning, match='and stopped: the learning rate is not learnt'): fit(learn, 10)
     assert finite(learn) and len(learn.recorder.losses) < 300
 
@@ -673,7 +667,7 @@ def test_what_no_rate_helps():
         order = OnePassTuner.order + 1
         def after_step(self):
             with torch.no_grad(): self.model[0].weight[0, 0] = math.nan
-    with pytest.warns(UserWarning, match='ten times in a row'): learn = fit(learner(dls=loaders(n=600), cbs=Break()).one_pass(every=1))
+    with pytest.warns(UserWarning, match='ten times in a row'): learn = fit(double_learner(dls=loaders(n=600), cbs=Break()).one_pass(every=1))
     broken = learn.model[0].weight.isnan().sum()
     assert broken <= 1 and len(tuner(learn).lines) <= 12 # the callback acts after the roll-back
 
@@ -683,7 +677,7 @@ def test_what_no_rate_helps():
 def test_a_lucky_validation_batch_is_no_measure(seed):
     "Losses of single items differ a hundredfold; nothing moves, so nothing diverges"
     train, valid = data(n_valid=60)
-    learn = learner(dls=DataLoaders(loader(*train, 20), loader(*valid, 1, False)), lr=1e-8)
+    learn = double_learner(dls=DataLoaders(loader(*train, 20), loader(*valid, 1, False)), lr=1e-8)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fit(learn.one_pass(every=1, hyper_lr=1e-6, valid_bs=1, seed=seed), 10)
@@ -695,12 +689,12 @@ def test_losses_of_selected_items_are_no_divergence():
     class Loud(Callback):
         order = OnePassTuner.order - 1
         def before_step(self): self.learn.loss = self.loss + (100. if self.iter == 2 else 0.)
-    learn = fit(learner(dls=loaders(100, n=1000), cbs=Loud()).batch_loss_filter(0.9, warmup_epochs=0).one_pass(every=5))
+    learn = fit(double_learner(dls=loaders(100, n=1000), cbs=Loud()).batch_loss_filter(0.9, warmup_epochs=0).one_pass(every=5))
     assert not tuner(learn).history.rolled_back.any()
 
 
 def test_another_loss_is_no_divergence():
-    learn = fit(learner().one_pass(every=1), 1)
+    learn = fit(double_learner().one_pass(every=1), 1)
     learn.loss_func = lambda pred, y: 10*nn.functional.mse_loss(pred, y)
     fit(learn, 20, lr=1e-4)
     assert not tuner(learn).history.rolled_back.any()
@@ -708,7 +702,7 @@ def test_another_loss_is_no_divergence():
 
 def test_a_stopped_fit_leaves_no_gradients():
     "The next fit would begin with those that blew up"
-    learn = learner(dls=loaders(n=600), lr=1e4).one_pass(('wd', 'mom'), every=2)
+    learn = double_learner(dls=loaders(n=600), lr=1e4).one_pass(('wd', 'mom'), every=2)
     with pytest.warns(UserWarning, match='loss .*: back to the weights of step .*and stopped'): fit(learn, 5)
     assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     fit(learn, 2, lr=0.01)
@@ -719,7 +713,7 @@ def test_nan_and_an_interruption():
     class Stop(Callback):
         def after_step(self):
             if self.iter == 25: raise KeyError('power cut')
-    learn = learner(dls=loaders(n=600), lr=1e12).one_pass(('wd', 'mom'), every=1000)
+    learn = double_learner(dls=loaders(n=600), lr=1e12).one_pass(('wd', 'mom'), every=1000)
     with pytest.raises(KeyError): fit(learn, cbs=Stop())
     assert not finite(learn)
     with pytest.warns(UserWarning, match='weights not finite'): fit(learn, 1, lr=0.01)
@@ -729,7 +723,7 @@ def test_nan_and_an_interruption():
 def test_each_roll_back_is_a_tenth_again():
     "Adam begins anew, from the good values and no others"
     set_seed(0) # of the loader's order, too: the last good state must be that of the step before
-    learn = learner(dls=loaders(600, n=6000)).one_pass('lr', every=1)
+    learn = double_learner(dls=loaders(600, n=6000)).one_pass('lr', every=1)
     class Break(Callback):
         order = OnePassTuner.order - 1
         def before_step(self):
@@ -749,7 +743,7 @@ def test_hypergradients_that_are_not_finite():
             super().__init__()
             self.weight = nn.Parameter(torch.randn(3, 1, dtype=torch.float64))
         def forward(self, x): return nn.functional.normalize((x*(x[:, :1] > 0))@self.weight, dim=1)
-    learn = learner(model=Norms, lr=1e-3)
+    learn = double_learner(model=Norms, lr=1e-3)
     with pytest.warns(UserWarning, match=r'not finite.*one_pass\(n_terms=1\) does without'): fit(learn.one_pass(every=1))
     assert finite(learn) and learn.lr == pytest.approx(1e-3)
     with warnings.catch_warnings():
@@ -759,20 +753,20 @@ def test_hypergradients_that_are_not_finite():
 
 
 def test_the_guard_can_be_left_out():
-    learn = learner(dls=loaders(n=600), lr=10.)
+    learn = double_learner(dls=loaders(n=600), lr=10.)
     with pytest.warns(UserWarning, match='lr 10 to 1'): fit(learn.one_pass(diverged=None, every=10**6), 3)
     assert not learn.recorder.values[-1][1] < 5*1.99 and not tuner(learn).lines
 
 
 def test_bad_weights_to_begin_with():
-    learn = learner()
+    learn = double_learner()
     with torch.no_grad(): learn.model[0].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match='validation loss before training is nan'): fit(learn.one_pass())
 
 
 def test_a_large_hypergradient_is_clipped():
     "One outlier among a hundred: unclipped it would rule Adam's step size for long"
-    learn = fit(learner().one_pass(every=1))
+    learn = fit(double_learner().one_pass(every=1))
     own = tuner(learn)
     leaf = own.hypers.leaves[0]
     rms = (own.hypers.adam.state[leaf]['exp_avg_sq']/(1 - 0.999**own.hypers.adam.state[leaf]['step'])).sqrt()
@@ -785,21 +779,21 @@ def test_a_large_hypergradient_is_clipped():
 # Must show 6
 
 def test_validation_batches_that_come_to_an_end():
-    learn = learner()
+    learn = double_learner()
     batches = list(learn.dls.valid)
     with pytest.raises(ValueError, match='give a DataLoader, not a generator'): fit(learn.one_pass(every=1, valid_dl=(b for b in batches)), 5)
 
 def test_a_first_loss_that_is_not_above_0():
     "Two times -1 is no divergence"
     def below(pred, y): return nn.functional.mse_loss(pred, y) - 100
-    learn = learner()
+    learn = double_learner()
     learn.loss_func = below
     with pytest.raises(ValueError, match='must be above 0: add a constant to the loss, or pass diverged=None'): fit(learn.one_pass(every=2), 1)
     fit(learn.one_pass(every=2, diverged=None), 1)
 
 def test_an_epoch_without_a_step():
     "More batches are accumulated than the epoch has: the first step is in the second epoch"
-    learn = learner()
+    learn = double_learner()
     fit(learn.one_pass(every=1), 3, cbs=GradientAccumulation(100))
     assert weights(learn).isfinite().all()
 
@@ -812,14 +806,14 @@ def test_an_epoch_without_a_step():
     (dict(valid_pct=0.1, valid_dl=[1]), 'it brings its own rows'), (dict(valid_bs=5, valid_dl=[1]), 'and batches'),
     (dict(valid_dl=[]), 'The validation set is empty'), (dict(valid_dl=3), 'needs validation batches')])
 def test_bad_values(kwargs, message):
-    learn = learner()
+    learn = double_learner()
     with pytest.raises(ValueError, match=message): learn.one_pass(**kwargs)
     assert not hasattr(learn, 'one_pass_tuner')
 
 
 @pytest.mark.parametrize('kwargs', [dict(every=1.5), dict(n_terms='5'), dict(hyper_lr='fast'), dict(seed=None)])
 def test_bad_kinds(kwargs):
-    with pytest.raises(TypeError): learner().one_pass(**kwargs)
+    with pytest.raises(TypeError): double_learner().one_pass(**kwargs)
 
 
 @pytest.mark.parametrize('opt,kwargs,message', [
@@ -830,19 +824,19 @@ def test_bad_kinds(kwargs):
     (partial(torch_sgd, momentum=0.9, nesterov=True), {}, 'without nesterov'), (partial(OptimWrapper, opt=torch.optim.Adagrad), {}, 'SGD, Adam and AdamW'),
     (partial(torch_adam, amsgrad=True), {}, 'amsgrad')])
 def test_bad_optimisers(opt, kwargs, message):
-    with pytest.raises(ValueError, match=message): learner(opt, **kwargs).one_pass()
+    with pytest.raises(ValueError, match=message): double_learner(opt, **kwargs).one_pass()
 
 
 def test_what_the_fit_finds_out():
-    learn = learner().one_pass(every=1)
+    learn = double_learner().one_pass(every=1)
     with pytest.raises(ValueError, match='wd begins at 0'): fit(learn, wd=0.)
-    learn = learner(dls=DataLoaders(loader(*data()[0], 20)))
+    learn = double_learner(dls=DataLoaders(loader(*data()[0], 20)))
     with pytest.raises(ValueError, match='needs validation batches'): learn.one_pass()
     assert tuner(fit(learn.one_pass(valid_dl=loader(*data()[1], 7)).remove_cb(learn.recorder), 0)) is not None
-    learn = learner(dls=DataLoaders(loaders().train, loader(*(o[:0] for o in data()[1]), 20)))
+    learn = double_learner(dls=DataLoaders(loaders().train, loader(*(o[:0] for o in data()[1]), 20)))
     with pytest.raises(ValueError, match='The validation set is empty'): learn.one_pass()
     fit(learn.one_pass(valid_pct=0.2, every=1), 1, cbs=NoValidation())
-    learn = learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5, epoch='candidates').one_pass(valid_pct=0.2)
+    learn = double_learner(dls=loaders(40)).rho_loss(torch.zeros(60), frac=0.5, epoch='candidates').one_pass(valid_pct=0.2)
     with pytest.raises(ValueError, match='a selector'): fit(learn)
 
 
@@ -854,9 +848,9 @@ def test_steps_that_another_callback_cancels():
     class NoTraining(Callback):
         order = OnePassTuner.order - 1
         def before_train(self): raise CancelTrainException
-    learn = fit(learner().one_pass(every=1), cbs=Skip())
+    learn = fit(double_learner().one_pass(every=1), cbs=Skip())
     assert learn.lr == pytest.approx(0.05) and tuner(learn).hypers.values()['lr'] == pytest.approx([0.05]) and not tuner(learn).lines
-    fit(learner().one_pass(every=1), cbs=NoTraining())
+    fit(double_learner().one_pass(every=1), cbs=NoTraining())
 
 
 def test_what_other_callbacks_do_to_a_batch():
@@ -864,17 +858,17 @@ def test_what_other_callbacks_do_to_a_batch():
         def before_batch(self): self.learn.xb = (self.x.flatten(1),)
     (x, y), _ = data()
     dls = DataLoaders(loader(x[:, :, None], y, 20), loader(x[:, :, None], y, 20))
-    with pytest.raises(RuntimeError, match='what other callbacks do in before_batch'): fit(learner(dls=dls, cbs=Flat()).one_pass())
+    with pytest.raises(RuntimeError, match='what other callbacks do in before_batch'): fit(double_learner(dls=dls, cbs=Flat()).one_pass())
 
 
 def test_single_rates_become_one():
-    learn = fit(learner().one_pass('lr', per='parameter', every=1, hyper_lr=0.2), 3)
+    learn = fit(double_learner().one_pass('lr', per='parameter', every=1, hyper_lr=0.2), 3)
     rates = torch.cat([10**t.detach().flatten() for t in tuner(learn).hypers.leaves])
     assert learn.no_one_pass().lr == pytest.approx(rates.median().item()) == learn.opt.hypers[0]['lr'] and rates.max() > 1.5*learn.lr
 
 
 def test_state_of_another_kind():
-    single, group = (fit(learner().one_pass('lr', per=per, every=1)) for per in ('parameter', 'group'))
+    single, group = (fit(double_learner().one_pass('lr', per=per, every=1)) for per in ('parameter', 'group'))
     for a, b in ((single, group), (group, single)):
         with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(a).load_state_dict(tuner(b).state_dict())
 
@@ -890,7 +884,7 @@ def test_a_tensor_that_is_not_of_items():
     batches = [(x[i:i+20], torch.ones(2, 11).double(), y[i:i+20]) for i in (0, 20, 40)]
     dls = DataLoaders(batches, batches)
     dls.n_inp = 2
-    whole, part = (fit(learner(model=Net, dls=dls).one_pass(every=1, hessian_share=o)) for o in (1., 0.5))
+    whole, part = (fit(double_learner(model=Net, dls=dls).one_pass(every=1, hessian_share=o)) for o in (1., 0.5))
     assert len(tuner(part).lines) == 3 and torch.equal(weights(whole), weights(part))
 
 
@@ -910,7 +904,7 @@ def test_a_loss_without_item_losses():
 def test_half_precision_weights():
     (x, y), (vx, vy) = data(double=False)
     dls = DataLoaders(loader(x.bfloat16(), y.bfloat16(), 20), loader(vx.bfloat16(), vy.bfloat16(), 20))
-    learn = learner(model=lambda: mlp(3, 4, 1, double=False).bfloat16(), dls=dls)
+    learn = double_learner(model=lambda: mlp(3, 4, 1, double=False).bfloat16(), dls=dls)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fit(learn.one_pass(every=1))
@@ -918,13 +912,13 @@ def test_half_precision_weights():
 
 
 def test_validation_batches_do_not_travel():
-    learn = deepcopy(learner().one_pass(valid_dl=loader(*data()[1], 7)))
+    learn = deepcopy(double_learner().one_pass(valid_dl=loader(*data()[1], 7)))
     with pytest.raises(ValueError, match='not copied or exported with the Learner.*pass valid_dl='): fit(learn)
-    assert len(tuner(fit(deepcopy(learner().one_pass(every=1)))).lines) == 3
+    assert len(tuner(fit(deepcopy(double_learner().one_pass(every=1)))).lines) == 3
 
 
 def test_weight_decay_of_the_next_fit():
-    learn = fit(learner(), 1)
+    learn = fit(double_learner(), 1)
     learn.opt.set_hyper('wd', 0.)
     with pytest.raises(ValueError, match='wd begins at 0'): learn.one_pass()
     learn.wd = slice(1e-4, 1e-2)
@@ -935,21 +929,21 @@ def test_weight_decay_of_the_next_fit():
 
 def test_loaders_that_cannot_be_cut():
     batches = [tuple(data()[0])]
-    with pytest.raises(ValueError, match='valid_bs=2, but list'): fit(learner(dls=DataLoaders(batches, batches)).one_pass(valid_bs=2))
+    with pytest.raises(ValueError, match='valid_bs=2, but list'): fit(double_learner(dls=DataLoaders(batches, batches)).one_pass(valid_bs=2))
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return iter(zip(*data()[0]))
         def __len__(self): return 60
     dls = DataLoaders(TorchDataLoader(Stream(), 20), batches)
-    with pytest.raises(ValueError, match="valid_pct can't split.*pass valid_dl="): fit(learner(dls=dls).one_pass(valid_pct=0.1))
+    with pytest.raises(ValueError, match="valid_pct can't split.*pass valid_dl="): fit(double_learner(dls=dls).one_pass(valid_pct=0.1))
 
 
 def test_scripted_models():
-    with pytest.raises(ValueError, match='TorchScript'): learner(model=lambda: torch.jit.script(mlp(3, 4, 1))).one_pass()
+    with pytest.raises(ValueError, match='TorchScript'): double_learner(model=lambda: torch.jit.script(mlp(3, 4, 1))).one_pass()
 
 
 def test_with_a_selector():
     "Selected batches are what trains, and what is differentiated"
-    learn = fit(learner(dls=loaders(40)).batch_loss_filter(0.5, warmup_epochs=0).one_pass(every=1), 2)
+    learn = fit(double_learner(dls=loaders(40)).batch_loss_filter(0.5, warmup_epochs=0).one_pass(every=1), 2)
     assert learn.selection.kept < 1 and len(tuner(learn).history) == 4
 
 
@@ -964,7 +958,7 @@ def test_with_mixup():
 def test_cancelled_fit_leaves_no_columns():
     class Stop(Callback):
         def after_batch(self): raise CancelFitException
-    learn = fit(learner(cbs=Stop()).one_pass(every=1))
+    learn = fit(double_learner(cbs=Stop()).one_pass(every=1))
     assert len(learn.metrics) == 0 and tuner(learn)._fit is None and len(tuner(learn).lines) == 1
 
 
@@ -977,5 +971,5 @@ def test_fastais_own_losses_and_tensors():
 
 
 def test_one_tuner_only():
-    learn = learner().one_pass(every=3).one_pass('lr', every=7)
+    learn = double_learner().one_pass(every=3).one_pass('lr', every=7)
     assert sum(isinstance(cb, OnePassTuner) for cb in learn.cbs) == 1 and learn.one_pass_tuner.every == 7 and callable(learn.one_pass)

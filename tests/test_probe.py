@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, TensorDataset
+from helpers import fit
 
 from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table_features, text_features
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
@@ -287,7 +288,7 @@ def test_auto():
 def test_auto_does_not_trust_what_was_fitted_on_these_labels():
     images,labels = torch.rand(64, 3, 16, 16),torch.randint(0, 2, (64,))
     learn = make_learner(images, labels, model=small_cnn(2, 3, 16))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit(learn, 1)
     assert is_trained(learn.model) and choose_features(learn)[0] == ['patches']
 
 def test_a_trial_decides_between_body_and_patches():

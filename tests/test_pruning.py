@@ -14,10 +14,10 @@ from fasttransform import Transform
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from test_epoch_rules import BS, N, dataloaders, fit, learner
+from test_epoch_rules import BS, N, dataloaders, epoch_learner
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
-from helpers import examples
+from helpers import examples, fit
 
 from rholoss_fastai.all import (DatasetScores, IrreducibleLosses, ItemTable, fingerprint, prune, row_classes, track_rows)
 
@@ -91,7 +91,7 @@ def test_rows_keep_their_numbers_and_nothing_else_is_read():
     for i,(x,y) in enumerate(loader):
         assert torch.equal(loader.rows(i), rows_of(x)) and torch.equal(y, dls.train.dataset.targets[rows_of(x)])
     assert sorted(dls.train.dataset.read) == rows.tolist() # each once
-    learn = fit(learner(pruned).rho_loss(il, frac=0.5, epoch='candidates'), 2)
+    learn = fit(epoch_learner(pruned).rho_loss(il, frac=0.5, epoch='candidates'), 2)
     assert set(learn.selection.seen.nonzero().flatten().tolist()) <= set(rows.tolist())
     twice = prune(pruned, scores, 0.5)
     assert twice.train.dataset.row_numbers.tolist() == sorted(sorted(rows.tolist(), key=lambda o: -scores[o])[:25])

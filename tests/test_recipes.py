@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
+from helpers import fit
 
 from rholoss_fastai.all import Comparison, IrreducibleLosses, restrict_rows, scoring_loader, track_rows
 
@@ -228,7 +229,7 @@ def test_uci_loops_are_the_learners_steps(regression):
     for i, start in enumerate(starts):
         learn = uci.Learner(uci.DataLoaders(uci.Repeat(data.train, 20), [data.valid]), uci.mlp(3, i), loss_func=uci.F.mse_loss, lr=start['lr'], wd=start['wd'],
                             wd_bn_bias=True, opt_func=partial(uci.SGD, mom=start['mom'], decouple_wd=False)).one_pass(n_terms=1, hyper_clip=None)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        fit(learn, 1)
         assert learn.lr == pytest.approx(10**loops.theta['lr'][i].item(), rel=1e-3) and learn.wd == pytest.approx(10**loops.theta['wd'][i].item(), rel=1e-3)
 
 

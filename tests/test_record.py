@@ -8,8 +8,8 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from hypothesis import given, strategies as st
-from numbered_rows import BS, N, VALID, Interrupt, Rows, fit, learner, loaders
-from helpers import examples
+from numbered_rows import BS, N, VALID, Interrupt, Rows, row_learner, loaders
+from helpers import examples, fit
 
 from rholoss_fastai.all import SelectionRecord, prune
 
@@ -23,7 +23,7 @@ def test_counts_are_of_one_data_set(select, data):
     "Another one of the same length begins at 0; more fits, interrupted ones, and other loaders of the same data go on"
     dataset = data()
     def loaders_of(dataset, bs=BS): return DataLoaders(DataLoader(dataset, bs=bs, shuffle=True), DataLoader(VALID, bs=25))
-    learn = learner(loaders_of(dataset))
+    learn = row_learner(loaders_of(dataset))
     select(learn)
     fit(learn, 2)
     assert learn.selection.seen.sum() == learn.selection.total('loaded') > 0
@@ -39,7 +39,7 @@ def test_counts_are_of_one_data_set(select, data):
 
 
 def test_a_part_of_a_data_set_counts_by_the_rows_of_the_whole():
-    learn = learner(loaders())
+    learn = row_learner(loaders())
     SELECT['filter'](learn)
     fit(learn, 1)
     learn.dls = prune(learn.dls, torch.arange(N).float(), 0.5)
@@ -74,7 +74,7 @@ def test_a_line_is_that_of_a_loop(sizes, seed):
 
 
 def test_a_copy_keeps_the_ledger_and_leaves_the_rows():
-    learn = SELECT['filter'](learner(loaders()))
+    learn = SELECT['filter'](row_learner(loaders()))
     fit(learn, 2)
     copied = deepcopy(learn.selection)
     pd.testing.assert_frame_equal(copied.ledger, learn.selection.ledger)

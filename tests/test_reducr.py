@@ -10,12 +10,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit, learner
 
 from rholoss_fastai.all import ClassWeights, WorstGroup, class_irreducible, probe_features, restrict_rows
 from rholoss_fastai.noise import row_targets
@@ -68,13 +69,12 @@ def test_the_references_are_weighted_ridge():
 class Items(list):
     def new_empty(self): return Items() # for `export`
 
-def learner():
-    set_seed(0)
-    x = torch.randn(160, 5)
+def learner_and_table():
+    x = torch.randn(160, 5, generator=torch.Generator().manual_seed(0))
     y = (x[:, :3] + torch.tensor([0., 0., -1.])).argmax(1)
     items = list(zip(x, y))
-    return Learner(DataLoaders(DataLoader(Items(items[:120]), bs=12, shuffle=True), DataLoader(Items(items[120:]), bs=40)), nn.Linear(5, 3),
-                   loss_func=CrossEntropyLossFlat(), lr=0.1), class_irreducible(x[:120], y[:120])
+    def dls(): return DataLoaders(DataLoader(Items(items[:120]), bs=12, shuffle=True), DataLoader(Items(items[120:]), bs=40))
+    return learner(dls, lambda: nn.Linear(5, 3), opt_func=Adam, lr=0.1), class_irreducible(x[:120], y[:120])
 
 class HeldOut(Callback):
     "What the pick is told before each epoch"
@@ -87,10 +87,10 @@ class HeldOut(Callback):
             self.seen.append((self.learn.selector.pick._held_out.clone(), torch.stack([losses[y == c].mean() for c in range(3)])))
 
 def test_trains_and_is_undone():
-    learn, table = learner()
+    learn, table = learner_and_table()
     n = len(learn.cbs)
     learn.reducr(table, frac=0.25)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=(held_out := HeldOut()))
+    fit(learn, 3, cbs=(held_out := HeldOut()))
     assert len(held_out.seen) == 3 and all(torch.allclose(a, b, atol=1e-5) for a, b in held_out.seen)
     weights = learn.selector.pick.class_weights
     assert weights.shape == (3,) and weights.sum().item() == pytest.approx(1)
@@ -98,9 +98,9 @@ def test_trains_and_is_undone():
 
 def test_references_by_the_probe():
     "Without a table: that of `class_irreducible` on the probe's features, here the inputs' columns, and it is billed"
-    learn, _ = learner()
+    learn, _ = learner_and_table()
     learn.reducr(frac=0.25)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     x, y = (torch.stack(o) for o in zip(*learn.dls.train.dataset))
     rows, features, targets = probe_features(learn)
     assert torch.equal(rows, torch.arange(120)) and torch.equal(targets, y)
@@ -109,20 +109,20 @@ def test_references_by_the_probe():
     assert ledger.seconds_il[0] > 0 == ledger.seconds_il[1] and ledger.selected.max() < 0.5
 
 def test_rows_that_the_loader_leaves_out():
-    learn, table = learner()
+    learn, table = learner_and_table()
     kept = torch.arange(0, 120, 2)
     learn.dls = DataLoaders(restrict_rows(learn.dls.train, kept), learn.dls.valid)
     learn.reducr(frac=0.25)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit(learn, 1)
     values = learn.selector.il_source.values_by_class
     assert values.shape == (120, 3) and values.isfinite().all() and values[1::2].std(0).max() < 1e-6 < values[::2].std(0).min()
 
 def test_export_without_references(tmp_path):
     for il in ('probe', None):
-        learn, table = learner()
+        learn, table = learner_and_table()
         learn.path = tmp_path
         learn.reducr(table if il is None else il, frac=0.25)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        fit(learn, 1)
         learn.export()
         loaded = load_learner(tmp_path/'export.pkl')
         loaded.dls = learn.dls
@@ -144,13 +144,13 @@ def test_the_worst_class_gains():
         learn = Learner(dls, nn.Linear(6, 3), loss_func=CrossEntropyLossFlat(), lr=0.05, metrics=WorstGroup(accuracy, row_targets(dls.valid), name='worst_class'))
         if method == 'reducr': learn.reducr(frac=0.25)
         else: learn.select(pick='uniform', frac=0.25, enlarge=True)
-        with learn.no_bar(), learn.no_logging(): learn.fit(3)
+        fit(learn, 3)
         rare = torch.tensor([int(t) == 2 for _, t in items[:450]])
         ends[method] = learn.selection.selected[rare].sum()/learn.selection.selected.sum(), learn.recorder.values[-1][-1]
     assert 'worst_class' in learn.recorder.metric_names and ends['reducr'][0] > ends['uniform'][0]
 
 def test_refused():
-    learn, table = learner()
+    learn, table = learner_and_table()
     with pytest.raises(ValueError, match='for 100 rows, but the training set has 120'): learn.reducr(table[:100])
     with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])
     with pytest.raises(ValueError, match='expected one of probe'): learn.reducr('crossfit')

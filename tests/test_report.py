@@ -1,7 +1,8 @@
 """What the report says of runs of every kind: right counts, and no advice that can't be followed."""
 import pytest
 import torch
-from numbered_rows import N, fit, learner, loaders
+from helpers import fit
+from numbered_rows import N, row_learner, loaders
 
 from rholoss_fastai.all import IrreducibleLosses
 
@@ -10,7 +11,7 @@ KNOBS = ('staleness', 'scale_factor', 'compile')
 
 @pytest.mark.parametrize('bs', [16, 32])
 def test_pruned_epochs_count_the_rows_that_were_left_out(bs):
-    learn = fit(learner(loaders(bs)).prune_epochs(delta=1.), 4)
+    learn = fit(row_learner(loaders(bs)).prune_epochs(delta=1.), 4)
     report = learn.selection.report()
     assert report.table.at_hand.tolist() == [N]*4 and report.table.trained.sum() == learn.selection.total('trained') < 4*N
     assert f'{report.table.trained.sum():,} of {4*N:,} items at hand' in str(report) and not any(o in str(report) for o in KNOBS)
@@ -18,14 +19,14 @@ def test_pruned_epochs_count_the_rows_that_were_left_out(bs):
 
 
 def test_where_nothing_was_left_out_nothing_is_advised():
-    for learn in (learner(loaders()).batch_loss_filter(warmup_epochs=2), learner(loaders()).select('loss', 'top', frac=1.)):
+    for learn in (row_learner(loaders()).batch_loss_filter(warmup_epochs=2), row_learner(loaders()).select('loss', 'top', frac=1.)):
         report = fit(learn, 2).selection.report()
         assert report.left_out == 0 and 'Nothing was left out' in str(report)
         assert not any(o in str(report) for o in (*KNOBS, 'plain_seconds', 'saved'))
 
 
 def test_the_seconds_of_a_selector_are_those_of_its_ledger():
-    learn = fit(learner(loaders()).rho_loss(torch.rand(N), frac=0.25), 2)
+    learn = fit(row_learner(loaders()).rho_loss(torch.rand(N), frac=0.25), 2)
     ledger, report = learn.selection.ledger, learn.selection.report()
     assert report.table.at_hand.tolist() == ledger.loaded.tolist()
     loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
@@ -38,7 +39,7 @@ def test_the_seconds_of_a_selector_are_those_of_its_ledger():
 
 
 def test_the_quality_of_the_irreducible_losses_is_told_where_it_is_known():
-    learn = learner(loaders())
+    learn = row_learner(loaders())
     il = IrreducibleLosses.of(torch.rand(N), learn.dls.train, accuracy=0.81, chance=0.34, seconds=2.5)
     report = fit(learn.rho_loss(il, frac=0.25), 1).selection.report()
     assert report.seconds_il == 2.5 and 'right for 81% of the rows, by chance 34% would be' in str(report)

@@ -8,10 +8,10 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from test_epoch_rules import BS, N, Watch, dataloaders, fit, learner, linear
+from test_epoch_rules import BS, N, Watch, dataloaders, epoch_learner, linear
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit
 
 from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, is_log_loss, label_probability, probe_predictions
 from rholoss_fastai.learnable import learnable_rows
@@ -30,7 +30,7 @@ def noisy_rows(n=N):
 
 
 def features(x): return torch.cat([x.flatten(1), F.one_hot(x.mean((1, 2, 3)).round().long().clamp(0, 8), 9).float()], 1)
-def noisy_learner(rows=None, **kwargs): return learner(dataloaders(rows or noisy_rows()), **kwargs)
+def noisy_learner(rows=None, **kwargs): return epoch_learner(dataloaders(rows or noisy_rows()), **kwargs)
 def clean_learner(): rows = noisy_rows(); rows.targets = rows.clean; return noisy_learner(rows)
 
 
@@ -76,7 +76,7 @@ def test_probability_of_the_label():
 
 def test_wrong_labels_are_left_out_and_all_is_billed():
     learn,watch = noisy_learner().rho_epochs(features=features),Watch()
-    fit(learn, 6, one_cycle=True, cbs=watch)
+    fit(learn, 6, method='fit_one_cycle', cbs=watch)
     rule,times = learn.epoch_pruner.rule,learn.selection.selected.float()
     assert 0.2 < rule.wrong < 0.4 and not rule.plain and rule.by_memory and rule.will_refresh and rule._refreshed
     assert rule.table.info['averaged_with'] and rule.table.info['features'] == 'body'
@@ -162,7 +162,7 @@ def test_numbers_and_several_labels():
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, n_out))
         dls = dataloaders(rows)
         dls.loaders = [dls.train, dls.train] # the other has classes
-        learn = fit(learner(dls, model, loss_func=loss_func).rho_epochs(features=features, **options), 3)
+        learn = fit(epoch_learner(dls, model, loss_func=loss_func).rho_epochs(features=features, **options), 3)
         rule,times = learn.epoch_pruner.rule,learn.selection.selected.float()
         assert not rule.plain and times[noise].mean() < 0.7*times[~noise].mean() and learn.epoch_pruner.remembered.nan_to_num(0.).max() <= 1
 

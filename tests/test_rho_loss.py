@@ -19,10 +19,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from numbered_rows import Rows, rows_of
+from helpers import fit
+from numbered_rows import Rows, image_learner, rows_of
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -37,21 +37,10 @@ def model():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3))
 
 
-def learner(tmp_path=None, num_workers=0, drop_last=True, n=N, seed=0, **kwargs):
-    set_seed(seed)
-    dls = DataLoaders(DataLoader(Rows(n), bs=BS, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(Rows(48), bs=48))
-    learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, **kwargs)
-    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
-    learn.logger = lambda *_: None
-    return learn
+conv_learner = partial(image_learner, model=model, n=N, bs=BS)
 
 
 def il_values(n=N): return torch.rand(n, generator=torch.Generator().manual_seed(9))
-
-
-def fit(learn, *args, method='fit', **kwargs):
-    with learn.no_logging(), learn.no_mbar(): getattr(learn, method)(*args, **kwargs)
-    return learn
 
 
 class Interrupt(Callback):
@@ -87,7 +76,7 @@ class Algorithm1(Callback):
 @pytest.mark.parametrize('drop_last', [True, False])
 def test_choice_equals_an_independent_one(num_workers, drop_last):
     n = 230
-    learn = learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC, epoch='candidates')
+    learn = conv_learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC, epoch='candidates')
     expected, selected = Algorithm1(il_values(n)), Batches()
     fit(learn, 3, cbs=[expected, selected])
     assert len(selected.rows) == 3*(n//32 + (not drop_last))
@@ -105,7 +94,7 @@ COMPANIONS = dict(
 @pytest.mark.parametrize('name', COMPANIONS)
 def test_beside_other_callbacks(name, tmp_path):
     "From the first batch, twice in a row, after an interrupted fit, and each in the order of selection before mixing"
-    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = conv_learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     epoch_steps = N // (BS*4)
     for _ in range(2):
         selected = Batches()
@@ -133,7 +122,7 @@ def test_mixup_mixes_what_was_selected():
         def before_fit(self): self.sizes = []
         def before_batch(self):
             if self.training: self.sizes.append((len(self.x), len(self.learn.mix_up.lam)))
-    learn, mixed = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), Mixed()
+    learn, mixed = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), Mixed()
     fit(learn, 1, cbs=[MixUp(), mixed])
     assert mixed.sizes == [(BS, BS)]*(N//(4*BS))
 
@@ -146,7 +135,7 @@ def test_gradients_are_of_the_selected_items_alone():
         def after_backward(self):
             if self.gradient is None: self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
     def no_dropout(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    learn = learner()
+    learn = conv_learner()
     learn.model = no_dropout()
     start = {k: v.clone() for k, v in learn.model.state_dict().items()}
     learn.rho_loss(il_values(), frac=FRAC, epoch='candidates')
@@ -159,7 +148,7 @@ def test_gradients_are_of_the_selected_items_alone():
 
 
 def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
-    learn = learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
+    learn = conv_learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
     selected = Batches()
     with learn.no_logging(), learn.no_mbar(): learn.add_cb(selected).lr_find(num_it=12, show_plot=False)
     assert {len(o) for o in selected.rows} == {BS}
@@ -172,7 +161,7 @@ def test_lr_find_never_selects_and_never_cross_fits(tmp_path, capsys):
 
 def test_only_a_fit_cross_fits_or_checks_the_data(tmp_path):
     "`summary`, `tta` and `with learn:` fire before_fit too"
-    learn = learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
+    learn = conv_learner(tmp_path).rho_loss('crossfit', frac=FRAC, epoch='candidates')
     learn.freeze()
     with learn.no_mbar():
         learn.summary()
@@ -182,7 +171,7 @@ def test_only_a_fit_cross_fits_or_checks_the_data(tmp_path):
 
 @pytest.mark.parametrize('undo', ['no_selection', 'replace', 'temporary'])
 def test_nothing_stays_behind_after_an_interrupted_fit(undo):
-    learn = learner()
+    learn = conv_learner()
     if undo == 'temporary':
         with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[RhoLossCallback(il_values(), frac=FRAC), Interrupt()])
     else:
@@ -198,20 +187,20 @@ def test_nothing_stays_behind_after_an_interrupted_fit(undo):
 def test_data_changed_in_the_midst_of_a_fit_is_noticed():
     class Change(Callback):
         def before_epoch(self):
-            if self.epoch == 1: self.learn.dls = learner(n=100).dls
-    with pytest.raises(ValueError, match='100'): fit(learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 2, cbs=Change())
+            if self.epoch == 1: self.learn.dls = conv_learner(n=100).dls
+    with pytest.raises(ValueError, match='100'): fit(conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 2, cbs=Change())
 
 
 def test_no_last_batch_of_one_item():
     "108 rows in candidate batches of 107 would leave one, which batch norm can't take"
-    learn = learner(drop_last=False, n=108)
+    learn = conv_learner(drop_last=False, n=108)
     learn.dls.train.bs = 32
     fit(learn.rho_loss(il_values(108), frac=0.3, epoch='candidates'), 1)
     assert learn.selection.ledger.loaded.tolist() == [108]
 
 
 def test_deepcopy_keeps_irreducible_losses():
-    learn = fit(learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
+    learn = fit(conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     copied = deepcopy(learn)
     copied.logger = learn.logger
     fit(copied, 1)
@@ -221,7 +210,7 @@ def test_deepcopy_keeps_irreducible_losses():
 def test_loaders_that_cannot_be_enlarged():
     dataset = Rows(N)
     sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), BS, True)
-    learn = learner()
+    learn = conv_learner()
     learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler), torch.utils.data.DataLoader(Rows(48), batch_size=48))
     with pytest.raises(ValueError, match='enlarge=False'): fit(learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     learn.no_selection()
@@ -230,14 +219,14 @@ def test_loaders_that_cannot_be_enlarged():
 
 
 def test_an_interrupted_lr_find_leaves_selection_on(tmp_path):
-    learn = learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = conv_learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     with pytest.raises(KeyboardInterrupt), learn.added_cbs(Interrupt()), learn.no_logging(), learn.no_mbar(): learn.lr_find(show_plot=False)
     fit(learn, 1)
     assert learn.selection.ledger.selected.tolist() == [FRAC]
 
 
 def test_validate_and_get_preds_never_select():
-    plain, learn = learner(), learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    plain, learn = conv_learner(), conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     learn.model.load_state_dict(plain.model.state_dict())
     for o in (plain, learn): o.create_opt()
     with plain.no_mbar(), learn.no_mbar():
@@ -257,19 +246,19 @@ def test_validate_and_get_preds_never_select():
 
 
 def test_fine_tune_warms_up_once():
-    learn = learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1, epoch='candidates')
+    learn = conv_learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1, epoch='candidates')
     fit(learn, 2, method='fine_tune')
     assert learn.selection.ledger.selected.tolist() == [1, FRAC, FRAC]
 
 
 def test_start_epoch():
-    learn = learner().rho_loss(il_values(), frac=FRAC, warmup_epochs=2, epoch='candidates')
+    learn = conv_learner().rho_loss(il_values(), frac=FRAC, warmup_epochs=2, epoch='candidates')
     fit(learn, 4, start_epoch=2) # a run that goes on in a new process: its two warm-up epochs are over
     assert learn.selection.ledger.selected.tolist() == [FRAC]*2
 
 
 def test_export_and_load(tmp_path):
-    learn = fit(learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
+    learn = fit(conv_learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     learn.export('a.pkl')
     assert learn.selector.il is not None # the Learner itself keeps them
     fit(learn, 1)
@@ -289,7 +278,7 @@ def test_export_and_load(tmp_path):
 def test_bf16_scores_choose_nearly_the_same():
     chosen = []
     for precision in (None, torch.float32, torch.bfloat16):
-        learn, selected = learner().rho_loss(il_values(), frac=FRAC, precision=precision, epoch='candidates'), Batches()
+        learn, selected = conv_learner().rho_loss(il_values(), frac=FRAC, precision=precision, epoch='candidates'), Batches()
         fit(learn, 1, cbs=selected)
         chosen.append(selected.rows[0])
     assert torch.equal(chosen[0], chosen[1])
@@ -298,7 +287,7 @@ def test_bf16_scores_choose_nearly_the_same():
 
 def test_an_outer_autocast_keeps_its_gradients():
     "Weights cast under no_grad must not be reused by the training forward"
-    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     before = [p.clone() for p in learn.model.parameters()]
     with torch.autocast('cpu', dtype=torch.bfloat16): fit(learn, 1)
     assert all((a != b).any() for a, b in zip(before, learn.model.parameters()))
@@ -324,7 +313,7 @@ def test_no_trace_when_scoring_raises(mode, fails):
         def before_batch(self): self.before = trace(self.learn)
     def trace(learn):
         return [*[b.clone() for b in learn.model.buffers()], torch.get_rng_state(), torch.tensor([m.training for m in learn.model.modules()])]
-    learn, state = learner(), State()
+    learn, state = conv_learner(), State()
     learn.model, learn.loss_func = Fragile(), loss_func
     learn.rho_loss(il_values(), frac=FRAC, mode=mode, score=score, epoch='candidates')
     learn.add_cb(state)
@@ -335,7 +324,7 @@ def test_no_trace_when_scoring_raises(mode, fails):
 
 def test_frac_1_is_plain_fastai():
     def weights(select):
-        learn = select(learner())
+        learn = select(conv_learner())
         fit(learn, 2)
         return [*learn.model.state_dict().values(), torch.get_rng_state()]
     plain = weights(lambda learn: learn)
@@ -351,16 +340,16 @@ def test_cross_fitting_restores_the_random_state_and_leaves_the_learner_alone():
     firsts = []
     for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1, epoch='candidates')):
         first = First()
-        fit(select(learner()), 1, cbs=first)
+        fit(select(conv_learner()), 1, cbs=first)
         firsts.append(first.seen)
     for a, b in zip(*firsts): assert torch.equal(a, b)
 
 
 def test_irreducible_losses_cost_is_booked_once(tmp_path):
-    first = fit(learner().rho_loss(frac=FRAC, il_epochs=1, epoch='candidates'), 2)
+    first = fit(conv_learner().rho_loss(frac=FRAC, il_epochs=1, epoch='candidates'), 2)
     il = first.selector.il
     assert first.selection.ledger.seconds_il.tolist() == [il.info['seconds'], 0]
-    second = fit(learner(seed=1).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
+    second = fit(conv_learner(seed=1).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
     assert second.selection.ledger.seconds_il.tolist() == [0]
     again = fit(first.rho_loss(frac=0.5, epoch='candidates'), 1) # a second call keeps the irreducible losses
     assert again.selector.il is il
@@ -392,15 +381,15 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
 
 def test_update_il_needs_an_optimiser_of_its_own():
     "A ready-made one holds the target's parameters: stepping it for the IL model would train the target"
-    learn = learner()
+    learn = conv_learner()
     learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match='update_il=True needs an optimiser'): fit(learn.rho_loss(model(), update_il=True, frac=FRAC, epoch='candidates'), 1)
 
 
 def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
     "With importance sampling the proxy's gradient is weighted as the target's; comparing it with the target writes no running statistics"
-    proxy, steps = learner(seed=1), []
-    learn = learner().rho_loss(il_values(), pick=ImportanceSample(FRAC), score='loss', proxy=proxy)
+    proxy, steps = conv_learner(seed=1), []
+    learn = conv_learner().rho_loss(il_values(), pick=ImportanceSample(FRAC), score='loss', proxy=proxy)
     class Updates(Callback):
         "Once a selected batch is trained on, the proxy's batch norm has seen one batch more, and nothing else"
         order = 60
@@ -412,7 +401,7 @@ def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
 
 def test_weights_of_a_companion():
     "Its gradient is that of the weighted mean of item losses"
-    other = learner()
+    other = conv_learner()
     x, y, weights = Rows().images[:5], Rows().targets[:5], torch.tensor([0., 1., 2., 3., 4.])
     companion = Companion(other, torch.device('cpu'))
     before = deepcopy(companion.model).train()
@@ -428,44 +417,44 @@ def test_a_score_asked_for_is_the_score():
     "Whatever else is given: the training loss with irreducible losses at hand, as the baseline of the paper"
     il, batches = il_values()*10, {}
     for name in ('loss', 'reducible'):
-        learn = learner().rho_loss(il, score=name, frac=FRAC, epoch='candidates')
+        learn = conv_learner().rho_loss(il, score=name, frac=FRAC, epoch='candidates')
         assert learn.selector.score is SCORES[name] and learn.selector.inputs == (('loss',) if name == 'loss' else ('loss', 'il'))
         batches[name] = fit(learn, 1).selection.selected
     assert not torch.equal(*batches.values())
 
 
 def test_bad_input(tmp_path):
-    il = irreducible_losses(learner(), learner().dls.train, progress=False)
+    il = irreducible_losses(conv_learner(), conv_learner().dls.train, progress=False)
     class Other(Rows):
         def __init__(self): super().__init__(N); self.images, self.targets = self.images.flip(0), self.targets.flip(0)
-    other = learner()
+    other = conv_learner()
     other.dls = DataLoaders(DataLoader(Other(), bs=BS, shuffle=True), DataLoader(Other(), bs=48))
     with pytest.raises(ValueError, match='[Tt]arget|[Ii]tem|order'): other.rho_loss(il)
     il.save(tmp_path/'il.safetensors')
     with pytest.raises(ValueError): other.rho_loss(tmp_path/'il.safetensors')
-    with pytest.raises(FileNotFoundError): learner().rho_loss(tmp_path/'none.safetensors')
+    with pytest.raises(FileNotFoundError): conv_learner().rho_loss(tmp_path/'none.safetensors')
     whole = (tmp_path/'il.safetensors').read_bytes()
     for broken in (whole[:-5], whole[:20], b'', b'something else altogether'):
         (tmp_path/'broken.safetensors').write_bytes(broken)
-        with pytest.raises(ValueError, match='broken.safetensors'): learner().rho_loss(tmp_path/'broken.safetensors')
+        with pytest.raises(ValueError, match='broken.safetensors'): conv_learner().rho_loss(tmp_path/'broken.safetensors')
 
     def stream():
         yield from ((torch.randn(1, 6, 6), 0) for _ in range(64))
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return stream()
         def __len__(self): return 64
-    unknown = learner()
+    unknown = conv_learner()
     unknown.dls = DataLoaders(DataLoader(Stream(), bs=BS), DataLoader(Rows(48), bs=48))
     with pytest.raises(ValueError, match='on the fly'): unknown.rho_loss(il_values(64))
 
     class WrongShape(nn.Module):
         def __init__(self): super().__init__(); self.net = model()
         def forward(self, x): return self.net(x)[:-1]
-    wrong = learner()
+    wrong = conv_learner()
     wrong.model = WrongShape()
     with pytest.raises(ValueError, match='number of items'): fit(wrong.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
-    coupled = learner()
+    coupled = conv_learner()
     coupled.loss_func = lambda pred, targ: pred.std(0).sum() if len(pred) > 1 else pred[:, :2]
     with pytest.raises(ValueError, match='item'): fit(coupled.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
@@ -475,19 +464,19 @@ def test_nan_scores(recwarn):
     class NaNModel(nn.Module):
         def __init__(self): super().__init__(); self.net = model()
         def forward(self, x): return self.net(x)*float('nan')
-    learn = learner()
+    learn = conv_learner()
     learn.model = NaNModel()
     fit(learn.rho_loss(values, frac=FRAC, epoch='candidates'), 1)
     assert learn.selection.ledger.trained.tolist() == [BS*(N//(4*BS))]
     assert any('every score was NaN' in str(o.message) for o in recwarn)
-    stopped = learner()
+    stopped = conv_learner()
     stopped.model = NaNModel()
     fit(stopped.rho_loss(values, frac=FRAC, epoch='candidates'), 3, cbs=TerminateOnNaNCallback())
     assert stopped.selection.ledger.trained.tolist() == [BS]
 
 
 def test_never_one_item_with_batch_norm():
-    learn = learner(drop_last=False)
+    learn = conv_learner(drop_last=False)
     learn.dls.train.bs = 4
     learn.rho_loss(il_values(), frac=0.05, enlarge=False)
     fit(learn, 1)
@@ -495,15 +484,15 @@ def test_never_one_item_with_batch_norm():
 
 
 def test_schedule_of_the_fraction():
-    learn = fit(learner().rho_loss(il_values(), frac=SchedCos(1., 0.1), epoch='candidates'), 5)
+    learn = fit(conv_learner().rho_loss(il_values(), frac=SchedCos(1., 0.1), epoch='candidates'), 5)
     selected = learn.selection.ledger.selected.tolist()
     assert selected[0] == 1 and all(a > b for a, b in zip(selected, selected[1:]))
 
 
 def test_learner_as_irreducible_model_is_neither_trained_nor_registered():
-    learn_il = learner(seed=5)
+    learn_il = conv_learner(seed=5)
     weights = [v.clone() for v in learn_il.model.state_dict().values()]
-    learn = learner().rho_loss(learn_il.model.train(), frac=FRAC, epoch='candidates')
+    learn = conv_learner().rho_loss(learn_il.model.train(), frac=FRAC, epoch='candidates')
     n_parameters = len(list(learn.model.parameters()))
     fit(learn, 1)
     assert learn_il.model.training and all(p.grad is None for p in learn_il.model.parameters())
@@ -521,7 +510,7 @@ def test_every_event_of_the_selectors_exists():
 @pytest.mark.cuda
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 def test_mixed_precision(half):
-    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     getattr(learn, half)()
     fit(learn, 2)
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
@@ -541,7 +530,7 @@ def test_no_host_sync():
     class Resume(Callback):
         order = -4
         def before_batch(self): torch.cuda.set_sync_debug_mode('default')
-    learn = learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
     fit(learn, 2, cbs=[NoSync(), Resume()])
 
 
@@ -561,7 +550,7 @@ def test_nothing_is_copied_to_the_host(settings):
             if self.training and self.iter > 0: self.enter.span.__exit__(None, None, None)
     settings = dict(settings)
     il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
-    learn = fit(learner().rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
+    learn = fit(conv_learner().rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace: fit(learn, 1, cbs=[Enter(), Leave()])
     spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
     inside = [e for e in trace.events() if e.device_type == DeviceType.CPU and any(o.start <= e.time_range.start <= o.end for o in spans)]
@@ -572,14 +561,14 @@ def test_nothing_is_copied_to_the_host(settings):
 def test_the_score_follows_the_kind_of_irreducible_losses(tmp_path):
     "A probe's differences say little, its probabilities much; a model's losses are subtracted, as published. However they are given"
     from rholoss_fastai.all import IrreducibleLosses, probe_irreducible, reducible_loss, worth_learning
-    learn = learner()
+    learn = conv_learner()
     features = torch.randn(len(learn.dls.train.dataset), 4, generator=torch.Generator().manual_seed(0))
     probe = probe_irreducible(learn, features=features, progress=False, verbose=False)
     probe.save(tmp_path/'il.safetensors')
     for il in (probe, tmp_path/'il.safetensors', str(tmp_path/'il.safetensors'), 'probe', 'auto'):
         assert learn.rho_loss(il).selector.score is worth_learning, il
     other = IrreducibleLosses.of(probe.values, learn.dls.train)
-    for il in (other, probe.values, learner().model): assert learn.rho_loss(il).selector.score is reducible_loss
+    for il in (other, probe.values, conv_learner().model): assert learn.rho_loss(il).selector.score is reducible_loss
     assert learn.rho_loss(probe, score='reducible').selector.score is reducible_loss
 
 
@@ -588,14 +577,14 @@ def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
     from rholoss_fastai.all import IrreducibleLosses, il_source, worth_learning
     from rholoss_fastai.candidates import Candidates
     from rholoss_fastai.side_models import score_rows
-    dl,n = learner().dls.train,len(learner().dls.train.dataset)
+    dl,n = conv_learner().dls.train,len(conv_learner().dls.train.dataset)
     labels = torch.tensor([int(dl.dataset[i][-1]) for i in range(n)])
     il = torch.rand(n, generator=torch.Generator().manual_seed(1))
     il[labels == 0] += 5 # a class that is hard for all
     for wrong,share in ((0.23, 0.2), (0.02, 0), (None, 0)):
         table = IrreducibleLosses.of(il, dl, model='ridge', **({} if wrong is None else dict(wrong=wrong)))
         source = il_source(table)
-        source.begin(learner(), torch.device('cpu'))
+        source.begin(conv_learner(), torch.device('cpu'))
         found = source.hopeless(Candidates((labels,), (), torch.arange(n)))
         left_out = sorted(range(n), key=lambda i: -il[i])[:round(share*n)]
         for c in range(2): # the lowest of a class come back until half of it stays
@@ -604,13 +593,13 @@ def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
         assert found.nonzero().flatten().tolist() == sorted(left_out)
         rows = torch.arange(0, n, 2)
         assert torch.equal(source.hopeless(Candidates((labels[rows],), (), rows)), found[rows])
-    learn = learner()
+    learn = conv_learner()
     table = IrreducibleLosses.of(il, learn.dls.train, model='ridge', wrong=0.23)
     learn.rho_loss(table, frac=0.5, score=worth_learning)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     chosen = learn.selection.selected.bool()
     source = il_source(table); source.begin(learn, torch.device('cpu'))
     assert not (chosen & source.hopeless(Candidates((labels,), (), torch.arange(n)))).any() and chosen.any()
     for bad in (lambda: score_rows(learn, learn.dls.train, worth_learning, il), lambda: learn.prune_epochs(score='worth_learning', il=table)):
         with pytest.raises(ValueError, match='only a selector knows'): bad()
-    with pytest.raises(ValueError, match='needs irreducible losses'): learner().select(lambda hopeless: hopeless.float())
+    with pytest.raises(ValueError, match='needs irreducible losses'): conv_learner().select(lambda hopeless: hopeless.float())

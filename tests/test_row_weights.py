@@ -14,10 +14,10 @@ from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLos
                            MSELossFlat)
 from fastai.torch_core import set_seed
 from hypothesis import given, strategies as st
-from numbered_rows import BS, N, VALID, Interrupt, Noted, Rows, fit, item_losses, learner, loaders, rows_of
+from numbered_rows import BS, N, VALID, Interrupt, Noted, Rows, item_losses, row_learner, loaders, rows_of
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit
 
 from rholoss_fastai.all import FitCallback, GroupDRO, RowWeights, prune, restrict_rows, track_rows, weigh_loss, weighted_loaders
 
@@ -29,7 +29,7 @@ def test_group_dro_follows_its_formula(adjustment):
     codes = torch.arange(N) % 4 % 3 # sizes 120, 60, 60
     codes[7], names = 3, 'abcd' # one row alone: absent from most batches
     groups, noted, eta = [names[i] for i in codes], Noted(), 0.3
-    learn = learner(loaders(), lr=0.)
+    learn = row_learner(loaders(), lr=0.)
     dro = GroupDRO(groups, eta=eta, adjustment=adjustment)
     fit(learn, 2, cbs=[dro, noted])
     losses, n_g = item_losses(learn.model).detach().double(), codes.bincount().double()
@@ -58,7 +58,7 @@ def test_upweighted_rows_weigh_exactly_that_much(upweight, share, seed):
     expected = weights.double()/(N + (upweight - 1)*chosen.sum())
     np.testing.assert_allclose(weighted_loaders(loaders(), weights).train.wgts, expected, rtol=1e-6)
     callback = RowWeights(weights)
-    learn = learner(loaders(), lr=0.)
+    learn = row_learner(loaders(), lr=0.)
     noted = Noted()
     fit(learn, cbs=[callback, noted])
     losses = item_losses(learn.model).detach()
@@ -88,7 +88,7 @@ def test_weighted_loaders_draw_by_weight_and_know_their_rows():
 
 def test_lr_find_and_pruned_rows_leave_the_groups_alone():
     groups = ['ab'[i % 2] for i in range(N)]
-    learn = learner(prune(loaders(), torch.arange(N).float(), 0.5), cbs=GroupDRO(groups))
+    learn = row_learner(prune(loaders(), torch.arange(N).float(), 0.5), cbs=GroupDRO(groups))
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
     fit(learn, 1)
     assert len(learn.group_dro.table) == 1
@@ -97,14 +97,14 @@ def test_lr_find_and_pruned_rows_leave_the_groups_alone():
 
 
 def test_an_interrupted_lr_find_does_not_switch_it_off():
-    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
+    learn = row_learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
     assert len(fit(learn, 1).group_dro.table) == 1
 
 
 def test_a_loaded_learner_predicts(tmp_path):
     "An export leaves the training set out, which the groups were of"
-    learn = fit(learner(loaders(), path=tmp_path, cbs=GroupDRO(['ab'[i % 2] for i in range(N)])), 1)
+    learn = fit(row_learner(loaders(), path=tmp_path, cbs=GroupDRO(['ab'[i % 2] for i in range(N)])), 1)
     learn.export('learner.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -115,7 +115,7 @@ def test_a_loaded_learner_predicts(tmp_path):
 
 def test_group_dro_is_in_float32_under_autocast():
     "Half precision would round the sums of a group, and overflow in a scaled backward"
-    learn = learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
+    learn = row_learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
     kinds = []
     class Kind(Callback):
         def after_loss(self): kinds.append(self.learn.loss_grad.dtype)
@@ -251,7 +251,7 @@ def test_the_weights_are_those_of_the_rows_that_are_in_the_batch():
 def test_beside_a_selector_the_weights_are_those_of_what_it_delivers():
     weights, data, groups = torch.linspace(0.1, 5, N), Rows(), torch.arange(N) % 2
     for weigh in RowWeights(weights), GroupDRO(groups.tolist(), eta=1e-9):
-        learn, noted = learner(loaders(), lr=0.), Trained()
+        learn, noted = row_learner(loaders(), lr=0.), Trained()
         fit(learn.batch_loss_filter(min_loss_perc=0.3, warmup_epochs=0), cbs=[weigh, noted])
         for rows, loss, _ in noted.batches:
             items = F.cross_entropy(learn.model(data.images[rows]), data.targets[rows], reduction='none')
@@ -274,7 +274,7 @@ def test_weights_are_taken_by_position():
 
 @pytest.mark.parametrize('weigh', [lambda: RowWeights(torch.linspace(1, 2, N)), lambda: GroupDRO((torch.arange(N) % 2).tolist())])
 def test_an_interrupted_fit_leaves_nothing(weigh, tmp_path):
-    learn = learner(loaders(), path=tmp_path, cbs=weigh())
+    learn = row_learner(loaders(), path=tmp_path, cbs=weigh())
     cb = learn.cbs[-1]
     before = learn.validate()
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())

@@ -9,10 +9,8 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD
-from fastai.torch_core import set_seed
+from fastai.learner import load_learner
+from helpers import fit, learner
 from numbered_rows import N, Rows, rows_of
 from torch import nn
 
@@ -23,14 +21,8 @@ BS = 24
 
 def net(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
 
-def learner(model=net, seed=0, bs=BS, shuffle=True, opt_func=SGD):
-    set_seed(seed)
-    dls = DataLoaders(DataLoader(Rows(), bs=bs, shuffle=shuffle), DataLoader(Rows(), bs=N))
-    return Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, lr=0.05)
-
-def fit(learn, n_epoch=2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
+def dropout_learner(model=net, bs=BS, shuffle=True):
+    return learner(lambda: DataLoaders(DataLoader(Rows(), bs=bs, shuffle=shuffle), DataLoader(Rows(), bs=N)), model)
 
 class Trained(Callback):
     "Candidates, the logits that the model has for them in eval mode, and the rows that are trained on"
@@ -57,7 +49,7 @@ BY_HAND = dict(
 def test_top_items_of_each_score(name, by_object):
     seen = Trained()
     score, pick = (SCORES[name], TopFraction(0.25)) if by_object else (name, 'top')
-    fit(learner().select(score, pick, **({} if by_object else {'frac': 0.25}), precision=None), cbs=seen)
+    fit(dropout_learner().select(score, pick, **({} if by_object else {'frac': 0.25}), precision=None), 2, cbs=seen)
     assert len(seen.rows) == 2*N//BS
     for (rows, logits, y), trained in zip(seen.batches, seen.rows):
         scores = BY_HAND[name](logits, y)
@@ -67,7 +59,7 @@ def test_top_items_of_each_score(name, by_object):
 
 @pytest.mark.parametrize('name', [name for name, score in SCORES.items() if 'il' not in score_inputs(score)])
 def test_every_score_trains(name):
-    learn = fit(learner().select(name, frac=0.25))
+    learn = fit(dropout_learner().select(name, frac=0.25), 2)
     passes = 10*('log_probs' in score_inputs(SCORES[name])) + (score_inputs(SCORES[name]) != ('log_probs',))
     assert (learn.selection.ledger.selected == 0.25).all() and (learn.selection.ledger.scored == passes*N).all()
     assert all(p.isfinite().all() for p in learn.model.parameters())
@@ -75,7 +67,7 @@ def test_every_score_trains(name):
 @pytest.mark.parametrize('name', PICKS)
 def test_every_pick_trains(name):
     sized = name not in ('loss_share', 'percentile')
-    learn = fit(learner().select('gradient_norm', name, **({'frac': 0.25} if sized else {})), 4)
+    learn = fit(dropout_learner().select('gradient_norm', name, **({'frac': 0.25} if sized else {})), 4)
     ledger = learn.selection.ledger
     assert (ledger.selected == 0.25).all() if sized else ((0 < ledger.selected) & (ledger.selected <= 1)).all()
     assert all(p.isfinite().all() for p in learn.model.parameters())
@@ -83,7 +75,7 @@ def test_every_pick_trains(name):
 def test_a_function_and_the_selectors_arguments():
     seen = Trained()
     def least_of_class_0(pred, sharpness=1.): return -sharpness*pred[:, 0]
-    learn = fit(learner().select(least_of_class_0, Boltzmann(0.25, T=1e-6), enlarge=True, warmup_epochs=1, precision=None), cbs=seen)
+    learn = fit(dropout_learner().select(least_of_class_0, Boltzmann(0.25, T=1e-6), enlarge=True, warmup_epochs=1, precision=None), 2, cbs=seen)
     assert learn.selector.pick.T == 1e-6 and learn.selection.ledger.scored.tolist() == [0, N]
     for (rows, logits, _), trained in zip(seen.batches[N//BS:], seen.rows[N//BS:]):
         assert len(trained) == min(BS, len(rows)) # n_b is the loader's batch size
@@ -93,7 +85,7 @@ def test_mc_dropout_scores_disagreement():
     "Rows whose hidden units are dropped to effect disagree more than rows of zeros, where only the bias is left"
     def model(): return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3))
     seen = Trained()
-    learn = learner(model)
+    learn = dropout_learner(model)
     with torch.no_grad(): learn.model[-1].weight.mul_(5)
     fit(learn.select(bald, TopFraction(0.25), n_mc=30, precision=None), 1, cbs=seen)
     size = torch.cat([rows for rows in seen.rows]).unique()
@@ -119,7 +111,7 @@ def test_dropout_inside_fused_layers_counts(layer):
     values = []
     def disagreement(log_probs): values.append(bald(log_probs)); return values[-1]
     fused = torch.backends.mha.get_fastpath_enabled()
-    learn = fit(learner(lambda: Tokens(layer())).select(disagreement, frac=0.25, precision=None), 1)
+    learn = fit(dropout_learner(lambda: Tokens(layer())).select(disagreement, frac=0.25, precision=None), 1)
     assert torch.cat(values).min() > 1e-7 and torch.backends.mha.get_fastpath_enabled() == fused
     assert not any(p.isnan().any() for p in learn.model.parameters())
 
@@ -133,19 +125,19 @@ def test_one_forward_leaves_what_backward_needs(mode, norm):
             self.weight = nn.Parameter(torch.ones(36))
             self.register_buffer('scale', torch.full((36,), 0.5))
         def forward(self, x): return x*self.weight*self.scale
-    learn = learner(lambda: nn.Sequential(nn.Flatten(), norm(), Scaled(), nn.Linear(36, 3)))
+    learn = dropout_learner(lambda: nn.Sequential(nn.Flatten(), norm(), Scaled(), nn.Linear(36, 3)))
     fit(learn.select('loss', TopFraction(0.5), forward='reuse', mode=mode), 2)
     assert (learn.selection.ledger.forward == 'reuse').all() and (learn.selection.ledger.selected == 0.5).all()
 
 def test_fallback_says_where_it_cannot_tell():
     def calm(loss): return -1 - loss
     with pytest.warns(UserWarning, match="can't tell what the selected are worth: the scores calm"):
-        fit(learner().select(calm, frac=0.25, fallback='uniform'), 3)
+        fit(dropout_learner().select(calm, frac=0.25, fallback='uniform'), 3)
 
 def test_a_batch_that_is_not_selected_from_is_spread_over_its_candidates():
     "A loader of texts sorts each batch by length: its first items would be the longest"
     seen = Trained()
-    fit(learner().select('loss', frac=0.25, enlarge=True, every=2), 1, cbs=seen)
+    fit(dropout_learner().select('loss', frac=0.25, enlarge=True, every=2), 1, cbs=seen)
     assert len(seen.batches[1][0]) == 4*BS and torch.equal(seen.rows[1], seen.batches[1][0][::4])
 
 
@@ -161,7 +153,7 @@ def test_expected_gradient_of_a_fit_is_the_full_one(n_epoch=300):
             self.opt.zero_grad()
             raise CancelStepException
     def model(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    learn, grads = learner(model, bs=N, shuffle=False), Gradients()
+    learn, grads = dropout_learner(model, bs=N, shuffle=False), Gradients()
     loss = learn.loss_func(learn.model(Rows().images), Rows().targets)
     full = torch.cat([o.flatten() for o in torch.autograd.grad(loss, learn.model.parameters())])
     learn.dls.loaders[1] = DataLoader(Rows(1), bs=1)
@@ -173,13 +165,13 @@ def test_expected_gradient_of_a_fit_is_the_full_one(n_epoch=300):
 
 def test_items_may_stand_in_a_batch_more_than_once():
     seen = Trained()
-    learn = fit(learner().select(lambda loss: loss**8, ImportanceSample(0.5)), 1, cbs=seen)
+    learn = fit(dropout_learner().select(lambda loss: loss**8, ImportanceSample(0.5)), 1, cbs=seen)
     counts = Counter(torch.cat(seen.rows).tolist())
     assert max(counts.values()) > 1 and sum(counts.values()) == N//2 == learn.selection.ledger.trained.sum()
 
 def test_weights_and_mixup_are_refused():
     for pick in ('importance', ThenUniform(pick=ImportanceSample(0.5))):
-        with pytest.raises(ValueError, match='weights each item'): fit(learner().select('gradient_norm', pick), cbs=MixUp())
+        with pytest.raises(ValueError, match='weights each item'): fit(dropout_learner().select('gradient_norm', pick), 2, cbs=MixUp())
 
 
 # What the selector asks the pick
@@ -188,7 +180,7 @@ def test_weights_and_mixup_are_refused():
 @pytest.mark.parametrize('enlarge', [False, True])
 def test_quotas_in_a_fit(equal, enlarge):
     seen = Trained()
-    fit(learner().select('loss', PerClass(0.25, equal=equal), enlarge=enlarge, precision=None), cbs=seen)
+    fit(dropout_learner().select('loss', PerClass(0.25, equal=equal), enlarge=enlarge, precision=None), 2, cbs=seen)
     for (rows, logits, y), trained in zip(seen.batches, seen.rows):
         losses, size = BY_HAND['loss'](logits, y), len(trained)
         had, got = (torch.bincount(Rows().targets[o], minlength=3) for o in (rows, trained))
@@ -200,34 +192,34 @@ def test_quotas_in_a_fit(equal, enlarge):
             if len(kept) and len(left): assert kept.min() >= left.max() - 1e-5
 
 def test_a_stratified_subset_is_not_scored():
-    learn = fit(learner().select('loss', PerClass(pick=Uniform(0.25))))
+    learn = fit(dropout_learner().select('loss', PerClass(pick=Uniform(0.25))), 2)
     assert learn.selection.ledger.scored.sum() == 0
 
 @pytest.mark.parametrize('forward', ['twice', 'reuse'])
 @pytest.mark.parametrize('enlarge', [False, True])
 def test_scoring_ends_where_chance_begins(forward, enlarge):
-    learn = fit(learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))).select('loss', ThenUniform(0.25, at=0.5), forward=forward, enlarge=enlarge), 4)
+    learn = fit(dropout_learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))).select('loss', ThenUniform(0.25, at=0.5), forward=forward, enlarge=enlarge), 4)
     ledger = learn.selection.ledger
     assert ledger.forward.tolist() == [forward]*2 + ['none']*2 and (ledger.scored[2:] == 0).all()
     assert ledger.selected.between(0.2, 0.3).all()
 
 def test_then_uniform_is_the_pick_and_then_chance():
     seen = Trained()
-    fit(learner().select('entropy', ThenUniform(0.25, at=0.5, seed=3), precision=None), 2, cbs=seen)
+    fit(dropout_learner().select('entropy', ThenUniform(0.25, at=0.5, seed=3), precision=None), 2, cbs=seen)
     chance = Uniform(0.25, seed=3)
     for i, ((rows, logits, y), trained) in enumerate(zip(seen.batches, seen.rows)):
         if i < N//BS: assert set(trained.tolist()) == set(rows[BY_HAND['entropy'](logits, y).topk(6).indices].tolist())
         else: assert torch.equal(trained, rows[chance(torch.empty(len(rows))).idxs])
 
 def test_a_schedule_of_the_fraction():
-    learn = fit(learner().select('margin', 'boltzmann', frac=SchedLin(1., 0.25)), 4)
+    learn = fit(dropout_learner().select('margin', 'boltzmann', frac=SchedLin(1., 0.25)), 4)
     assert learn.selection.ledger.selected.is_monotonic_decreasing and learn.selection.ledger.selected.iloc[-1] < 0.5
 
 
 # One of a Learner
 
 def test_select_replaces_select_and_is_undone():
-    learn = learner()
+    learn = dropout_learner()
     n = len(learn.cbs)
     assert learn.select('loss') is learn and learn.select(entropy, 'uniform', 0.5) is learn
     assert type(learn.selector) is BatchSelector and learn.selector.score is entropy and len(learn.cbs) == n + 1
@@ -235,7 +227,7 @@ def test_select_replaces_select_and_is_undone():
 
 def test_export_and_load(tmp_path):
     for pick in PICKS:
-        learn = fit(learner().select('entropy', pick), 1)
+        learn = fit(dropout_learner().select('entropy', pick), 1)
         learn.path = tmp_path
         learn.export()
         loaded = load_learner(tmp_path/'export.pkl')
@@ -243,8 +235,8 @@ def test_export_and_load(tmp_path):
 
 @pytest.mark.parametrize('score', ['reducible', SCORES['negative_il'], lambda loss, il: loss - 0.5*il])
 def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
-    with pytest.raises(ValueError, match=r'needs irreducible losses \(`il`\): use learn.rho_loss\(score='): learner().select(score)
-    learner().select(score, 'uniform') # which asks for no score
+    with pytest.raises(ValueError, match=r'needs irreducible losses \(`il`\): use learn.rho_loss\(score='): dropout_learner().select(score)
+    dropout_learner().select(score, 'uniform') # which asks for no score
 
 @pytest.mark.parametrize('args,kwargs,kind,message', [
     (('entrophy',), {}, ValueError, "Did you mean 'entropy'"), ((0.5,), {}, TypeError, 'expected a function'),
@@ -253,7 +245,7 @@ def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
     (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'), (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
     (('loss',), dict(modes='train'), TypeError, 'modes'), ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
 def test_bad_input_is_refused_at_once(args, kwargs, kind, message):
-    with pytest.raises(kind, match=message): learner().select(*args, **kwargs)
+    with pytest.raises(kind, match=message): dropout_learner().select(*args, **kwargs)
 
 def test_another_method_is_refused():
-    with pytest.raises(ValueError, match='already selects with BatchLossFilter'): learner().batch_loss_filter().select('loss')
+    with pytest.raises(ValueError, match='already selects with BatchLossFilter'): dropout_learner().batch_loss_filter().select('loss')

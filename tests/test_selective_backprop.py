@@ -3,6 +3,7 @@ import math
 import pickle
 import random
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import accuracy
-from fastai.torch_core import TensorCategory, TensorImage, set_seed
-from numbered_rows import Rows, rows_of
+from fastai.torch_core import TensorCategory, TensorImage
+from helpers import fit
+from numbered_rows import Rows, image_learner, rows_of
 from scipy import stats
 from torch import nn
 
@@ -37,18 +38,7 @@ def model():
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3))
 
 
-def learner(path=None, n=N, bs=BS, num_workers=0, drop_last=True, seed=0, net=model, data=Rows, **kwargs):
-    set_seed(seed)
-    dls = DataLoaders(DataLoader(data(n), bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(data(48), bs=48))
-    learn = Learner(dls, net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path), **kwargs})
-    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
-    learn.logger = lambda *_: None
-    return learn
-
-
-def fit(learn, *args, method='fit', **kwargs):
-    with learn.no_logging(): getattr(learn, method)(*args, **kwargs)
-    return learn
+conv_learner = partial(image_learner, model=model, n=N, bs=BS)
 
 
 def weights(learn): return torch.cat([p.detach().flatten() for p in [*learn.model.parameters(), *learn.model.buffers()]])
@@ -159,7 +149,7 @@ def test_training_on_odd_losses(name, queue):
     "There is always something to train on"
     odd = LOSSES[name][-BS:]
     def score(loss): return odd
-    learn = learner().selective_backprop(score=score, queue=queue, warmup_epochs=0)
+    learn = conv_learner().selective_backprop(score=score, queue=queue, warmup_epochs=0)
     if name == 'nan':
         with pytest.warns(UserWarning, match='every score was NaN'): fit(learn, 2)
     else: fit(learn, 2)
@@ -168,17 +158,17 @@ def test_training_on_odd_losses(name, queue):
 
 
 def test_selection_of_nothing_never_gives_an_empty_batch():
-    learn, steps = learner().selective_backprop(1e6, warmup_epochs=0), Steps()
+    learn, steps = conv_learner().selective_backprop(1e6, warmup_epochs=0), Steps()
     fit(learn, 2, cbs=steps)
     assert len(steps.rows) == 2*N//BS and {len(o) for o in steps.rows} == {2} # batch norm needs two
-    learn, steps = learner().selective_backprop(1e6, warmup_epochs=0, queue=True), Steps()
+    learn, steps = conv_learner().selective_backprop(1e6, warmup_epochs=0, queue=True), Steps()
     fit(learn, 2, cbs=steps)
     assert [len(o) for o in steps.rows] == [BS] # the first batch of the fit, as it came
     assert learn.selector.waiting <= 2*N/BS
 
 
 def test_expected_share():
-    learn = fit(learner(n=480).selective_backprop(1., warmup_epochs=0), 8, 1e-4)
+    learn = fit(conv_learner(n=480).selective_backprop(1., warmup_epochs=0), 8, 1e-4)
     assert learn.selection.ledger.selected.mean() == pytest.approx(0.5, abs=0.03)
 
 
@@ -205,7 +195,7 @@ def test_composers_rule(n, keep, repeats=10000):
 
 
 def test_composers_rule_in_training():
-    learn, steps = learner().selective_backprop(pick=RankSample(0.5), start=0.5, end=0.9, every=2, scale_factor=0.5, warmup_epochs=0), Steps()
+    learn, steps = conv_learner().selective_backprop(pick=RankSample(0.5), start=0.5, end=0.9, every=2, scale_factor=0.5, warmup_epochs=0), Steps()
     fit(learn, 10, cbs=steps)
     sizes = torch.tensor([len(o) for o in steps.rows]).view(10, -1)
     assert (sizes[:5] == BS).all() and (sizes[9:] == BS).all()
@@ -226,7 +216,7 @@ def drawn_rows(candidates, pick, first_batches=(0,)):
 def test_queue_trains_each_selected_item_exactly_once(num_workers, drop_last):
     "In the order they were selected, over epochs and two fits; what is left waits"
     n, pick, candidates, steps = 230, Draws(2.), Candidates(), Steps()
-    learn = learner(n=n, num_workers=num_workers, drop_last=drop_last).selective_backprop(pick=pick, queue=True, warmup_epochs=0)
+    learn = conv_learner(n=n, num_workers=num_workers, drop_last=drop_last).selective_backprop(pick=pick, queue=True, warmup_epochs=0)
     epoch_batches = n//BS + (not drop_last)
     fit(learn, 3, cbs=[candidates, steps])
     assert len(learn.recorder.losses) == len(learn.recorder.lrs) == len(steps.rows)
@@ -249,7 +239,7 @@ def test_queue_trains_each_selected_item_exactly_once(num_workers, drop_last):
 
 def test_queue_outlives_an_interrupted_fit():
     pick, candidates, steps = Draws(2.), Candidates(), Steps()
-    learn = learner().selective_backprop(pick=pick, queue=True, warmup_epochs=0)
+    learn = conv_learner().selective_backprop(pick=pick, queue=True, warmup_epochs=0)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=[candidates, steps, Interrupt(6)])
     interrupted = len(candidates.rows), len(steps.rows)
     assert learn.selector.waiting
@@ -262,7 +252,7 @@ def test_queue_outlives_an_interrupted_fit():
 
 def test_queue_is_carried_through_fine_tune():
     pick, candidates, steps = Draws(2.), Candidates(), Steps()
-    fit(learner().selective_backprop(pick=pick, queue=True), 2, method='fine_tune', cbs=[candidates, steps])
+    fit(conv_learner().selective_backprop(pick=pick, queue=True), 2, method='fine_tune', cbs=[candidates, steps])
     vanilla = {*range(N//BS)} # the warm-up epoch is the frozen one
     selected = drawn_rows(candidates, pick, {*vanilla, N//BS})
     assert torch.equal(torch.cat(steps.rows[N//BS + 1:]), selected[:len(selected)//BS*BS])
@@ -270,20 +260,20 @@ def test_queue_is_carried_through_fine_tune():
 
 def test_queue_over_everything_is_plain_training():
     "beta 0 selects all: the same batches, dropout and weights as without"
-    plain, queued = fit(learner(), 2), fit(learner().selective_backprop(0., queue=True, warmup_epochs=0), 2)
+    plain, queued = fit(conv_learner(), 2), fit(conv_learner().selective_backprop(0., queue=True, warmup_epochs=0), 2)
     assert torch.equal(weights(plain), weights(queued))
     assert plain.recorder.losses == queued.recorder.losses
 
 
 def test_queue_fills_up_partial_batches():
     "With everything selected and a last batch of 6 of 16: 230 = 14 x 16 + 6"
-    learn, steps = learner(n=230, drop_last=False).selective_backprop(0., queue=True, warmup_epochs=0), Steps()
+    learn, steps = conv_learner(n=230, drop_last=False).selective_backprop(0., queue=True, warmup_epochs=0), Steps()
     fit(learn, 3, cbs=steps)
     assert {len(o) for o in steps.rows} == {BS} and len(steps.rows) == 3*230//BS and learn.selector.waiting == 3*230 % BS
 
 
 def test_batches_without_selection_train_as_they_come():
-    learn, steps = learner().selective_backprop(queue=True, every=3, start=0.25, end=0.75), Steps()
+    learn, steps = conv_learner().selective_backprop(queue=True, every=3, start=0.25, end=0.75), Steps()
     pick = learn.selector.pick = Draws(3.)
     fit(learn, 4, cbs=steps)
     sizes = [len(o) for o in steps.rows]
@@ -293,7 +283,7 @@ def test_batches_without_selection_train_as_they_come():
 
 
 def test_schedules_follow_candidate_batches():
-    learn, last = learner().selective_backprop(queue=True), []
+    learn, last = conv_learner().selective_backprop(queue=True), []
     class LastRate(Callback):
         order = 61
         def after_batch(self):
@@ -301,7 +291,7 @@ def test_schedules_follow_candidate_batches():
     fit(learn, 3, method='fit_one_cycle', cbs=LastRate())
     n_batches, n_steps = 3*N//BS, len(learn.recorder.losses)
     assert last[-1] == (pytest.approx(1), n_batches) and len(learn.recorder.hps['lr']) == n_batches and n_steps < n_batches
-    plain = fit(learner(), 3, method='fit_one_cycle')
+    plain = fit(conv_learner(), 3, method='fit_one_cycle')
     assert set(learn.recorder.lrs) <= set(plain.recorder.lrs)
 
 
@@ -310,7 +300,7 @@ def test_recorder_logs_the_losses_of_steps_alone():
         order = Recorder.order - 1
         def __init__(self): self.of_steps = []
         def after_step(self): self.of_steps.append(self.learn.loss.item())
-    learn, seen = learner().selective_backprop(queue=True, warmup_epochs=0), Losses()
+    learn, seen = conv_learner().selective_backprop(queue=True, warmup_epochs=0), Losses()
     fit(learn, 3, cbs=seen)
     smooth, logged = 0., []
     for i, loss in enumerate(seen.of_steps):
@@ -324,7 +314,7 @@ def test_time_of_cancelled_batches(monkeypatch):
     added = []
     original = Stopwatch.add
     monkeypatch.setattr(Stopwatch, 'add', lambda self, name, start, end: (added.append(name), original(self, name, start, end))[1])
-    learn, steps, candidates = learner().selective_backprop(queue=True), Steps(), Candidates()
+    learn, steps, candidates = conv_learner().selective_backprop(queue=True), Steps(), Candidates()
     fit(learn, 3, cbs=[steps, candidates])
     assert added.count('training') == len(steps.rows) < added.count('scoring') == len(candidates.rows)
     ledger = learn.selection.ledger
@@ -350,7 +340,7 @@ COMPANIONS = dict(
 @pytest.mark.parametrize('name', COMPANIONS)
 def test_beside_other_callbacks(name, queue, tmp_path):
     "From the first batch, twice in a row, and after an interrupted fit"
-    learn = learner(tmp_path).selective_backprop(1., queue=queue, warmup_epochs=0)
+    learn = conv_learner(tmp_path).selective_backprop(1., queue=queue, warmup_epochs=0)
     for _ in range(2):
         steps = Steps()
         fit(learn, 2, cbs=[*COMPANIONS[name](), steps])
@@ -380,7 +370,7 @@ def test_selection_before_mixing(mix, queue):
             if waiting is not None: images, x = torch.cat([images, Rows(N).images[waiting[2]]]), torch.cat([self.x, waiting[0][0]])
             else: x = self.x
             self.ok.append(torch.equal(x, images))
-    learn, clean, pick = learner(), Clean(), Draws(1.)
+    learn, clean, pick = conv_learner(), Clean(), Draws(1.)
     learn.selective_backprop(pick=pick, queue=queue, warmup_epochs=0)
     fit(learn, 2, cbs=[mix(), clean])
     assert clean.ok and all(clean.ok) and len(pick.drawn) >= 2*N//BS - 1
@@ -390,20 +380,20 @@ def test_gradient_accumulation_counts_queued_items():
     class Updates(Callback):
         def before_fit(self): self.n = 0
         def after_step(self): self.n += 1
-    learn, updates, steps = learner().selective_backprop(1., queue=True, warmup_epochs=0), Updates(), Steps()
+    learn, updates, steps = conv_learner().selective_backprop(1., queue=True, warmup_epochs=0), Updates(), Steps()
     fit(learn, 4, cbs=[GradientAccumulation(3*BS), updates, steps])
     assert updates.n == len(steps.rows)//3 > 3
 
 
 def test_validate_predict_and_lr_find_leave_the_queue_alone():
-    learn = fit(learner(n=240).selective_backprop(queue=True), 2)
+    learn = fit(conv_learner(n=240).selective_backprop(queue=True), 2)
     waiting, n_lines = learn.selector.waiting, len(learn.selection.lines)
     with learn.no_logging(): learn.validate(); learn.get_preds(); learn.lr_find(num_it=20, show_plot=False)
     assert learn.selector.waiting == waiting > 0 and len(learn.selection.lines) == n_lines
 
 
 def test_queue_is_dropped_where_it_would_not_fit():
-    learn = fit(learner(n=240).selective_backprop(2., queue=True), 2)
+    learn = fit(conv_learner(n=240).selective_backprop(2., queue=True), 2)
     assert learn.selector.waiting
     class NextQueue(Callback):
         order = -6
@@ -412,7 +402,7 @@ def test_queue_is_dropped_where_it_would_not_fit():
     waiting = learn.selector.waiting
     assert fit(learn, 1, cbs=NextQueue()).waited == waiting and learn.selector.waiting
     steps = Steps()
-    learn.dls = learner(bs=8).dls
+    learn.dls = conv_learner(bs=8).dls
     assert fit(learn, 2, cbs=[NextQueue(), steps]).waited == 0
     assert {len(o) for o in steps.rows} == {8}
 
@@ -433,7 +423,7 @@ class NestedModel(nn.Module):
 
 
 def test_queue_of_nested_inputs():
-    learn = fit(learner(data=Nested, net=NestedModel).selective_backprop(2., queue=True), 3)
+    learn = fit(conv_learner(data=Nested, model=NestedModel).selective_backprop(2., queue=True), 3)
     assert learn.selection.ledger.trained.sum() == learn.selection.selected.sum()
 
 
@@ -456,7 +446,7 @@ def test_queue_keeps_types_and_metadata():
         def before_batch(self):
             if self.training: self.met.add((type(self.x), self.x.source, type(self.y)))
     kinds = Kinds()
-    fit(learner().selective_backprop(2., queue=True, warmup_epochs=0), 2, cbs=[Typed(), kinds])
+    fit(conv_learner().selective_backprop(2., queue=True, warmup_epochs=0), 2, cbs=[Typed(), kinds])
     assert kinds.met == {(TensorImage, 'camera', TensorCategory)}
 
 
@@ -472,7 +462,7 @@ def test_queue_of_differing_shapes_is_an_error():
     class Mean(nn.Module):
         def __init__(self): super().__init__(); self.linear = nn.Linear(1, 3)
         def forward(self, x): return self.linear(x.mean(1))
-    learn = learner(data=Texts, net=Mean)
+    learn = conv_learner(data=Texts, model=Mean)
     for dl in learn.dls: dl.create_batch = padded
     fit(learn.selective_backprop(2., warmup_epochs=0), 2)
     with pytest.raises(ValueError, match=r'a Tensor of shape \(\d+, [45], 1\) and a Tensor of shape \(\d+, [45], 1\).*pad them'):
@@ -509,7 +499,7 @@ def test_remembered_losses_belong_to_their_rows(num_workers, queue):
             with torch.no_grad(): self.losses.append(F.cross_entropy(net.eval()(self.x), self.y, reduction='none'))
             self.rows.append(rows_of(self.x))
     n, k, n_epoch, pick, oracle, forwards = 230, 3, 7, Draws(2.), Oracle(), Forwards()
-    learn = learner(n=n, num_workers=num_workers).selective_backprop(pick=pick, staleness=k, queue=queue)
+    learn = conv_learner(n=n, num_workers=num_workers).selective_backprop(pick=pick, staleness=k, queue=queue)
     fit(learn, n_epoch, cbs=[oracle, forwards])
     per_epoch, remembered, i = n//BS, torch.full((n,), math.inf), 0
     for epoch in range(1, n_epoch): # the first is the warm-up
@@ -525,7 +515,7 @@ def test_remembered_losses_belong_to_their_rows(num_workers, queue):
 
 def test_rows_never_scored_rank_first():
     pick = Draws(2.)
-    learn = fit(learner(n=239).selective_backprop(pick=pick, staleness=2, warmup_epochs=0), 2) # 15 rows are dropped each epoch
+    learn = fit(conv_learner(n=239).selective_backprop(pick=pick, staleness=2, warmup_epochs=0), 2) # 15 rows are dropped each epoch
     unknown = [(scores.isinf().nonzero().flatten(), scores) for scores in pick.scores[14:]]
     assert sum(len(rows) for rows, _ in unknown) > 0
     for rows, scores in unknown: assert set(scores.argsort(descending=True)[:len(rows)].tolist()) == set(rows.tolist())
@@ -535,7 +525,7 @@ def test_rows_never_scored_rank_first():
 def test_epochs_before_start_do_not_count_as_scored():
     "Else the first epoch that selects could be one that remembers, and there would be nothing to remember"
     pick = Draws(2.)
-    learn = fit(learner().selective_backprop(pick=pick, staleness=2, start=0.25, warmup_epochs=0), 4)
+    learn = fit(conv_learner().selective_backprop(pick=pick, staleness=2, start=0.25, warmup_epochs=0), 4)
     assert (learn.selection.ledger.scored > 0).tolist() == [False, True, False, True]
     assert all(torch.isfinite(o).all() for o in pick.scores)
 
@@ -553,7 +543,7 @@ def test_scale_factor_scores_what_interpolation_gives():
             small = F.interpolate(self.x, size=(3, 3), mode='bilinear', antialias=True)
             with torch.no_grad(): self.losses.append(F.cross_entropy(net.eval()(small), self.y, reduction='none'))
     pick, oracle = Draws(2.), Oracle()
-    fit(learner().selective_backprop(pick=pick, scale_factor=0.5, warmup_epochs=0), 2, cbs=oracle)
+    fit(conv_learner().selective_backprop(pick=pick, scale_factor=0.5, warmup_epochs=0), 2, cbs=oracle)
     assert len(pick.scores) == len(oracle.losses)
     for got, wanted in zip(pick.scores, oracle.losses): torch.testing.assert_close(got, wanted)
 
@@ -563,7 +553,7 @@ class Flat(Rows):
 
 
 def test_scale_factor_needs_images():
-    learn = learner(data=Flat, net=lambda: nn.Linear(36, 3)).selective_backprop(scale_factor=0.5, warmup_epochs=0)
+    learn = conv_learner(data=Flat, model=lambda: nn.Linear(36, 3)).selective_backprop(scale_factor=0.5, warmup_epochs=0)
     before = weights(learn)
     with pytest.raises(ValueError, match=r'one image tensor.*got \(16, 36\)'): fit(learn, 1)
     assert torch.equal(weights(learn), before)
@@ -577,7 +567,7 @@ def test_draws_leave_the_global_random_state_alone():
         def before_batch(self):
             if self.training: self.states[self.train_iter] = [torch.get_rng_state(), torch.tensor(np.random.get_state()[1].tolist()), random.getstate()]
     for kwargs in (dict(), dict(queue=True), dict(staleness=2), dict(pick=RankSample(0.5)), dict(forward='reuse')):
-        learn, before, after = learner().selective_backprop(warmup_epochs=0, **kwargs), State(-6), State(-4)
+        learn, before, after = conv_learner().selective_backprop(warmup_epochs=0, **kwargs), State(-6), State(-4)
         fit(learn, 2, cbs=[before, after])
         assert after.states
         for i in after.states: assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before.states[i], after.states[i]))
@@ -585,7 +575,7 @@ def test_draws_leave_the_global_random_state_alone():
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(queue=True), dict(staleness=2), dict(keep=0.5, sampling_min=0.1)])
 def test_the_same_seed_gives_the_same_weights(kwargs):
-    first, second, other = (weights(fit(learner().selective_backprop(seed=seed, **kwargs), 3)) for seed in (0, 0, 1))
+    first, second, other = (weights(fit(conv_learner().selective_backprop(seed=seed, **kwargs), 3)) for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -593,7 +583,7 @@ def test_the_same_seed_gives_the_same_weights(kwargs):
 
 @pytest.mark.parametrize('queue', [False, True])
 def test_ledger(queue):
-    learn = fit(learner().selective_backprop(2., history=100, queue=queue), 4)
+    learn = fit(conv_learner().selective_backprop(2., history=100, queue=queue), 4)
     ledger = learn.selection.ledger
     assert ledger[['history_p10', 'history_p50', 'history_p90']].iloc[0].isna().all()
     past = learn.selector.pick.past_losses().numpy()
@@ -601,13 +591,13 @@ def test_ledger(queue):
     np.testing.assert_allclose(ledger[['history_p10', 'history_p50', 'history_p90']].iloc[-1], wanted, rtol=1e-6)
     assert ledger.loaded.tolist() == [N]*4 and ledger.scored.tolist()[:2] == ([0, N])
     assert ledger.top20_share[1:].between(0.2, 1).all() and (ledger.loss_share[1:] > ledger.selected[1:] - 0.1).all()
-    other = fit(learner().selective_backprop(pick=RankSample(0.5)), 2).selection.ledger
+    other = fit(conv_learner().selective_backprop(pick=RankSample(0.5)), 2).selection.ledger
     assert not [o for o in other.columns if o.startswith('history')]
 
 
 @pytest.mark.parametrize('kwargs', [dict(queue=True), dict(staleness=2), dict(keep=SchedLin(1., 0.25)), dict(pick=RankSample(0.5))])
 def test_export_and_load(kwargs, tmp_path):
-    learn = fit(learner(tmp_path).selective_backprop(**kwargs), 3)
+    learn = fit(conv_learner(tmp_path).selective_backprop(**kwargs), 3)
     dls = learn.dls
     learn.export('learner.pkl')
     loaded = load_learner(tmp_path/'learner.pkl')
@@ -624,7 +614,7 @@ def test_queue_without_known_rows():
     "A batch sampler hides no rows, but a loader of one's own may"
     class Shuffled(DataLoader):
         def create_item(self, s): return super().create_item((s*7) % N)
-    learn, steps = learner(), Steps()
+    learn, steps = conv_learner(), Steps()
     learn.dls.loaders[0] = Shuffled(Rows(N), bs=BS, shuffle=True, drop_last=True)
     fit(learn.selective_backprop(2., queue=True, warmup_epochs=0), 3, cbs=steps)
     assert {len(o) for o in steps.rows} == {BS}
@@ -668,13 +658,13 @@ BAD = [
 
 @pytest.mark.parametrize('kwargs,kind,message', BAD)
 def test_bad_input_is_refused_at_once(kwargs, kind, message):
-    learn = learner()
+    learn = conv_learner()
     with pytest.raises(kind, match=message): learn.selective_backprop(**kwargs)
     assert not hasattr(learn, 'selector')
 
 
 def test_queue_in_a_distributed_run_is_refused(monkeypatch):
-    learn = learner().selective_backprop(queue=True)
+    learn = conv_learner().selective_backprop(queue=True)
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ValueError, match='distributed run.*Use queue=False'): check_learner(learn.selector, learn)
     learn.selective_backprop()
@@ -691,11 +681,11 @@ def test_queue_without_a_batch_size_is_refused():
 
 
 def test_mixup_with_reuse_is_refused():
-    with pytest.raises(ValueError, match="use forward='twice'"): fit(learner().selective_backprop(forward='reuse'), 1, cbs=MixUp())
+    with pytest.raises(ValueError, match="use forward='twice'"): fit(conv_learner().selective_backprop(forward='reuse'), 1, cbs=MixUp())
 
 
 def test_another_method_is_refused():
-    learn = learner().selective_backprop()
+    learn = conv_learner().selective_backprop()
     with pytest.raises(ValueError, match=r'learn.no_selection\(\)'): learn.rho_loss(torch.rand(N))
     learn.selective_backprop(beta=1) # replaces the first
     assert learn.selector.pick.beta == 1 and not hasattr(learn.no_selection(), 'selector')
@@ -704,6 +694,6 @@ def test_another_method_is_refused():
 def test_regression_losses():
     class Targets(Rows):
         def __getitem__(self, i): return self.images[i], self.targets[i:i+1].float()
-    learn = learner(data=Targets, loss_func=MSELossFlat(), metrics=None, net=lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 1)))
+    learn = conv_learner(data=Targets, loss_func=MSELossFlat(), metrics=None, model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 1)))
     fit(learn.selective_backprop(1., queue=True), 3)
     assert learn.selection.ledger.selected.iloc[-1] == pytest.approx(0.5, abs=0.2)

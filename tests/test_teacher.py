@@ -1,18 +1,17 @@
 "A teacher's losses as irreducible losses"
 import math
+from functools import partial
 
 import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import set_seed
+from fastai.optimizer import Adam
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit, learner
 
 from rholoss_fastai.all import TeacherIL
 from rholoss_fastai.il_source import il_values
@@ -20,12 +19,12 @@ from rholoss_fastai.teacher import class_columns, class_log_probs, fit_temperatu
 
 class Rows(list): classes = ['cat', 'dog', 'car']
 
-def learner(n=120, names=True, seed=0):
-    set_seed(seed)
+def named_rows(n=120, names=True):
     x = torch.randn(n, 4)
     rows = list(zip(x, x[:, :3].argmax(1)))
-    dls = DataLoaders(DataLoader(Rows(rows) if names else rows, bs=24, shuffle=True), DataLoader(rows[:60], bs=30))
-    return Learner(dls, nn.Linear(4, 3), loss_func=CrossEntropyLossFlat(), lr=0.1)
+    return DataLoaders(DataLoader(Rows(rows) if names else rows, bs=24, shuffle=True), DataLoader(rows[:60], bs=30))
+
+def named_learner(**kwargs): return learner(partial(named_rows, **kwargs), lambda: nn.Linear(4, 3), opt_func=Adam, lr=0.1)
 
 def teacher(x): return 5*torch.stack([x[:, 2], x[:, 3], x[:, 1], x[:, 0]], 1) # car, other, dog, cat
 COLUMNS = [3, 2, 0]
@@ -34,14 +33,14 @@ def expected(x, y, temperature): return F.cross_entropy(teacher(x)[:, COLUMNS].l
 
 @pytest.mark.parametrize('classes', [['car', 'other', 'dog', 'cat'], COLUMNS, dict(cat=3, dog=2, car=0), {0: 3, 1: [2], 2: 0}], ids=str)
 def test_classes_by_name_and_number(classes):
-    learn = learner()
+    learn = named_learner()
     values = il_values(TeacherIL(teacher, classes, temperature=2.), learn.dls, learn)
     x, y = (torch.stack(o) for o in zip(*learn.dls.train.dataset))
     assert torch.allclose(values, expected(x, y, 2.), atol=1e-5)
 
 @pytest.mark.parametrize('probabilities', [False, True])
 def test_in_training(probabilities):
-    seen, learn = [], learner()
+    seen, learn = [], named_learner()
     source = TeacherIL((lambda x: teacher(x).softmax(1)) if probabilities else teacher, ['car', 'other', 'dog', 'cat'])
     learn.rho_loss(source, frac=0.25)
     call = TeacherIL.__call__
@@ -50,15 +49,15 @@ def test_in_training(probabilities):
             seen.append((call(self, c), expected(c.xb[0], c.yb[0], self.temperature)))
             return seen[-1][0]
     source.__class__ = Spy
-    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    fit(learn, 2)
     assert seen and all(torch.allclose(a, b, atol=1e-3) for a, b in seen)
     assert (learn.selection.ledger.selected < 0.5).all() and learn.selection.ledger.seconds_il[0] > 0
 
 def test_a_module_keeps_its_mode_and_state():
-    module, learn = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)), learner()
+    module, learn = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)), named_learner()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     learn.rho_loss(TeacherIL(module), frac=0.5)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit(learn, 1)
     assert all(m.training for m in module.modules()) and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
 
@@ -82,18 +81,18 @@ def test_columns_add_up():
 
 @pytest.mark.parametrize('make,kind,message', [
     (lambda: TeacherIL('clip'), TypeError, 'a module or a function'), (lambda: TeacherIL(teacher, temperature=0.), ValueError, 'temperature must lie'),
-    (lambda: learner().rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class for cat'),
-    (lambda: learner(names=False).rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class names'),
+    (lambda: named_learner().rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class for cat'),
+    (lambda: named_learner(names=False).rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class names'),
     (lambda: TeacherIL(teacher).values(None), ValueError, 'give learn='), (lambda: class_columns(dict(cat=0), ['cat', 'dog']), ValueError, 'no class for dog')])
 def test_refused(make, kind, message):
     with pytest.raises(kind, match=message): make()
 
 def test_shares_parameters():
-    learn = learner()
+    learn = named_learner()
     with pytest.raises(ValueError, match='shares parameters'): learn.rho_loss(TeacherIL(learn.model))
 
 def test_no_held_out_rows():
-    learn = learner()
+    learn = named_learner()
     learn.dls.loaders = learn.dls.loaders[:1]
     with pytest.raises(ValueError, match='held_out=dl'): TeacherIL(teacher, COLUMNS).values(learn.dls.train, learn)
     assert math.isfinite(TeacherIL(teacher, COLUMNS, held_out=learn.dls.train).values(learn.dls.train, learn).sum())

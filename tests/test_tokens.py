@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit, learner
 
 from rholoss_fastai.all import Boltzmann, ImportanceSample, ItemLosses, TeacherIL, element_losses, top_elements
 
@@ -54,12 +54,13 @@ class LM(nn.Module):
     def __init__(self, n=9, d=12): super().__init__(); self.emb, self.rnn, self.out = nn.Embedding(n, d), nn.GRU(d, d, batch_first=True), nn.Linear(d, n)
     def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
 
-def learner(loss=None, padded=True, n=40, bs=10, **kwargs):
-    set_seed(0)
+def sequences(padded=True, n=40, bs=10):
     x, y = torch.randint(0, 9, (n, 7)), torch.randint(0, 9, (n, 7))
     if padded: y[:, 5:] = -100; y[::3, 3:] = -100
     dl = DataLoader(Items(zip(x, y)), bs=bs)
-    return Learner(DataLoaders(dl, dl), LM(), loss_func=loss or CrossEntropyLossFlat(), opt_func=SGD, lr=0.1, **kwargs)
+    return DataLoaders(dl, dl)
+
+def sequence_learner(loss=None, padded=True, **kwargs): return learner(partial(sequences, padded), LM, loss, lr=0.1, **kwargs)
 
 class Watch(Callback):
     "Gradient, loss and choice of each step, and what they would be by brute force"
@@ -79,21 +80,17 @@ class Watch(Callback):
         for a, b in zip(grads, torch.autograd.grad(expected, params)): assert torch.allclose(a, b, atol=1e-6)
         self.n += 1
 
-def fit(learn, n_epoch=2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
-    return learn
-
 def tokens(learn, il=None, **kwargs):
     "By the loss, or by the loss beyond the reference's"
     return learn.select(unit='token', **kwargs) if il is None else learn.rho_loss(il, unit='token', **kwargs)
 
-def token_learner(il=None, frac=0.5, **kwargs): return tokens(learner(**kwargs), il, frac=frac)
+def token_learner(il=None, frac=0.5, **kwargs): return tokens(sequence_learner(**kwargs), il, frac=frac)
 
 @pytest.mark.parametrize('padded', [True, False])
 @pytest.mark.parametrize('il', [True, False])
 def test_trains_on_the_mean_of_the_chosen(padded, il):
     reference = LM() if il else None
-    learn = fit(token_learner(reference, padded=padded), cbs=(watch := Watch(reference)))
+    learn = fit(token_learner(reference, padded=padded), 2, cbs=(watch := Watch(reference)))
     assert watch.n == 8 and learn.selection is learn.token_selector.record
     counted = sum(int((y != -100).sum()) for _, y in learn.dls.train.dataset)
     ledger = learn.selection.ledger
@@ -103,22 +100,22 @@ def test_trains_on_the_mean_of_the_chosen(padded, il):
     assert reference is None or reference.training and all(p.grad is None for p in reference.parameters())
 
 def test_all_tokens_are_plain_training():
-    plain, whole, weighted = (list(fit(o).model.parameters()) for o in (learner(), token_learner(frac=1.), token_learner(frac=1 - 1e-9)))
+    plain, whole, weighted = (list(fit(o, 2).model.parameters()) for o in (sequence_learner(), token_learner(frac=1.), token_learner(frac=1 - 1e-9)))
     for a, b, c in zip(plain, whole, weighted): assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-6)
 
 def test_a_loss_that_sums():
     learn = fit(token_learner(loss=CrossEntropyLossFlat(reduction='sum'), frac=1 - 1e-9), 1, lr=1e-4) # all of them, by weights
-    other = fit(learner(CrossEntropyLossFlat(reduction='sum')), 1, lr=1e-4)
+    other = fit(sequence_learner(CrossEntropyLossFlat(reduction='sum')), 1, lr=1e-4)
     for a, b in zip(learn.model.parameters(), other.model.parameters()): assert torch.allclose(a, b, atol=1e-6)
 
 def test_start_every_and_warmup():
-    learn = fit(tokens(learner(), frac=0.5, warmup_epochs=1, every=2), 3)
+    learn = fit(tokens(sequence_learner(), frac=0.5, warmup_epochs=1, every=2), 3)
     kept = learn.selection.ledger.selected
     assert kept[0] == 1 and 0.7 < kept[1] < 0.8 and kept[1] == kept[2]
-    assert (fit(tokens(learner(), frac=0.5, start=0.5), 2).selection.ledger.selected < 1).tolist() == [False, True]
+    assert (fit(tokens(sequence_learner(), frac=0.5, start=0.5), 2).selection.ledger.selected < 1).tolist() == [False, True]
 
 def test_undone_and_in_the_table():
-    learn = learner()
+    learn = sequence_learner()
     n = len(learn.cbs)
     tokens(tokens(learn, frac=0.5), frac=0.25)
     assert len(learn.cbs) == n + 1 and learn.token_selector.pick.frac == 0.25
@@ -146,7 +143,7 @@ def test_interrupted():
 
 def test_gradient_accumulation_divides_it():
     a = fit(token_learner(frac=1 - 1e-9), 1, cbs=GradientAccumulation(20))
-    b = fit(learner(), 1, cbs=GradientAccumulation(20))
+    b = fit(sequence_learner(), 1, cbs=GradientAccumulation(20))
     for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-6)
 
 def test_pixels_and_labels():
@@ -181,20 +178,20 @@ def test_export(tmp_path):
 def own(pred, targ): return F.cross_entropy(pred.flatten(0, 1), targ.flatten())
 
 @pytest.mark.parametrize('make,kind,message', [
-    (lambda: tokens(learner(), score='entropy'), ValueError, 'wants pred'), (lambda: tokens(learner(), score='reducible'), ValueError, 'il=model'),
-    (lambda: tokens(learner(), pick=ImportanceSample(0.5)), TypeError, 'one that ranks'), (lambda: learner().rho_loss(unit='token'), TypeError, 'element_losses'),
-    (lambda: fit(token_learner(loss=own)), ValueError, "reduction='none'"), (lambda: fit(token_learner(cbs=MixUp())), ValueError, 'MixUp'),
-    (lambda: tokens(learner().select('loss')), ValueError, 'no_selection'), (lambda: tokens(learner(), frac=0), ValueError, 'frac must lie')])
+    (lambda: tokens(sequence_learner(), score='entropy'), ValueError, 'wants pred'), (lambda: tokens(sequence_learner(), score='reducible'), ValueError, 'il=model'),
+    (lambda: tokens(sequence_learner(), pick=ImportanceSample(0.5)), TypeError, 'one that ranks'), (lambda: sequence_learner().rho_loss(unit='token'), TypeError, 'element_losses'),
+    (lambda: fit(token_learner(loss=own), 2), ValueError, "reduction='none'"), (lambda: fit(token_learner(cbs=MixUp()), 2), ValueError, 'MixUp'),
+    (lambda: tokens(sequence_learner().select('loss')), ValueError, 'no_selection'), (lambda: tokens(sequence_learner(), frac=0), ValueError, 'frac must lie')])
 def test_refused(make, kind, message):
     with pytest.raises(kind, match=message): make()
 
 def test_shares_parameters_with_the_target():
-    learn = learner()
+    learn = sequence_learner()
     with pytest.raises(ValueError, match='shares parameters'): tokens(learn, learn.model)
 
 @pytest.mark.parametrize('pick', ['uniform', Boltzmann(0.5), 'rank'])
 def test_other_picks(pick):
-    learn = fit(tokens(learner(), pick=pick, **({} if isinstance(pick, Boltzmann) else dict(frac=0.5))), 1)
+    learn = fit(tokens(sequence_learner(), pick=pick, **({} if isinstance(pick, Boltzmann) else dict(frac=0.5))), 1)
     assert abs(learn.selection.ledger.selected[0] - 0.5) < 0.02
 
 class Block(nn.Module):
@@ -231,7 +228,7 @@ class WatchCausal(Watch):
         self.n += 1
 
 def test_a_causal_model_with_an_output_object():
-    learn, reference = learner(lm_loss), CausalLM()
+    learn, reference = sequence_learner(lm_loss), CausalLM()
     learn.model = CausalLM()
     fit(tokens(learn, reference, frac=0.5), 1, cbs=(watch := WatchCausal(reference)))
     assert watch.n == 4 and learn.selection.ledger.selected[0] == pytest.approx(0.5, abs=0.02)
@@ -239,7 +236,7 @@ def test_a_causal_model_with_an_output_object():
 def test_a_causal_model_of_transformers():
     transformers = pytest.importorskip('transformers')
     config = transformers.GPT2Config(vocab_size=9, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    learn, reference = learner(lm_loss), transformers.GPT2LMHeadModel(config)
+    learn, reference = sequence_learner(lm_loss), transformers.GPT2LMHeadModel(config)
     learn.model = transformers.GPT2LMHeadModel(config)
     fit(tokens(learn, reference, frac=0.5), 1)
     assert learn.selection.ledger.selected[0] == pytest.approx(0.5, abs=0.02)
@@ -289,9 +286,9 @@ def test_table_and_model_choose_alike(first, dense):
     reference = tagger(seed=3)
     table = element_losses(reference, reference.dls.train)
     if dense: table = torch.stack([F.pad(o, (0, 9 - len(o)), value=math.nan) for o in table])
-    by_model, by_table = (fit(tokens(tagger(first), il, frac=0.4)) for il in (reference, table))
+    by_model, by_table = (fit(tokens(tagger(first), il, frac=0.4), 2) for il in (reference, table))
     assert torch.equal(by_model.model.out.weight, by_table.model.out.weight)
-    assert not torch.equal(by_model.model.out.weight, fit(tokens(tagger(first), frac=0.4)).model.out.weight)
+    assert not torch.equal(by_model.model.out.weight, fit(tokens(tagger(first), frac=0.4), 2).model.out.weight)
     assert (by_table.selection.ledger.selected - 0.4).abs().max() < 0.02
 
 @pytest.mark.parametrize('shape', [(3, 5), (6,)])
@@ -354,8 +351,8 @@ def lm_table():
     return Learner(dls, LM(), loss_func=CrossEntropyLossFlat()).rho_loss([torch.ones(30)]*9, unit='token')
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: tokens(tagger(), [torch.ones(2)]*7), 'of 7 rows, but the training set has 40'), (lambda: fit(tokens(tagger(shuffle=False), wrong_line())), '1 of 10 rows have another'),
-    (lambda: fit(tokens(tagger(), element_losses(tagger(), tagger().dls.train)), cbs=Longer()), 'of 40 rows have another number of elements'),
+    (lambda: tokens(tagger(), [torch.ones(2)]*7), 'of 7 rows, but the training set has 40'), (lambda: fit(tokens(tagger(shuffle=False), wrong_line()), 2), '1 of 10 rows have another'),
+    (lambda: fit(tokens(tagger(), element_losses(tagger(), tagger().dls.train)), 2, cbs=Longer()), 'of 40 rows have another number of elements'),
     (lambda: tokens(tagger(), [torch.tensor([math.inf])]*40), 'infinite'), (lm_table, 'a reference model, which needs no rows')])
 def test_tables_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message): make()
@@ -370,20 +367,20 @@ def test_tables_that_do_not_fit(make, message):
     ids=lambda o: o if isinstance(o, str) else next(iter(o)))
 def test_arguments_that_say_nothing_of_tokens(method, argument, why):
     kwargs = dict(il=LM(), **(dict(score='reducible') if method == 'select' else {}))
-    with pytest.raises(ValueError, match=f"says nothing of tokens: .*{why}.* Leave it out"): getattr(learner(), method)(unit='token', **kwargs, **argument)
+    with pytest.raises(ValueError, match=f"says nothing of tokens: .*{why}.* Leave it out"): getattr(sequence_learner(), method)(unit='token', **kwargs, **argument)
 
 def test_arguments_that_are_as_they_are_anyway():
-    fit(learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False, epoch='candidates'), 1)
+    fit(sequence_learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False, epoch='candidates'), 1)
     for argument in (dict(update_il=True), dict(il_epochs=3), dict(il_folds=2)):
-        with pytest.raises(ValueError, match='made beforehand'): learner().rho_loss(LM(), unit='token', **argument)
-    with pytest.raises(TypeError, match='fracs'): learner().select(unit='token', fracs=0.2)
+        with pytest.raises(ValueError, match='made beforehand'): sequence_learner().rho_loss(LM(), unit='token', **argument)
+    with pytest.raises(TypeError, match='fracs'): sequence_learner().select(unit='token', fracs=0.2)
 
 @pytest.mark.parametrize('make,kind,message', [
-    (lambda: learner().select(unit='tokens'), ValueError, "Did you mean 'token'"), (lambda: learner().rho_loss(LM(), unit=None), ValueError, "'item', 'token'"),
-    (lambda: learner().select(unit='token', il=LM()), ValueError, "don't look at it: use score='reducible'"),
-    (lambda: learner().rho_loss(LM(), unit='token', pick='uniform'), ValueError, "don't look at it"),
-    (lambda: learner().rho_loss('probe', unit='token'), TypeError, "il='probe' stands for losses of items"),
-    (lambda: learner().rho_loss(TeacherIL(lambda x: x), unit='token'), TypeError, 'losses of items'),
+    (lambda: sequence_learner().select(unit='tokens'), ValueError, "Did you mean 'token'"), (lambda: sequence_learner().rho_loss(LM(), unit=None), ValueError, "'item', 'token'"),
+    (lambda: sequence_learner().select(unit='token', il=LM()), ValueError, "don't look at it: use score='reducible'"),
+    (lambda: sequence_learner().rho_loss(LM(), unit='token', pick='uniform'), ValueError, "don't look at it"),
+    (lambda: sequence_learner().rho_loss('probe', unit='token'), TypeError, "il='probe' stands for losses of items"),
+    (lambda: sequence_learner().rho_loss(TeacherIL(lambda x: x), unit='token'), TypeError, 'losses of items'),
     (lambda: token_learner().select('loss'), ValueError, 'no_selection'), (lambda: token_learner().prune_epochs('random'), ValueError, 'no_selection')])
 def test_units_that_do_not_go(make, kind, message):
     with pytest.raises(kind, match=message): make()

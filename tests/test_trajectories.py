@@ -11,11 +11,11 @@ from fastai.losses import MSELossFlat
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows
-from test_epoch_rules import BS, N, Watch, dataloaders, fit, learner
+from test_epoch_rules import BS, N, Watch, dataloaders, epoch_learner
 from test_rho_epochs import NOISE, noisy_learner
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples
+from helpers import examples, fit
 
 from rholoss_fastai.all import (IES, ByHistory, DatasetScores, InfoBatch, RandomSubset, LossHistory, alignment, first_learnt, forgetting_events, label_margins, loss_variance,
                                 mean_margin, prune)
@@ -56,7 +56,7 @@ def test_what_is_noted():
             pred = self.pred.detach()
             self.kept[-1][rows_of(self.x)] = torch.stack([p[y] - max(o for c,o in enumerate(p) if c != y) for p,y in zip(pred, self.y)])
     history, watch, margins = LossHistory(k=3), Watch(), Margins()
-    learn = fit(learner().prune_epochs(delta=1.), 5, cbs=[history, watch, margins])
+    learn = fit(epoch_learner().prune_epochs(delta=1.), 5, cbs=[history, watch, margins])
     assert history.losses.shape == history.margins.shape == (3, N) and history.kept[0].dtype == torch.float16
     for e in range(3):
         seen = torch.full((N,), torch.nan)
@@ -98,7 +98,7 @@ def test_a_reading_is_a_rules_score():
 
 def test_memory_is_said_in_advance():
     lines = []
-    learn = learner(cbs=LossHistory(k=4))
+    learn = epoch_learner(cbs=LossHistory(k=4))
     with learn.no_bar():
         learn.logger = lambda o: lines.append(o) if isinstance(o, str) else None
         learn.fit(6)
@@ -111,15 +111,15 @@ def test_regression_selection_and_refusals():
     rows = Rows(N)
     rows.targets = rows.targets.float()
     history = LossHistory()
-    fit(learner(dataloaders(rows), nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=MSELossFlat(), cbs=history), 2)
+    fit(epoch_learner(dataloaders(rows), nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=MSELossFlat(), cbs=history), 2)
     assert history.margins.isnan().all() and history.scores('variance').values.isfinite().all()
     with pytest.raises(ValueError, match="needs margins"): history.scores('aum')
     selected = LossHistory()
-    learn = fit(learner(cbs=selected).select(pick='uniform', frac=0.5, enlarge=False), 2) # what a selector has narrowed
+    learn = fit(epoch_learner(cbs=selected).select(pick='uniform', frac=0.5, enlarge=False), 2) # what a selector has narrowed
     assert (~selected.losses.isnan()).sum() == learn.selection.total('trained')
-    with pytest.raises(ValueError, match='makes one item of two'): fit(learner(cbs=[LossHistory(), MixUp()]), 1)
+    with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner(cbs=[LossHistory(), MixUp()]), 1)
     with pytest.raises(ValueError, match='Nothing was trained yet'): LossHistory().scores()
-    with pytest.raises(ValueError, match='were never scored'): fit(learner(cbs=history), 0) and selected.scores('variance')
+    with pytest.raises(ValueError, match='were never scored'): fit(epoch_learner(cbs=history), 0) and selected.scores('variance')
 
 
 def test_margins():
