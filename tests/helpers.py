@@ -27,6 +27,10 @@ def examples(n, **kwargs):
     if os.environ.get('RHOLOSS_QUICK'): n = min(n, max(5, n//8))
     return settings(max_examples=n, deadline=None, **kwargs)
 
+def draws(n):
+    "So many draws of a simulation; a quarter where slow tests are left out"
+    return n//4 if os.environ.get('RHOLOSS_QUICK') else n
+
 
 # Processes of their own: forked from one that has imported all that takes seconds, and has done nothing else
 

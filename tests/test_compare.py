@@ -44,7 +44,9 @@ def data(n=N, bs=BS, **kwargs):
     wrong = torch.rand(n, generator=generator) < 0.25
     labels = torch.where(wrong, 1 - y[:n], y[:n])
     train,valid = list(zip(x[:n], labels)), list(zip(x[n:], y[n:]))
-    return DataLoaders.from_dsets(train, valid, bs=bs, num_workers=0, device='cpu', **kwargs), wrong
+    dls = DataLoaders.from_dsets(train, valid, bs=bs, num_workers=0, device='cpu', **kwargs)
+    dls.loaders[1] = dls.valid.new(bs=n) # judged in one batch
+    return dls, wrong
 
 
 def net(): return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
@@ -389,11 +391,11 @@ def test_a_table_of_data_and_a_metric_that_falls():
 def test_a_test_loader_apart_and_other_metrics():
     dls,_ = data()
     test_dl = data(n=64)[0].valid
-    apart = quick(dls=dls, test_dl=test_dl, metric=error_rate)
+    apart = quick(dls=dls, test_dl=test_dl, metric=error_rate, seeds=1)
     assert apart.metric == 'error_rate' and not apart.greater
-    loss = quick(dls=dls, metric='valid_loss')
+    loss = quick(dls=dls, metric='valid_loss', seeds=1)
     assert loss.metric == 'valid_loss' and not loss.greater and (loss.table.valid_loss > 0).all()
-    steps = quick(SOME[:2], dls=dls, budget='steps')
+    steps = quick(SOME[:2], dls=dls, budget='steps', seeds=1)
     assert steps.table.steps.nunique() == 1 and 'in as many steps' in steps.verdict
     seconds = quick(dls=dls, budget='seconds')
     assert seconds.table.seconds.random == pytest.approx(seconds.table.seconds.plain, rel=0.5)

@@ -273,17 +273,17 @@ def knowledge(epochs, n, seed=0): return torch.rand(epochs, n, generator=torch.G
 @pytest.mark.parametrize('online', [True, False])
 @pytest.mark.parametrize('kind', LOADERS)
 def test_forgetting_of_every_row(kind, online):
-    table = knowledge(7, 240)
+    table = knowledge(5, 96)
     table[:, :5] = False
     tracker = ForgettingTracker(online)
     learn = scripted(table, LOADERS[kind])
-    fit(learn, 5, cbs=tracker)
+    fit(learn, 3, cbs=tracker)
     fit(learn, 2, cbs=tracker) # counts go on
     forgotten, learnt = counted(table)
     assert torch.equal(tracker.forgotten.long(), forgotten) and torch.equal(tracker.learnt, learnt) and tracker.never_learnt.sum() >= 5
     scores = tracker.scores()
-    assert torch.equal(scores.values, torch.where(learnt, forgotten.float(), 7.)) and scores.values[:5].min() == 7 > forgotten.max()
-    assert scores.info == dict(score='forgetting', n_epoch=7, n_runs=1)
+    assert torch.equal(scores.values, torch.where(learnt, forgotten.float(), 5.)) and scores.values[:5].min() == 5 > forgotten.max()
+    assert scores.info == dict(score='forgetting', n_epoch=5, n_runs=1)
     scores.check(learn.dls.train)
 
 
@@ -366,7 +366,7 @@ def dataloaders(n=96): return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=Tru
 
 @pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance', 'reducible'])
 def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
-    kwargs = dict(score=score, epochs=3, seed=3, il=torch.rand(96, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
+    kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(96, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
     dls, alive, calls = dataloaders(), [], []
     def make(dls):
         calls.append(1)
@@ -377,17 +377,17 @@ def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
             def kill(*_): raise KeyboardInterrupt
             learn.model.register_forward_hook(kill)
         return learn
-    whole = score_dataset(make_learner, dls, n_runs=4, **kwargs)
-    with pytest.raises(KeyboardInterrupt): score_dataset(make, dls, n_runs=4, path=tmp_path/'scores', **kwargs)
+    whole = score_dataset(make_learner, dls, n_runs=3, **kwargs)
+    with pytest.raises(KeyboardInterrupt): score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs)
     assert DatasetScores.load(tmp_path/'scores').info['n_runs'] == 2
     torch.rand(3) # the global state doesn't matter
     alive.clear()
-    resumed = score_dataset(make, dls, n_runs=4, path=tmp_path/'scores', **kwargs)
-    assert len(calls) == 5 and torch.equal(resumed.values, whole.values) and resumed.info['n_runs'] == 4
-    assert not torch.equal(whole.values, score_dataset(make_learner, dls, n_runs=4, **dict(kwargs, seed=4)).values)
+    resumed = score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs)
+    assert len(calls) == 4 and torch.equal(resumed.values, whole.values) and resumed.info['n_runs'] == 3
+    assert not torch.equal(whole.values, score_dataset(make_learner, dls, n_runs=3, **dict(kwargs, seed=4)).values)
     state = torch.get_rng_state()
-    done = score_dataset(make, dls, n_runs=4, path=tmp_path/'scores', **kwargs) # nothing left to do
-    assert len(calls) == 5 and torch.equal(done.values, whole.values) and torch.equal(state, torch.get_rng_state())
+    done = score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs) # nothing left to do
+    assert len(calls) == 4 and torch.equal(done.values, whole.values) and torch.equal(state, torch.get_rng_state())
 
 
 def test_scores_of_runs_are_those_of_their_models():

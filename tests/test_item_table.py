@@ -1,5 +1,6 @@
 "The fingerprint of a data set, and tables of one value per row"
 import json, os, random, signal, subprocess, sys, time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -209,17 +210,17 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             with pytest.raises(OSError, match='disk full'): table_of(12).save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
-killed = '''
-import os, signal, sys, torch
-from rholoss_fastai.item_table import ItemTable
-os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-ItemTable(torch.arange(12), dict(n=12, targets='', items='')).save(sys.argv[1])
-'''
+def killed(path):
+    os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    ItemTable(torch.arange(12), dict(n=12, targets='', items='')).save(path)
 
 def test_killed_save_leaves_the_old_file(tmp_path):
     path = tmp_path/'il.safetensors'
     table_of().save(path)
-    assert run_script(killed, path).returncode == -signal.SIGKILL
+    process = get_context('fork').Process(target=killed, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert torch.equal(ItemTable.load(path).values, torch.arange(9.))
 
 # what a data frame may gain, and where folders may move

@@ -209,11 +209,12 @@ class ReadOnly(HandsOn):
 class Raises(nn.CrossEntropyLoss):
     def forward(self, pred, targ): raise RuntimeError('no loss today')
 
-@pytest.mark.parametrize('loss_func', [
-    CrossEntropyLossFlat(), nn.CrossEntropyLoss(), HandsOn(), Delegates(nn.CrossEntropyLoss()), Slots(), ReadOnly(), BaseLoss(HandsOn),
-    torch.compile(nn.CrossEntropyLoss(), backend='eager')], ids=lambda o: type(o).__name__)
-def test_no_mark(loss_func):
-    pred, targ = classes(4)
+MARKED = dict(flat=CrossEntropyLossFlat, plain=nn.CrossEntropyLoss, hands_on=HandsOn, delegates=lambda: Delegates(nn.CrossEntropyLoss()), slots=Slots,
+              read_only=ReadOnly, base=lambda: BaseLoss(HandsOn), compiled=lambda: torch.compile(nn.CrossEntropyLoss(), backend='eager'))
+
+@pytest.mark.parametrize('make', MARKED.values(), ids=MARKED)
+def test_no_mark(make):
+    (pred, targ), loss_func = classes(4), make()
     same_items(item_losses(loss_func, pred, targ), F.cross_entropy(pred, targ, reduction='none'))
     assert loss_func.reduction == 'mean' and plain(loss_func(pred, targ)).shape == ()
     with pytest.raises(ValueError): item_losses(loss_func, pred[...,None,None].expand(4, 5, 3, 3), targ)

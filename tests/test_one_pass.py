@@ -521,15 +521,15 @@ def test_two_fits_are_one(name, per, tmp_path):
     "Also where the second is another process's: weights and moments by learn.save, what was learnt by state_dict"
     lr = 1e-2 if 'torch' in name else [1e-2, 2e-2]
     make = lambda: double_learner(name, dls=loaders(bs=60, shuffle=False), splitter=two_groups, lr=lr, path=tmp_path).one_pass(every=2, per=per)
-    whole, halves = fit(make(), 20), fit(make(), 10)
+    whole, halves = fit(make(), 10), fit(make(), 5)
     halves.save('half')
     state, resumed = tuner(halves).state_dict(), make()
-    fit(halves, 10)
+    fit(halves, 5)
     resumed.load('half')
     tuner(resumed).load_state_dict(state)
-    fit(resumed, 10)
+    fit(resumed, 5)
     for learn in (halves, resumed):
-        assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 10
+        assert torch.allclose(weights(whole), weights(learn), rtol=1e-9) and len(tuner(learn).history) == 5
         assert torch.allclose(flat(tuner(whole).hypers.leaves).detach(), flat(tuner(learn).hypers.leaves).detach(), rtol=1e-6)
     with pytest.raises(ValueError, match='make Learner and tuner as they were'): tuner(double_learner(name).one_pass()).load_state_dict(state)
 

@@ -11,7 +11,7 @@ import torch
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
 from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from helpers import examples
+from helpers import draws, examples
 
 from rholoss_fastai.all import (PICKS, Boltzmann, ImportanceSample, LossShare, PerClass, PercentileSample, Pick, RankSample, Selection, ThenUniform,
                                 TopFraction, Uniform, find_pick)
@@ -158,6 +158,7 @@ def same_distribution(counts, wanted, n):
 @pytest.mark.parametrize('T', [0.25, 1., 5.])
 @pytest.mark.parametrize('size', [1, 2, 3])
 def test_boltzmann_draws_by_exp(T, size, n=4000):
+    n = draws(n)
     pick, scores = Boltzmann(T=T), torch.tensor([0.5, -0.2, 0.9, 0.1])
     wanted = without_replacement((scores.double()/T).softmax(0).tolist(), size)
     same_distribution(Counter(tuple(pick(scores, size=size).idxs.tolist()) for _ in range(n)), wanted, n)
@@ -171,6 +172,7 @@ def test_boltzmann_between_top_and_chance():
 
 @pytest.mark.parametrize('T', [0.25, SchedLin(0.1, 3.), SchedExp(0.1, 3.), SchedCos(2., 0.1), lambda pct: 0.5 + pct])
 def test_boltzmann_follows_a_schedule(T, n=3000):
+    n = draws(n)
     scores = torch.tensor([1., 0.])
     for pct in (0., 0.5, 1.):
         pick, now = Boltzmann(0.5, T=T), T(pct) if callable(T) else T
@@ -207,6 +209,7 @@ def test_expected_gradient_is_the_full_one_by_enumeration(share, size):
 
 @pytest.mark.parametrize('share', [0., 0.3])
 def test_expected_gradient_is_the_full_one_by_simulation(share, n=4000):
+    n = draws(n)
     x, y, w = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((64, 3), (64,), (3,)))
     grads = 2*(x@w - y)[:, None]*x
     pick = ImportanceSample(0.25, uniform_share=share)
@@ -217,6 +220,7 @@ def test_expected_gradient_is_the_full_one_by_simulation(share, n=4000):
     if not share: assert estimates.var(0).sum() < plain.var(0).sum()
 
 def test_draws_are_with_replacement_at_their_rates(n=4000):
+    n = draws(n)
     pick, scores = ImportanceSample(uniform_share=0.2), torch.tensor([0., 1., 3.])
     p = rates(pick, scores)[0].tolist()
     wanted = Counter()

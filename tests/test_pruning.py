@@ -14,7 +14,7 @@ from fasttransform import Transform
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from test_epoch_rules import BS, N, dataloaders, epoch_learner
+from test_epoch_rules import N, dataloaders, epoch_learner
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 from helpers import examples, fit
@@ -79,13 +79,13 @@ def test_ties_and_seeds():
 
 
 def test_rows_keep_their_numbers_and_nothing_else_is_read():
-    dls, scores = dataloaders(num_workers=0, drop_last=True), random_scores()
+    dls, scores = dataloaders(bs=16, drop_last=True), random_scores()
     il = IrreducibleLosses.of(random_scores(seed=2), dls.train)
     pruned = prune(dls, DatasetScores.of(scores, dls.train), 0.25, 'random')
     rows = pruned.train.dataset.row_numbers
     dls.train.dataset.read.clear()
     assert fingerprint(pruned.train) == fingerprint(dls.train) and pruned.valid is dls.valid and len(dls.train.dataset) == N
-    assert pruned.train.bs == BS and pruned.train.drop_last and pruned.train.shuffle and pruned.device == dls.device
+    assert pruned.train.bs == 16 and pruned.train.drop_last and pruned.train.shuffle and pruned.device == dls.device
     dls.train.dataset.read.clear()
     loader = track_rows(pruned.train)
     for i,(x,y) in enumerate(loader):

@@ -8,7 +8,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from test_epoch_rules import BS, N, Watch, dataloaders, epoch_learner, linear
+from test_epoch_rules import BS, N, STEPS, Watch, dataloaders, epoch_learner, linear
 from torch import nn
 from torch.nn import functional as F
 from helpers import examples, fit
@@ -81,10 +81,10 @@ def test_wrong_labels_are_left_out_and_all_is_billed():
     assert 0.2 < rule.wrong < 0.4 and not rule.plain and rule.by_memory and rule.will_refresh and rule._refreshed
     assert rule.table.info['averaged_with'] and rule.table.info['features'] == 'body'
     assert times[NOISE].mean() < 0.5*times[~NOISE].mean()
-    assert [len(o) for o in watch.rows] == [13]*6 # as many steps as plain training
+    assert [len(o) for o in watch.rows] == [STEPS]*6 # as many steps as plain training
     ledger = learn.selection.ledger
     assert ledger.seconds_il.iloc[0] > 0 and (ledger.seconds_il > 0).sum() == 2 and ledger.scored.sum() == 0 # the second: the refresh
-    assert learn.recorder.lrs[-1] < 1e-5 and len(learn.recorder.lrs) == 6*13
+    assert learn.recorder.lrs[-1] < 5e-5 and len(learn.recorder.lrs) == 6*STEPS
     rows = fit(noisy_learner().rho_epochs(features=features, epoch='rows'), 3).selection.ledger
     assert rows.trained.max() < 0.8*N # fewer steps
     alone = fit(noisy_learner().rho_epochs(features=features, by_memory=False, epoch='rows'), 3)
@@ -114,7 +114,7 @@ def said(learn, n_epoch):
 def test_the_first_line():
     assert 'trains plainly' in said(clean_learner().rho_epochs(features=features), 1)
     line = said(noisy_learner().rho_epochs(features=features), 4)
-    for part in ('labels look wrong', 'leaves out the', 'best 60%', 'irreducible losses took', 'anew once at a quarter', '13 steps per epoch, as in plain training'):
+    for part in ('labels look wrong', 'leaves out the', 'best 60%', 'irreducible losses took', 'anew once at a quarter', f'{STEPS} steps per epoch, as in plain training'):
         assert part in line
     assert line.startswith('rho_epochs: about')
 
@@ -196,7 +196,7 @@ def test_remembering_costs_no_pass():
     learn = noisy_learner(model=model).rho_epochs(torch.rand(N), drop=0.1, gate=False, refresh=False)
     fit(learn, 3, cbs=expect)
     assert torch.allclose(learn.epoch_pruner.remembered, expect.seen, atol=1e-6, equal_nan=True)
-    assert sum(o == BS for o in calls) == 3*13 and isinstance(learn.epoch_pruner.rule.table, IrreducibleLosses)
+    assert sum(o == BS for o in calls) == 3*STEPS and isinstance(learn.epoch_pruner.rule.table, IrreducibleLosses)
 
 
 def test_irreducible_losses_that_are_too_dear_for_the_fit():
