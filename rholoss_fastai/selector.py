@@ -125,6 +125,7 @@ class BatchSelector(AnySelector):
         learn,fit,source = self.learn,self._fit,self.learn.dl
         fit.warm,fit.selecting = self.off or self.when.warm(learn, self.epochs_done),False
         kept = self.record.kept if self.epochs_selected else self.pick.fraction(learn.pct_train)
+        if self.delivery.waits: kept = None # what waits is trained on by a forward of its own
         fit.scorer = self.scorer.begin_epoch(learn, fit.device, kept)
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules())
         fit.min_items = self.delivery.min_items(self.min_items or (2 if batch_norm else 1))

@@ -57,7 +57,7 @@ METHODS = dict(
     filter_scaled=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'),
                          lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0, scale_lr='linear')),
     selective_backprop=Method(lambda l: l.selective_backprop(3., warmup_epochs=0), lambda l: l.selective_backprop(0., warmup_epochs=0)),
-    queue=Method(lambda l: l.selective_backprop(3., warmup_epochs=0, queue=True), lambda l: l.selective_backprop(0., warmup_epochs=0, queue=True)),
+    queue=Method(lambda l: l.selective_backprop(1., warmup_epochs=0, queue=True), lambda l: l.selective_backprop(0., warmup_epochs=0, queue=True)),
     rho_table=Method(lambda l: l.rho_loss(IL, frac=0.5), lambda l: l.rho_loss(IL, frac=1.)),
     rho_within=Method(lambda l: l.rho_loss(IL, frac=0.5, enlarge=False), lambda l: l.rho_loss(IL, frac=1., enlarge=False)),
     rho_model=Method(lambda l: l.rho_loss(linear(), frac=0.5), lambda l: l.rho_loss(linear(), frac=1.)),
@@ -218,7 +218,7 @@ EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_l
 def test_interrupted_in_any_event(method, tmp_path):
     "The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the Learner goes on"
     for name in EVENTS:
-        learn, n_lines = with_method(method, path=tmp_path, dls=loaders()), 0
+        learn, n_lines = with_method(method, path=tmp_path, dls=loaders(36)), 0
         for order in (-10, 15):
             with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Interrupt(name, order))
             assert len(learn.validate()) == 2, name

@@ -123,7 +123,7 @@ def image_dls(tmp_path_factory):
         PILImage.create(pixels.astype(np.uint8)).save(path/label/f'{i:03d}.png')
     files = sorted(path.rglob('*.png'), key=lambda f: f.name)
     dsets = Datasets(files, [[PILImage.create], [parent_label, Categorize()]], splits=(list(range(80)), list(range(8))))
-    return dsets.dataloaders(bs=16, after_item=[ToTensor()], device='cpu')
+    return dsets.dataloaders(bs=16, num_workers=0, after_item=[ToTensor()], device='cpu')
 
 def test_files_names_and_pictures(image_dls):
     noise = label_noise(image_dls, **quiet)
@@ -138,7 +138,8 @@ def test_files_names_and_pictures(image_dls):
 def test_texts_by_index_and_text():
     frame = pd.DataFrame(dict(text=['good fine great']*40 + ['bad poor awful']*40, label=['pos']*40 + ['neg']*40), index=range(100, 180))
     frame.loc[[103, 150], 'label'] = ['neg', 'pos']
-    dls = TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16)
+    dls = TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16,
+                                   num_workers=0)
     noise = label_noise(dls, **quiet)
     wrong = [i for i in (103, 150) if i in set(dls.train_ds.items.index)]
     table = noise.suspects(len(wrong))

@@ -395,7 +395,7 @@ def test_transforms_of_training_stay_on(valid_pct):
         def encodes(self, x: torch.Tensor): return x + 100
     items = [(torch.randn(3), torch.randn(1)) for _ in range(40)]
     dsets = Datasets(list(range(40)), [[lambda i: items[i][0]], [lambda i: items[i][1]]], splits=[range(30), range(30, 40)])
-    dls, seen = dsets.dataloaders(bs=5, after_batch=[Marks]), []
+    dls, seen = dsets.dataloaders(bs=5, num_workers=0, after_batch=[Marks]), []
     class Net(nn.Sequential):
         def forward(self, x):
             seen.append((self.training, x.mean().item() > 50))
@@ -544,7 +544,7 @@ def test_an_explicit_rate_begins_anew():
 def test_export(tmp_path):
     dsets = Datasets(list(range(40)), [[math.sin], [math.cos]], splits=[range(30), range(30, 40)])
     model = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)).double()
-    learn = Learner(dsets.dataloaders(bs=5), model, loss_func=nn.L1Loss(), path=tmp_path, cbs=FloatLoss())
+    learn = Learner(dsets.dataloaders(bs=5, num_workers=0), model, loss_func=nn.L1Loss(), path=tmp_path, cbs=FloatLoss())
     fit(learn.one_pass(every=2))
     learn.export('learner.pkl')
     with warnings.catch_warnings():

@@ -335,7 +335,8 @@ def text_dls(n=200):
     rng = random.Random(0)
     def text(label): return ' '.join(rng.choice(('good fine great', 'bad poor awful')[label if rng.random() < 0.8 else 1-label].split()) for _ in range(6))
     frame = pd.DataFrame([dict(text=text(i % 2), label='ab'[i % 2]) for i in range(n)])
-    return TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16), frame
+    return TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16,
+                                    num_workers=0), frame
 
 @pytest.mark.slow
 def test_texts():
@@ -376,7 +377,7 @@ def test_tables():
     frame = pd.DataFrame(dict(kind=rng.choice(list('abc'), 300), size=rng.normal(size=300)*100 + 1e4))
     frame['label'] = np.where((frame['kind'] == 'a') ^ (frame['size'] > 1e4), 'yes', 'no') # neither column tells alone
     table = TabularPandas(frame, [Categorify, Normalize], ['kind'], ['size'], 'label', splits=(list(range(250)), list(range(250, 300))))
-    dls = table.dataloaders(bs=32)
+    dls = table.dataloaders(bs=32, num_workers=0)
     learn = Learner(dls, nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
     assert choose_features(learn)[0] == ['columns']
     il = probe_irreducible(learn, **quiet)

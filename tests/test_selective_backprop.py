@@ -215,7 +215,7 @@ def drawn_rows(candidates, pick, first_batches=(0,)):
 @pytest.mark.parametrize('drop_last', [True, False])
 def test_queue_trains_each_selected_item_exactly_once(num_workers, drop_last):
     "In the order they were selected, over epochs and two fits; what is left waits"
-    n, pick, candidates, steps = 230, Draws(2.), Candidates(), Steps()
+    n, pick, candidates, steps = 118, Draws(2.), Candidates(), Steps()
     learn = conv_learner(n=n, num_workers=num_workers, drop_last=drop_last).selective_backprop(pick=pick, queue=True, warmup_epochs=0)
     epoch_batches = n//BS + (not drop_last)
     fit(learn, 3, cbs=[candidates, steps])
@@ -270,6 +270,16 @@ def test_queue_fills_up_partial_batches():
     learn, steps = conv_learner(n=230, drop_last=False).selective_backprop(0., queue=True, warmup_epochs=0), Steps()
     fit(learn, 3, cbs=steps)
     assert {len(o) for o in steps.rows} == {BS} and len(steps.rows) == 3*230//BS and learn.selector.waiting == 3*230 % BS
+
+
+@pytest.mark.parametrize('beta', [0.2, 0.5])
+def test_what_waits_has_a_forward_of_its_own(beta):
+    "Also where one forward for scores and training would cost less"
+    learn, steps = conv_learner(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))), Steps()
+    fit(learn.selective_backprop(beta, queue=True, warmup_epochs=0), 3, cbs=steps)
+    assert learn.selection.ledger.forward.tolist() == ['twice']*3 and {len(o) for o in steps.rows} == {BS}
+    alone = fit(conv_learner(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))).selective_backprop(beta, warmup_epochs=0), 3)
+    assert alone.selection.ledger.forward.tolist() == ['twice', 'reuse', 'reuse']
 
 
 def test_batches_without_selection_train_as_they_come():

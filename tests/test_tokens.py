@@ -159,7 +159,7 @@ def test_awd_lstm_carries_its_state():
     set_seed(0)
     lines = [torch.randint(0, 20, (30,)) for _ in range(20)]
     def make():
-        dls = DataLoaders(*[LMDataLoader([(o,) for o in lines], bs=4, seq_len=8) for _ in range(2)])
+        dls = DataLoaders(*[LMDataLoader([(o,) for o in lines], bs=4, seq_len=8, num_workers=0) for _ in range(2)])
         config = dict(awd_lstm_lm_config, emb_sz=12, n_hid=14, n_layers=1, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=0.2)
         return Learner(dls, get_language_model(AWD_LSTM, 20, config=config), loss_func=CrossEntropyLossFlat(), cbs=rnn_cbs(), lr=0.01)
     learn, reference, other = make(), make(), make()
@@ -347,7 +347,7 @@ class Longer(Callback):
         if self.training and self.iter == 1: self.learn.yb = (self.y.masked_fill(self.y == 3, -100),)
 
 def lm_table():
-    dls = DataLoaders(*[LMDataLoader([(torch.randint(0, 9, (30,)),) for _ in range(9)], bs=4, seq_len=8, shuffle=True) for _ in range(2)])
+    dls = DataLoaders(*[LMDataLoader([(torch.randint(0, 9, (30,)),) for _ in range(9)], bs=4, seq_len=8, shuffle=True, num_workers=0) for _ in range(2)])
     return Learner(dls, LM(), loss_func=CrossEntropyLossFlat()).rho_loss([torch.ones(30)]*9, unit='token')
 
 @pytest.mark.parametrize('make,message', [
