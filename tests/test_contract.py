@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
-from helpers import BS, N, Interrupt, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
+from helpers import N, Interrupt, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
 
 from rholoss_fastai.all import GroupDRO, ImportanceSample, IrreducibleLosses, PerClass, RowWeights, ThenUniform, TopFraction
 
@@ -79,8 +79,10 @@ METHODS = dict(
 
 METHOD = pytest.mark.parametrize('method', METHODS.values(), ids=list(METHODS))
 
-def with_method(method, whole=False, **kwargs):
-    learn = learner(metrics=accuracy, **kwargs)
+LOADERS = partial(loaders, 36) # two batches an epoch
+
+def with_method(method, whole=False, dls=LOADERS, **kwargs):
+    learn = learner(dls, metrics=accuracy, **kwargs)
     (method.whole if whole else method.add)(learn)
     return learn
 
@@ -94,7 +96,7 @@ def own(learn): return [cb for cb in learn.cbs if type(cb).__module__.startswith
 # What else a user has in a fit: name -> function that returns callbacks
 
 BESIDE = dict(nothing=list, mixup=lambda: [MixUp()],
-              others=lambda: [GradientAccumulation(2*BS), GradientClip(0.1), SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=0),
+              others=lambda: [GradientAccumulation(72), GradientClip(0.1), SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=0),
                               EarlyStoppingCallback(patience=1)])
 
 def run(learn, beside):
@@ -102,7 +104,7 @@ def run(learn, beside):
     return weights_of(learn), torch.get_rng_state(), [list(o[:3]) for o in learn.recorder.values] # columns of its own come after
 
 @cache
-def plain_run(beside, path): return run(learner(model=mlp, metrics=accuracy, path=path), beside)
+def plain_run(beside, path): return run(learner(LOADERS, mlp, metrics=accuracy, path=path), beside)
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tmp_path_factory.mktemp('models')
@@ -187,7 +189,7 @@ def test_lr_find(method, tmp_path):
             learn.lr_find(num_it=5, show_plot=False)
         return torch.stack(list(learn.recorder.losses))
     with_it = with_method(method, path=tmp_path)
-    torch.testing.assert_close(search(with_it), search(learner(path=tmp_path)), rtol=0, atol=0)
+    torch.testing.assert_close(search(with_it), search(learner(LOADERS, path=tmp_path)), rtol=0, atol=0)
     if method.rows: assert not with_it.selection.lines
     noted = Noted()
     fit(with_it, 2, cbs=noted)
@@ -218,7 +220,7 @@ EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_l
 def test_interrupted_in_any_event(method, tmp_path):
     "The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the Learner goes on"
     for name in EVENTS:
-        learn, n_lines = with_method(method, path=tmp_path, dls=loaders(36)), 0
+        learn, n_lines = with_method(method, path=tmp_path), 0
         for order in (-10, 15):
             with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Interrupt(name, order))
             assert len(learn.validate()) == 2, name

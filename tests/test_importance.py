@@ -361,12 +361,12 @@ def test_what_is_right_is_the_users_choice():
 # Several runs
 
 def make_learner(dls, **kwargs): return Learner(dls, cnn(), loss_func=CrossEntropyLossFlat(), lr=1e-2, **kwargs)
-def dataloaders(n=96): return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30), device='cpu')
+def dataloaders(n=64): return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30), device='cpu')
 
 
 @pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance', 'reducible'])
 def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
-    kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(96, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
+    kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(64, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
     dls, alive, calls = dataloaders(), [], []
     def make(dls):
         calls.append(1)
@@ -519,7 +519,7 @@ def test_progress_bar_counts_every_batch(capsys):
             score_dataset(make_learner, dataloaders(), score, epochs=2, n_runs=2)
             assert seen.steps == seen.total > 0
         el2n([make_learner(dataloaders())]*2, dataloaders().train)
-        assert seen.steps == seen.total == 12
+        assert seen.steps == seen.total == 8
 
 
 @pytest.mark.cuda
@@ -535,4 +535,4 @@ def test_scores_on_cuda():
     assert torch.cuda.max_memory_allocated() - before < 2**20 + 2**22
     tracker = ForgettingTracker()
     fit(learn, 3, cbs=tracker)
-    assert tracker.forgotten.is_cuda and len(tracker.scores()) == 96 and score_rows(learn, dls.train).is_cuda
+    assert tracker.forgotten.is_cuda and len(tracker.scores()) == 64 and score_rows(learn, dls.train).is_cuda

@@ -168,7 +168,7 @@ def test_selection_of_nothing_never_gives_an_empty_batch():
 
 
 def test_expected_share():
-    learn = fit(conv_learner(n=480).selective_backprop(1., warmup_epochs=0), 8, 1e-4)
+    learn = fit(conv_learner(n=480, bs=32).selective_backprop(1., warmup_epochs=0), 8, 1e-4)
     assert learn.selection.ledger.selected.mean() == pytest.approx(0.5, abs=0.03)
 
 
