@@ -39,6 +39,7 @@ class ILSource:
     module = None # the model that computes them on the fly
     # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
     by_probe = False
+    features = 'auto' # of the probe, where it is by one
 
     def check(self,
         learn:Learner # The target
@@ -303,7 +304,7 @@ class AutoIL(MadeIL):
         try: names = choose_features(learn)[0]
         # pixels or tokens as targets, outputs that can't be asked
         except (ValueError, TypeError, AttributeError): names = []
-        self.made_by = ProbeIL() if names else CrossFitIL()
+        self.made_by,self.by_probe = ProbeIL() if names else CrossFitIL(),bool(names)
         self.made_by.prepare(learn)
 
     def bill(self):

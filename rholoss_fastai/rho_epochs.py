@@ -22,7 +22,7 @@ from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .il_source import il_source
 from .irreducible import IrreducibleLosses
-from .learnable import learnable_rows, ranked, share_to_leave_out
+from .learnable import learnable_rows, ranked, rows_to_look_at, share_to_leave_out
 from .probe import probe_cost, probe_irreducible, probe_predictions
 from .rows import own_rows, reader
 
@@ -164,9 +164,7 @@ class RhoEpochs(Reducible):
         self.plain,self._made_now,self.own_cost = self._dear(learn, dl),True,0.
         if self.plain: self.drop = 0.; return
         if self.gate or (self.il is not None and self.asked['drop'] is None):
-            # a forward costs a third of a step: no more than a fiftieth of the fit
-            n_look = max(500, min(self.look, int(3*learn.n_epoch*n/50)))
-            if n_look >= n/3: n_look = n # then all at once
+            n_look = rows_to_look_at(n, learn.n_epoch, self.look)
             if n_look < n or self.il is not None:
                 self.wrong = self._estimate(learn, dl, min(n_look, n))[0]
                 self.share = self.share and self.share*(1 + n_look/n)

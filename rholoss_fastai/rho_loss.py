@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .beside import TrainBeside
+from .beside import LabelGate, TrainBeside
 from .il_source import CrossFitIL, ModelIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .scores import reducible_loss, worth_learning
@@ -57,6 +57,7 @@ class RhoLossCallback(BatchSelector):
         enlarge:bool=True, # Keep the batch size and draw batches of n_b/frac? False: select within the loader's own
         epoch:str='cost', # As many steps as 'cost' a plain epoch, as many 'steps', or one pass over 'candidates'
         update_il:bool=False, # Train an IL model on what is selected too, at a hundredth of the learning rate?
+        gate:bool=True, # By a probe and the default score: train plainly where hardly any label looks wrong?
         il_epochs:int=None, # Cross-fitting: epochs of each fold's model, default 5; the best one's losses are kept
         il_lr:float=None, # Cross-fitting: learning rate; default the Learner's
         il_folds:int=None, # Cross-fitting: number of models, each trained on the rows that it doesn't score; default 2
@@ -67,6 +68,7 @@ class RhoLossCallback(BatchSelector):
         source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il,
                             dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
         parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
+        if score is None and source.by_probe and gate: parts['beside'].append(LabelGate())
         if score is None: score = worth_learning if source.by_probe else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))
         super().__init__(score, _pick(pick, frac), **parts)

@@ -107,7 +107,7 @@ def say_what_will_happen(
     if size and size < fit.min_items <= (bs or 0):
         warnings.warn(f"{name} trains on {fit.min_items} of {bs} items and not on {size}, since batch norm needs two: "
                       "use a larger batch size.")
-    if learn.logger is noop or bs is None: return
+    if learn.logger is noop or bs is None or selector.off: return
     size = (f"{max(size, fit.min_items)} of {fit.n_candidates if fit.n_b else bs} candidates" if size
             else f"those that are picked of {bs} candidates")
     line = f"{name}: {len(learn.dl)} steps per epoch on {size} each; plain training: {len(source)} steps on {bs}."

@@ -136,7 +136,7 @@ class BatchSelector(AnySelector):
         if fit.loader is not None: self.learn.dl = fit.loader
         check_epoch(learn.dl)
         if fit.first: say_what_will_happen(self, learn, source)
-        if 'il' in self.asked and fit.il_of is not learn.dls.train:
+        if 'il' in self.asked and not self.off and fit.il_of is not learn.dls.train:
             with explained(self, 'made'): self.record.seconds_il += self.il_source.begin(learn, fit.device)
             fit.il_of = learn.dls.train
         n_rows = dataset_size(source) if fit.loader is not None else None

@@ -603,3 +603,62 @@ def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
     for bad in (lambda: score_rows(learn, learn.dls.train, worth_learning, il), lambda: learn.prune_epochs(score='worth_learning', il=table)):
         with pytest.raises(ValueError, match='only a selector knows'): bad()
     with pytest.raises(ValueError, match='needs irreducible losses'): conv_learner().select(lambda hopeless: hopeless.float())
+
+
+def digits(noise, n=1400):
+    from sklearn.datasets import load_digits
+
+    from rholoss_fastai.all import redraw_labels
+    x,y = (torch.tensor(o) for o in load_digits(return_X_y=True))
+    x = x.float().view(-1, 1, 8, 8)/16
+    labels,_ = redraw_labels(y, noise)
+    items = [list(zip(x[rows], labels[rows])) for rows in (slice(n), slice(n, None))]
+    return DataLoaders.from_dsets(*items, bs=32, num_workers=0, device='cpu')
+
+
+def digits_learner(noise):
+    set_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    learn = Learner(digits(noise), net, loss_func=CrossEntropyLossFlat(), lr=3e-3)
+    learn.remove_cb(learn.progress)
+    return learn
+
+
+def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
+    "Bit for bit, billed, and said before the first step; of another data set it selects again, and by request it always does"
+    plain,gated = digits_learner(0.),digits_learner(0.).rho_loss(il_budget=99.)
+    for learn in (plain, gated):
+        set_seed(1)
+        learn.fit(2)
+    for a,b in zip(plain.model.parameters(), gated.model.parameters()): assert torch.equal(a, b)
+    ledger = gated.selection.ledger
+    assert ledger.scored.sum() == 0 and ledger.selected.tolist() == [1, 1] and ledger.seconds_il.sum() > 0
+    said = capsys.readouterr().out
+    assert 'trains plainly, as without it (gate=False selects all the same)' in said and 'candidates' not in said
+    il = gated.selector.il
+    gated.dls = digits(0.3)
+    gated.rho_loss('probe').fit(1)
+    assert gated.selection.ledger.selected.tolist() == [0.5] and gated.selector.il.info['wrong'] > 0.2
+    for kwargs in (dict(gate=False), dict(score='learnable')):
+        learn = digits_learner(0.).rho_loss(il, **kwargs)
+        learn.fit(1)
+        assert learn.selection.ledger.selected.tolist() == [0.5], kwargs
+    learn = digits_learner(0.).rho_loss(il) # a table knows how many labels look wrong
+    learn.fit(1)
+    assert learn.selection.ledger.selected.tolist() == [1.]
+
+
+def test_the_gate_looks_at_a_few_rows_first(monkeypatch):
+    from rholoss_fastai import beside
+    from rholoss_fastai.all import probe_predictions
+    looks = []
+    def probe(*args, **kwargs):
+        looks.append(kwargs['n_rows'])
+        return probe_predictions(*args, **kwargs)
+    monkeypatch.setattr(beside, 'probe_predictions', probe)
+    monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 400)
+    for noise,made in ((0., False), (0.3, True)):
+        learn = digits_learner(noise).rho_loss('probe')
+        learn.fit(1)
+        assert looks.pop() == 400 and not looks and (learn.selector.il is not None) is made
+        assert learn.selection.ledger.selected.tolist() == [0.5 if made else 1.]
