@@ -31,7 +31,8 @@ def seed_only_what_is_there():
     torch = sys.modules.get('torch')
     for kind in ('cuda', 'xpu', 'mtia'):
         device = getattr(torch, kind, None)
-        if device is not None and not device.is_available(): device.manual_seed_all = device.manual_seed = lambda seed: None
+        if device is not None and not device.is_available():
+            device.manual_seed_all = device.manual_seed = lambda seed: None
 
 def pytest_collection_modifyitems(items):
     "Long tests first, so that no process is left with one at the end; skip what needs CUDA where there is none"

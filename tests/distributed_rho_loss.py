@@ -49,7 +49,8 @@ class Taken(Callback):
     def before_batch(self):
         if not self.training: return
         model = getattr(self.model, 'module', self.model)
-        grads = [torch.autograd.grad(nn.functional.cross_entropy(model(x[None]), y[None]), model[2].weight)[0].flatten().double() for x, y in zip(self.x, self.y)]
+        grads = [torch.autograd.grad(nn.functional.cross_entropy(model(x[None]), y[None]),
+                                     model[2].weight)[0].flatten().double() for x, y in zip(self.x, self.y)]
         S, basis, taken = sum(grads), [], []
         for _ in range(len(grads)//2):
             share = [-1. if i in taken else abs(float(g @ S)) for i, g in enumerate(grads)]
@@ -79,12 +80,15 @@ def main(out):
     with learn.distrib_ctx(sync_bn=False), learn.no_logging(): learn.fit(2, cbs=[before, after])
     rank = dist.get_rank()
 
-    crossfitted = Learner(dls, nn.Sequential(nn.Linear(5, 3)), loss_func=CrossEntropyLossFlat()).rho_loss(frac=FRAC, epoch='candidates', il_epochs=1, il_folds=3)
+    crossfitted = Learner(dls, nn.Sequential(nn.Linear(5, 3)),
+                          loss_func=CrossEntropyLossFlat()).rho_loss(frac=FRAC, epoch='candidates',
+                                                                     il_epochs=1, il_folds=3)
     if hasattr(crossfitted, 'progress'): crossfitted.remove_cb(crossfitted.progress)
     with crossfitted.distrib_ctx(sync_bn=False), crossfitted.no_logging(): crossfitted.fit(1)
 
     def new(model=None):
-        res = Learner(dls, model or nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)), loss_func=CrossEntropyLossFlat(), lr=0.01)
+        res = Learner(dls, model or nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)),
+                      loss_func=CrossEntropyLossFlat(), lr=0.01)
         if hasattr(res, 'progress'): res.remove_cb(res.progress)
         return res
 
@@ -98,16 +102,21 @@ def main(out):
     with tokens.distrib_ctx(sync_bn=False), tokens.no_logging(): tokens.fit(2)
 
     refused = {}
-    for name, learn_two in dict(staleness=new().select(staleness=2), queue=new().selective_backprop(queue=True, warmup_epochs=0)).items():
+    for name, learn_two in dict(staleness=new().select(staleness=2),
+                                queue=new().selective_backprop(queue=True, warmup_epochs=0)).items():
         try:
             with learn_two.distrib_ctx(sync_bn=False), learn_two.no_logging(): learn_two.fit(1)
         except ValueError as e: refused[name] = str(e)
 
     def weights(o): return torch.cat([p.detach().flatten() for p in o.model.parameters()])
-    torch.save(dict(divbs=dict(candidates=seen[0].rows, selected=seen[1].rows, by_rule=taken.rows, weights=weights(divbs), ledger=divbs.selection.ledger.to_dict('list')),
-                    tokens=dict(weights=weights(tokens), ledger=tokens.selection.ledger.to_dict('list')), refused=refused,
-                    candidates=before.rows, selected=after.rows, il_met=met, il=il, weights=[p.detach() for p in learn.model.parameters()],
-                    ledger=learn.selection.ledger.to_dict('list'), seen=learn.selection.seen, counts=learn.selection.selected,
+    torch.save(dict(divbs=dict(candidates=seen[0].rows, selected=seen[1].rows, by_rule=taken.rows,
+                               weights=weights(divbs), ledger=divbs.selection.ledger.to_dict('list')),
+                    tokens=dict(weights=weights(tokens), ledger=tokens.selection.ledger.to_dict('list')),
+                    refused=refused,
+                    candidates=before.rows, selected=after.rows, il_met=met, il=il,
+                    weights=[p.detach() for p in learn.model.parameters()],
+                    ledger=learn.selection.ledger.to_dict('list'), seen=learn.selection.seen,
+                    counts=learn.selection.selected,
                     crossfit=crossfitted.selector.il.values), Path(out)/f'rank{rank}.pt')
 
 

@@ -5,6 +5,7 @@ import runpy
 import socket
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -34,9 +35,11 @@ def draws(n):
 
 # Processes of their own: forked from one that has imported all that takes seconds, and has done nothing else
 
-_processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
+_processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
+                                         else 'spawn')
 if hasattr(_processes, 'set_forkserver_preload'):
-    _processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai.distributed', 'nbdev.test', 'rholoss_fastai.all'])
+    _processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all',
+                                       'fastai.distributed', 'nbdev.test', 'rholoss_fastai.all'])
 
 def _run(code, args, env, out):
     os.environ.update(env)
@@ -55,7 +58,7 @@ def run_in_process(code, *args, out, timeout=600, env=({},)):
         for run in runs: run.join(timeout)
     finally:
         for run in runs: run.kill()
-    said = [open(log, errors='replace').read() if os.path.exists(log) else '' for log in logs]
+    said = [Path(log).read_text(errors='replace') if os.path.exists(log) else '' for log in logs]
     assert all(run.exitcode == 0 for run in runs), '\n'.join(o[-8000:] for o in said)
     return said
 
@@ -64,18 +67,21 @@ def two_processes(code, *args, out):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1',
+    shared = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+                  ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1',
                   CUDA_VISIBLE_DEVICES='')
     return run_in_process(code, *args, out=out, env=[dict(shared, RANK=o, LOCAL_RANK=o) for o in '01'])
 
 
 class Toy:
-    "Rows of six features, and one of three classes that depends on them; made of the seed, so that every process has the same"
+    """Rows of six features, and one of three classes that depends on them; made of the seed, so that every process has
+    the same"""
     def __init__(self, n=N, seed=0, targets=None):
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(N_FEATURES, N_CLASSES, generator=torch.Generator().manual_seed(99))
         self.x = torch.randn(n, N_FEATURES, generator=generator)
-        classes = (self.x@weights + 0.5*torch.randn(n, N_CLASSES, generator=generator)).argmax(1) if n else torch.empty(0, dtype=torch.long)
+        classes = (self.x@weights + 0.5*torch.randn(n, N_CLASSES, generator=generator)).argmax(1) if n else torch.empty(
+            0, dtype=torch.long)
         self.y = classes if targets is None else targets(self.x, classes)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
@@ -123,7 +129,8 @@ def fit(learn, n_epoch=1, *args, method='fit', seed=None, **kwargs):
     return learn
 
 
-def weights_of(learn): return torch.cat([o.detach().flatten().clone() for o in learn.model.state_dict().values() if o.is_floating_point()])
+def weights_of(learn):
+    return torch.cat([o.detach().flatten().clone() for o in learn.model.state_dict().values() if o.is_floating_point()])
 
 
 class Interrupt(Callback):
@@ -131,7 +138,8 @@ class Interrupt(Callback):
     def __init__(self, event, order=30, error=KeyboardInterrupt): self.at, self.order, self.error = event, order, error
     def __call__(self, event_name):
         due = getattr(self.learn, 'epoch', 0) == 1 and self.at in (event_name, None)
-        if event_name in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'):
+        if event_name in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+                          'before_step', 'after_step', 'after_batch'):
             due = due and self.training
         if due: raise self.error
 
@@ -140,7 +148,8 @@ class Noted(Callback):
     "The rows and the loss of every batch that is trained on"
     order, run_valid = 40, False
     def before_fit(self): self.rows, self.losses = [], []
-    def after_loss(self): self.rows.append(rows_of(self.xb[0])); self.losses.append(self.learn.loss_grad.detach().clone())
+    def after_loss(self):
+        self.rows.append(rows_of(self.xb[0])); self.losses.append(self.learn.loss_grad.detach().clone())
 
 
 @contextmanager
@@ -150,9 +159,11 @@ def no_trace(learn):
     def attributes(): return {name: sorted(vars(m)) for name, m in learn.model.named_modules()}
     def held(): return [o.clone() for o in learn.model.state_dict().values()]
     grads = [p.grad for p in learn.model.parameters()]
-    before = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction', None), torch.is_grad_enabled()
+    before = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction',
+                                                                           None), torch.is_grad_enabled()
     yield
-    after = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction', None), torch.is_grad_enabled()
+    after = modes(), attributes(), held(), torch.get_rng_state(), getattr(learn.loss_func, 'reduction',
+                                                                          None), torch.is_grad_enabled()
     assert before[:2] == after[:2] and before[4:] == after[4:]
     assert all(torch.equal(a, b) for a, b in zip(before[2], after[2])) and torch.equal(before[3], after[3])
     assert all(a is b.grad for a, b in zip(grads, learn.model.parameters()))

@@ -33,7 +33,8 @@ VALID, BS = Rows(60), 32
 
 
 def loaders(bs=BS, train=None, valid=VALID, valid_bs=25, **kwargs):
-    return DataLoaders(DataLoader(Rows() if train is None else train, bs=bs, shuffle=True, **kwargs), DataLoader(valid, bs=valid_bs))
+    return DataLoaders(DataLoader(Rows() if train is None else train, bs=bs, shuffle=True, **kwargs),
+                       DataLoader(valid, bs=valid_bs))
 
 def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 

@@ -11,7 +11,8 @@ from fastai.tabular.core import Categorify, TabDataLoader, TabularPandas, TabWei
 from fastai.text.data import SortedDL
 from fastai.torch_core import set_seed
 from torch import tensor
-from torch.utils.data import DataLoader as TorchDataLoader, Dataset, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import Dataset, Sampler, WeightedRandomSampler
 
 N = 53
 
@@ -49,7 +50,8 @@ fastai_loaders = dict(
 
 def make(kind, seed=3, **kwargs):
     set_seed(seed)
-    return (fastai_loaders[kind] if kind in fastai_loaders else torch_loaders[kind])(**dict(dict(bs=8, num_workers=0), **kwargs))
+    return (fastai_loaders[kind] if kind in fastai_loaders
+            else torch_loaders[kind])(**dict(dict(bs=8, num_workers=0), **kwargs))
 
 def rows_in(batch):
     "The rows that a batch itself holds"
@@ -80,9 +82,11 @@ class EagerBatches(Sampler):
 
 torch_loaders = dict(
     shuffled=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs, shuffle=True, **kw),
-    seeded=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs, shuffle=True, generator=torch.Generator().manual_seed(5), **kw),
+    seeded=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs, shuffle=True,
+                                            generator=torch.Generator().manual_seed(5), **kw),
     sequential=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs, drop_last=True, **kw),
-    torch_weighted=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs, sampler=WeightedRandomSampler(weights.tolist(), 70), **kw),
+    torch_weighted=lambda bs, **kw: TorchDataLoader(Rows(), batch_size=bs,
+                                                    sampler=WeightedRandomSampler(weights.tolist(), 70), **kw),
     batches=lambda bs, **kw: TorchDataLoader(Rows(), batch_sampler=EagerBatches(), **kw),
 )
 

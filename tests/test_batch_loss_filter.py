@@ -2,6 +2,7 @@
 import math
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -24,10 +25,11 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.text.models.awdlstm import RNNDropout
 from fastai.torch_core import set_seed
-from hypothesis import given, strategies as st
+from helpers import examples, fit, learner, quiet
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from helpers import examples, fit, learner, quiet
 
 import rholoss_fastai.batch_loss_filter as module
 from rholoss_fastai.all import BatchLossFilter, LossShare
@@ -38,18 +40,19 @@ quick = examples(200)
 # The pick
 
 def smallest(losses, share):
-    """Fewest of the descending `losses` that sum to `share` of them all, in fractions; with share 1 all up to the last that isn't 0.
-    Where one is negative, all count from the lowest."""
+    """Fewest of the descending `losses` that sum to `share` of them all, in fractions; with share 1 all up to the last
+    that isn't 0. Where one is negative, all count from the lowest."""
     above = [loss - min(0, losses[-1]) for loss in losses]
     k = next(k for k, reached in enumerate(accumulate(above), 1) if reached >= share*sum(above))
     return k if share < 1 else max(k, *[i for i, loss in enumerate(losses, 1) if loss != 0], 1, 1)
 
 def check_selection(idxs, n):
     assert idxs.dtype == torch.long and 1 <= len(idxs) <= n
-    assert idxs.tolist() == sorted(set(idxs.tolist())) and 0 <= idxs[0] and idxs[-1] < n
+    assert idxs.tolist() == sorted(set(idxs.tolist())) and idxs[0] >= 0 and idxs[-1] < n
 
 percent = st.integers(0, 100)
-exact_losses = lambda low: st.lists(st.integers(low, 2**16) | st.integers(0, 3) | st.just(0), min_size=1, max_size=50)  # in 1/1024: float32 holds them
+# in 1/1024: float32 holds them
+exact_losses = lambda low: st.lists(st.integers(low, 2**16) | st.integers(0, 3) | st.just(0), min_size=1, max_size=50)
 
 @quick
 @given(exact_losses(0) | exact_losses(-2**16), percent, percent, st.integers(1, 16), percent)
@@ -87,7 +90,8 @@ def test_share_1_keeps_exactly_the_items_with_a_loss(losses):
     else: assert len(idxs) == 1
 
 @quick
-@given(st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0., 1.]), min_size=1, max_size=40), percent, percent,
+@given(st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0., 1.]), min_size=1,
+                max_size=40), percent, percent,
        st.sampled_from([1, 8]), percent)
 def test_pick_of_anything(losses, share, samples, multiple_of, easiest):
     if share == samples == 0: samples = 10
@@ -98,13 +102,16 @@ def test_pick_of_anything(losses, share, samples, multiple_of, easiest):
     assert kept.isposinf().sum() == losses.isposinf().sum()
     if kept.isnan().any(): assert (~kept.isnan()).sum() == numbers.sum()  # NaN only once every number is taken
 
-@pytest.mark.parametrize('losses,n', [([0.]*10, 1), ([1.]*10, 9), ([-1.]*10, 1), ([math.nan]*10, 1), ([math.inf]*10, 10),
-                                      ([math.inf]+[1.]*8, 9), ([math.inf]+[1.]*20, 19), ([5., -1., -1., -1.], 1), ([3.], 1)])
+@pytest.mark.parametrize('losses,n', [([0.]*10, 1), ([1.]*10, 9), ([-1.]*10, 1), ([math.nan]*10, 1),
+                                      ([math.inf]*10, 10),
+                                      ([math.inf]+[1.]*8, 9), ([math.inf]+[1.]*20, 19),
+                                      ([5., -1., -1., -1.], 1), ([3.], 1)])
 def test_degenerate_losses(losses, n): assert len(LossShare(0.9)(torch.tensor(losses)).idxs) == n
 
 def test_half_precision_losses():
     losses = torch.tensor([0.5, 2., 0.25, 8.])
-    for dtype in (torch.float16, torch.bfloat16, torch.float64): assert LossShare(0.9)(losses.to(dtype)).idxs.tolist() == [1, 3]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert LossShare(0.9)(losses.to(dtype)).idxs.tolist() == [1, 3]
 
 
 # Learners
@@ -112,7 +119,8 @@ def test_half_precision_losses():
 N, BS = 64, 16
 
 class Rows:
-    "Items made from the row's number; the fifth column is the number itself, so that every batch tells which rows it holds"
+    """Items made from the row's number; the fifth column is the number itself, so that every batch tells which rows it
+    holds"""
     def __init__(self, n=N, image=False, dtype=torch.float32):
         generator = torch.Generator().manual_seed(3)
         self.x = torch.randn(n, 5, generator=generator, dtype=dtype)
@@ -126,15 +134,20 @@ class Rows:
 def rows_of(x): return (x.reshape(len(x), -1)[:, 4]*1024).round().long()
 
 def plain_model(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.Tanh(), nn.Linear(16, 2))
-def usual_model(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
+def usual_model():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2),
+                         nn.Linear(16, 2))
 
-def lazy_learner(path=None, model=plain_model, data=None, loss_func=None, bs=BS, seed=0, num_workers=0, drop_last=True, **kwargs):
+def lazy_learner(path=None, model=plain_model, data=None, loss_func=None, bs=BS, seed=0, num_workers=0,
+                 drop_last=True, **kwargs):
     "One that says nothing, whose lazy layer a batch has made"
     set_seed(seed)
     data, model = Rows() if data is None else data, model()
-    dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers), DataLoader(data, bs=N))
+    dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=drop_last, num_workers=num_workers),
+                      DataLoader(data, bs=N))
     with torch.no_grad(): model.eval()(*dls.train.one_batch()[:-1])
-    return quiet(learner(dls, model, loss_func, seed, **{**dict(opt_func=Adam, lr=1e-3, metrics=accuracy, path=path), **kwargs}))
+    return quiet(learner(dls, model, loss_func, seed,
+                         **{**dict(opt_func=Adam, lr=1e-3, metrics=accuracy, path=path), **kwargs}))
 
 def weights(learn): return torch.cat([o.detach().flatten().double() for o in learn.model.state_dict().values()])
 
@@ -163,7 +176,8 @@ class Oracle(Callback):
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_choice_equals_an_independent_one(model, num_workers):
     oracle, batches = Oracle(0.7), Batches()
-    learn = fit(lazy_learner(model=model, num_workers=num_workers).batch_loss_filter(0.7, warmup_epochs=0), 2, 1e-2, cbs=[oracle, batches])
+    learn = fit(lazy_learner(model=model, num_workers=num_workers).batch_loss_filter(0.7, warmup_epochs=0), 2, 1e-2,
+                cbs=[oracle, batches])
     assert len(batches.rows) == 2*N//BS and len({len(o) for o in batches.rows}) > 1
     for got, expected in zip(batches.rows, oracle.rows): assert torch.equal(got, expected)
     assert torch.equal(learn.selection.selected.long(), torch.bincount(torch.cat(oracle.rows), minlength=N))
@@ -177,7 +191,8 @@ def test_gradient_is_of_the_selected_items_alone(forward):
         order = 44
         def before_fit(self): self.gradient = None
         def after_backward(self):
-            if self.gradient is None: self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
+            if self.gradient is None:
+                self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
     learn, first = lazy_learner().batch_loss_filter(0.6, warmup_epochs=0, forward=forward), First()
     start = {k: v.clone() for k, v in learn.model.state_dict().items()}
     fit(learn, 1, cbs=first)
@@ -185,7 +200,8 @@ def test_gradient_is_of_the_selected_items_alone(forward):
     net = lazy_learner().model
     net.load_state_dict(start)
     F.cross_entropy(net(first.batch[0]), first.batch[1]).backward()
-    for got, parameter in zip(first.gradient, net.parameters()): torch.testing.assert_close(got, parameter.grad, rtol=0, atol=1e-6)
+    for got, parameter in zip(first.gradient, net.parameters()):
+        torch.testing.assert_close(got, parameter.grad, rtol=0, atol=1e-6)
 
 def test_reuse_and_twice_are_the_same_training():
     runs = []
@@ -199,8 +215,10 @@ def test_reuse_and_twice_are_the_same_training():
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     assert all(torch.equal(*o) for o in zip(rows_a, rows_b))
     assert torch.equal(record_a.selected, record_b.selected)
-    assert (record_a.ledger.scored.tolist(), record_b.ledger.scored.tolist()) == ([N]*3, [0]*3)  # no forward for scoring alone
-    for column in ('loaded', 'trained', 'selected'): assert record_a.ledger[column].tolist() == record_b.ledger[column].tolist()
+    # no forward for scoring alone
+    assert (record_a.ledger.scored.tolist(), record_b.ledger.scored.tolist()) == ([N]*3, [0]*3)
+    for column in ('loaded', 'trained', 'selected'):
+        assert record_a.ledger[column].tolist() == record_b.ledger[column].tolist()
     torch.testing.assert_close(torch.tensor(record_a.ledger.loss_share), torch.tensor(record_b.ledger.loss_share))
 
 def test_auto_decides_by_what_the_epoch_before_kept():
@@ -215,14 +233,17 @@ def test_auto_decides_by_what_the_epoch_before_kept():
     assert torch.equal(weights(changing), weights(run(min_loss_perc=SchedLin(1., 0.1), warmup_epochs=0)))
 
 class Recurrent(nn.Module):
-    def __init__(self, dropout): super().__init__(); self.layers, self.head = nn.LSTM(5, 4, 2, dropout=dropout, batch_first=True), nn.Linear(4, 2)
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers, self.head = nn.LSTM(5, 4, 2, dropout=dropout, batch_first=True), nn.Linear(4, 2)
     def forward(self, x): return self.head(self.layers(x.view(len(x), 1, 5))[0][:, -1])
 
 class StochasticDepth(nn.Module):
     def forward(self, x): return x
 
 @pytest.mark.parametrize('extra,reuses', [
-    (nn.Identity, True), (lambda: nn.BatchNorm1d(5), False), (lambda: nn.Dropout(0.1), False), (lambda: nn.AlphaDropout(0.1), False),
+    (nn.Identity, True), (lambda: nn.BatchNorm1d(5), False), (lambda: nn.Dropout(0.1), False),
+    (lambda: nn.AlphaDropout(0.1), False),
     (lambda: nn.SyncBatchNorm(5), False), (StochasticDepth, False), (nn.Flatten, True)])
 def test_auto_never_reuses_where_chance_or_the_batch_has_a_say(extra, reuses):
     class Model(nn.Module):
@@ -231,12 +252,14 @@ def test_auto_never_reuses_where_chance_or_the_batch_has_a_say(extra, reuses):
     learn = fit(lazy_learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2)
     assert learn.selection.ledger.forward.tolist() == ['twice', 'reuse' if reuses else 'twice']
 
-@pytest.mark.parametrize('make,reuses', [(lambda: Recurrent(0.), True), (lambda: Recurrent(0.5), False), (lambda: nn.Sequential(RNNDropout(0.1)), False)])
+@pytest.mark.parametrize('make,reuses', [(lambda: Recurrent(0.), True), (lambda: Recurrent(0.5), False),
+                                         (lambda: nn.Sequential(RNNDropout(0.1)), False)])
 def test_auto_knows_dropout_inside_other_layers(make, reuses):
     class Model(nn.Module):
         def __init__(self): super().__init__(); self.extra, self.net = make(), plain_model()
         def forward(self, x): return self.net(x)
-    assert fit(lazy_learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0), 2).selection.ledger.forward[1] == ('reuse' if reuses else 'twice')
+    assert fit(lazy_learner(model=Model).batch_loss_filter(0.99, warmup_epochs=0),
+               2).selection.ledger.forward[1] == ('reuse' if reuses else 'twice')
 
 def test_auto_does_not_reuse_a_prediction_that_cannot_be_narrowed():
     class States(nn.Module):
@@ -246,9 +269,11 @@ def test_auto_does_not_reuse_a_prediction_that_cannot_be_narrowed():
     loss_func = lambda pred, targ, reduction='mean': F.cross_entropy(pred[0], targ, reduction=reduction)
     make = partial(lazy_learner, model=States, loss_func=loss_func, metrics=None)
     assert fit(make().batch_loss_filter(0.99), 3).selection.ledger.forward.tolist() == ['none', 'twice', 'twice']
-    with pytest.raises(ValueError, match='first dimension'): fit(make().batch_loss_filter(0.5, warmup_epochs=0, forward='reuse'), 1)
+    with pytest.raises(ValueError, match='first dimension'):
+        fit(make().batch_loss_filter(0.5, warmup_epochs=0, forward='reuse'), 1)
 
-@pytest.mark.parametrize('model,forward', [(usual_model, 'twice'), (usual_model, 'auto'), (usual_model, 'reuse'), (plain_model, 'auto')])
+@pytest.mark.parametrize('model,forward', [(usual_model, 'twice'), (usual_model, 'auto'), (usual_model, 'reuse'),
+                                           (plain_model, 'auto')])
 def test_all_items_is_plain_fastai(model, forward):
     def run(select):
         learn = fit(select(lazy_learner(model=model)), 3, 1e-2)
@@ -276,11 +301,13 @@ def test_first_epoch_is_whole_and_the_filter_survives_the_fit():
     assert ledger.selected[0] == 1 and (ledger.selected[1:] < 1).all()
     assert ledger.scored.tolist() == [0, N, N, N]
     assert ledger.loss_share[0] == 1 and (ledger.loss_share[1:] >= 0.6).all()
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'selected', 'loss_perc', 'time']
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'selected',
+                                                 'loss_perc', 'time']
     assert learn.recorder.values[-1][-2:] == [ledger.selected[3], ledger.loss_share[3]]
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
     fit(learn.no_selection(), 1)
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len(learn.selection.ledger) == 4
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+    assert len(learn.selection.ledger) == 4
 
 def test_columns_are_the_shares_of_items_and_of_loss():
     class Shares(Callback):
@@ -298,7 +325,8 @@ def test_columns_are_the_shares_of_items_and_of_loss():
     assert learn.recorder.values[0][-2] == len(kept)/len(total)
     assert learn.recorder.values[0][-1] == pytest.approx((kept.sum()/total.sum()).item(), abs=1e-5)
 
-COMPANIONS = dict(nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()], accumulation=lambda: [GradientAccumulation(2*BS)],
+COMPANIONS = dict(nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()],
+                  accumulation=lambda: [GradientAccumulation(2*BS)],
                   clip=lambda: [GradientClip(0.1)], csv=lambda: [CSVLogger()])
 
 @pytest.mark.parametrize('forward', ['twice', 'auto', 'reuse'])
@@ -342,7 +370,8 @@ def test_schedules():
 
 def test_multiple_of_and_small_last_batch():
     batches = Batches()
-    fit(lazy_learner(data=Rows(N+3), drop_last=False).batch_loss_filter(0.5, multiple_of=8, warmup_epochs=0), 2, cbs=batches)
+    fit(lazy_learner(data=Rows(N+3), drop_last=False).batch_loss_filter(0.5, multiple_of=8, warmup_epochs=0), 2,
+        cbs=batches)
     sizes = [len(o) for o in batches.rows]
     assert sizes[N//BS::N//BS+1] == [3, 3] and {o for o in sizes if o != 3} <= {8, 16}
 
@@ -399,9 +428,11 @@ def test_scale_lr_is_sgd_by_hand(rule, power, forward):
                 for lr, p in zip([0.1, 0.1, 0.3, 0.3], self.net.parameters()): p -= factor*lr*p.grad
         def after_batch(self):
             if self.training: torch.testing.assert_close([*self.model.parameters()], [*self.net.parameters()])
-    learn = lazy_learner(opt_func=partial(SGD, mom=0., wd=0.), splitter=lambda m: [[*m[1].parameters()], [*m[3].parameters()]])
+    learn = lazy_learner(opt_func=partial(SGD, mom=0., wd=0.),
+                         splitter=lambda m: [[*m[1].parameters()], [*m[3].parameters()]])
     by_hand, steps = ByHand(), Steps()
-    fit(learn.batch_loss_filter(0.6, warmup_epochs=0, scale_lr=rule, forward=forward), 2, slice(0.1, 0.3), cbs=[by_hand, steps])
+    fit(learn.batch_loss_filter(0.6, warmup_epochs=0, scale_lr=rule, forward=forward), 2, slice(0.1, 0.3),
+        cbs=[by_hand, steps])
     if rule: assert max(by_hand.factors) < 1 and len(set(by_hand.factors)) > 1
     assert all(rates == [0.1, pytest.approx(0.3)] for _, rates in steps.seen)
 
@@ -420,14 +451,16 @@ def test_scale_lr_is_off_where_nothing_is_left_out():
     filtered = fit(lazy_learner().batch_loss_filter(0.5, warmup_epochs=2, scale_lr='linear'), 2, 1e-2)
     assert torch.equal(weights(plain), weights(filtered))
 
-@pytest.mark.parametrize('opt_func', [partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)])
+@pytest.mark.parametrize('opt_func',
+                         [partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_scale_lr_of_a_pytorch_optimizer(opt_func):
     rates = []
     class AtStep(Callback):
         order = 44
         def before_step(self): rates.append((len(self.x), self.opt.opt.param_groups[0]['lr']))
     steps = Steps()
-    learn = fit(lazy_learner(opt_func=opt_func).batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 1, 1e-2, cbs=[AtStep(), steps])
+    learn = fit(lazy_learner(opt_func=opt_func).batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 1, 1e-2,
+                cbs=[AtStep(), steps])
     assert rates and all(lr == pytest.approx(1e-2*n/BS) for n, lr in rates)
     assert all(o == [1e-2] for _, o in steps.seen)
     assert learn.opt.opt.param_groups[0]['lr'] == 1e-2
@@ -439,8 +472,7 @@ def test_scale_lr_restores_the_rate_of_a_cancelled_step(error):
         def before_step(self):
             if self.iter % 2: raise error
     learn, steps = lazy_learner().batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'), Steps()
-    try: fit(learn, 1, 1e-2, cbs=[Cancel(), steps])
-    except KeyboardInterrupt: pass
+    with suppress(KeyboardInterrupt): fit(learn, 1, 1e-2, cbs=[Cancel(), steps])
     assert all(rates == [1e-2] for _, rates in steps.seen)
     if error is not KeyboardInterrupt: assert learn.opt.hypers[0]['lr'] == 1e-2
     learn.remove_cbs(Cancel)
@@ -457,7 +489,8 @@ def test_scale_lr_with_gradient_accumulation():
             self.shares.append((self.opt.hypers[0]['lr']/1e-2, sum(self.sizes)/(BS*len(self.sizes)), len(self.sizes)))
             self.sizes = []
     at_step, steps = AtStep(), Steps()
-    fit(lazy_learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 4, 1e-2, cbs=[GradientAccumulation(2*BS), at_step, steps])
+    fit(lazy_learner().batch_loss_filter(0.6, warmup_epochs=0, scale_lr='linear'), 4, 1e-2,
+        cbs=[GradientAccumulation(2*BS), at_step, steps])
     assert len(at_step.shares) > 2 and all(n > 1 for *_, n in at_step.shares)
     assert all(got == pytest.approx(expected) for got, expected, _ in at_step.shares)
     assert len(steps.seen) == 4*N//BS and all(rates == [1e-2] for _, rates in steps.seen)
@@ -482,10 +515,13 @@ class Record:
 
 class Net(nn.Module):
     "Puts a tensor through `layers` wherever the input holds it, and shapes what comes out"
-    def __init__(self, layers, take=lambda x: x, give=lambda o: o): super().__init__(); self.layers, self.take, self.give = layers, take, give
+    def __init__(self, layers, take=lambda x: x, give=lambda o: o):
+        super().__init__(); self.layers, self.take, self.give = layers, take, give
     def forward(self, *xb): return self.give(self.layers(self.take(*xb)))
 
-def items(n, *columns): return [tuple(col[i] if isinstance(col, torch.Tensor) else {k: v[i] for k, v in col.items()} for col in columns) for i in range(n)]
+def items(n, *columns):
+    return [tuple(col[i] if isinstance(col, torch.Tensor) else {k: v[i] for k, v in col.items()} for col in columns)
+            for i in range(n)]
 
 def classes(pred, targ, reduction='mean'): return F.cross_entropy(pred.logits, targ, reduction=reduction)
 
@@ -496,25 +532,35 @@ def task(name):
     n, x = 64, randn(64, 5)
     y = (x[:, 0] > 0).long()
     crossed = lambda o, t: F.cross_entropy(o, t, reduction='none')
-    if name == 'regression': return items(n, x, x[:, :1]**2), Net(nn.Linear(5, 1)), MSELossFlat(), lambda o, t: (o-t).square().flatten()
-    if name == 'summed regression': return items(n, x, randn(n, 3)), Net(nn.Linear(5, 3)), nn.MSELoss(reduction='sum'), lambda o, t: (o-t).square().sum(1)
+    if name == 'regression':
+        return items(n, x, x[:, :1]**2), Net(nn.Linear(5, 1)), MSELossFlat(), lambda o, t: (o-t).square().flatten()
+    if name == 'summed regression':
+        return items(n, x, randn(n, 3)), Net(nn.Linear(5, 3)), nn.MSELoss(reduction='sum'), lambda o, t: (
+            o-t).square().sum(1)
     if name == 'multi-label':
         return (items(n, x, (randn(n, 4) > 0).float()), Net(nn.Linear(5, 4)), BCEWithLogitsLossFlat(),
                 lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction='none').mean(1))
     if name == 'segmentation':
-        return (items(n, randn(n, 1, 6, 6), (randn(n, 6, 6) > 0).long()), Net(nn.Conv2d(1, 2, 3, padding=1)), CrossEntropyLossFlat(axis=1),
+        return (items(n, randn(n, 1, 6, 6), (randn(n, 6, 6) > 0).long()), Net(nn.Conv2d(1, 2, 3, padding=1)),
+                CrossEntropyLossFlat(axis=1),
                 lambda o, t: crossed(o, t).mean((1, 2)))
     if name == 'sequence':
         targ = torch.randint(0, 3, (n, 7), generator=generator)
         targ[:, 4:] = -100  # padding
         def by_hand(o, t): return crossed(o[:, :4].flatten(0, 1), t[:, :4].flatten()).view(-1, 4).mean(1)
         return items(n, randn(n, 7, 5), targ), Net(nn.Linear(5, 3)), CrossEntropyLossFlat(ignore_index=-100), by_hand
-    if name == 'tuple': return items(n, x, 2*x, y), Net(nn.Linear(5, 2), take=lambda a, b: a+b), CrossEntropyLossFlat(), crossed
-    if name == 'dict': return items(n, dict(x=x, mask=x > 0), y), Net(nn.Linear(5, 2), take=lambda d: d['x']*d['mask']), CrossEntropyLossFlat(), crossed
-    gives = {'output object': lambda o: Output(logits=o, hidden=(o*2, o*3)), 'dataclass': lambda o: Record(o, (o*2, o*3))}
-    return items(n, dict(x=x), y), Net(nn.Linear(5, 2), take=lambda d: d['x'], give=gives[name]), classes, lambda o, t: crossed(o.logits, t)
+    if name == 'tuple':
+        return items(n, x, 2*x, y), Net(nn.Linear(5, 2), take=lambda a, b: a+b), CrossEntropyLossFlat(), crossed
+    if name == 'dict':
+        return items(n, dict(x=x, mask=x > 0), y), Net(nn.Linear(5, 2),
+                                                       take=lambda d: d['x']*d['mask']), CrossEntropyLossFlat(), crossed
+    gives = {'output object': lambda o: Output(logits=o, hidden=(o*2, o*3)),
+             'dataclass': lambda o: Record(o, (o*2, o*3))}
+    return items(n, dict(x=x), y), Net(nn.Linear(5, 2), take=lambda d: d['x'],
+                                       give=gives[name]), classes, lambda o, t: crossed(o.logits, t)
 
-TASKS = ['regression', 'summed regression', 'multi-label', 'segmentation', 'sequence', 'tuple', 'dict', 'output object', 'dataclass']
+TASKS = ['regression', 'summed regression', 'multi-label', 'segmentation', 'sequence', 'tuple', 'dict', 'output object',
+         'dataclass']
 
 @pytest.mark.parametrize('forward', ['twice', 'reuse', 'auto'])
 @pytest.mark.parametrize('name', TASKS)
@@ -543,10 +589,14 @@ def test_tasks(name, forward):
 # Bad input
 
 BAD = [(dict(min_loss_perc=1.1), 'min_loss_perc must lie in [0, 1]; got 1.1'), (dict(min_loss_perc=-0.1), 'got -0.1'),
-       (dict(min_loss_perc=math.nan), 'got nan'), (dict(min_sample_perc=2), 'min_sample_perc must lie in [0, 1]; got 2'),
-       (dict(min_sample_perc=math.nan), 'got nan'), (dict(min_sample_perc=-1), 'got -1'), (dict(keep_easiest=1.5), 'keep_easiest must lie in [0, 1]; got 1.5'),
-       (dict(min_loss_perc=0, min_sample_perc=0), 'both 0'), (dict(min_loss_perc=SchedLin(0.5, 1.5)), 'got 1.5 at pct_train=1'),
-       (dict(multiple_of=0), 'multiple_of must be a whole number of at least 1; got 0'), (dict(multiple_of=-8), 'got -8'),
+       (dict(min_loss_perc=math.nan), 'got nan'),
+       (dict(min_sample_perc=2), 'min_sample_perc must lie in [0, 1]; got 2'),
+       (dict(min_sample_perc=math.nan), 'got nan'), (dict(min_sample_perc=-1), 'got -1'),
+       (dict(keep_easiest=1.5), 'keep_easiest must lie in [0, 1]; got 1.5'),
+       (dict(min_loss_perc=0, min_sample_perc=0), 'both 0'),
+       (dict(min_loss_perc=SchedLin(0.5, 1.5)), 'got 1.5 at pct_train=1'),
+       (dict(multiple_of=0), 'multiple_of must be a whole number of at least 1; got 0'),
+       (dict(multiple_of=-8), 'got -8'),
        (dict(scale_lr='cubic'), "scale_lr must be 'linear', 'sqrt' or None"), (dict(scale_lr=True), 'got True'),
        (dict(forward='once'), "'twice', 'reuse' or 'auto'"),
        (dict(warmup_epochs=-1), 'warmup_epochs must be a whole number of at least 0'),
@@ -558,8 +608,10 @@ def test_bad_values(kwargs, message):
         with pytest.raises(ValueError) as e: make(**kwargs)
         assert message in str(e.value)
 
-@pytest.mark.parametrize('kwargs', [dict(min_loss_perc='90%'), dict(min_loss_perc=None), dict(min_sample_perc=True), dict(multiple_of=8.),
-                                    dict(multiple_of=True), dict(keep_easiest=lambda pct: 'few'), dict(min_los_perc=0.5), dict(pick=LossShare())])
+@pytest.mark.parametrize('kwargs', [dict(min_loss_perc='90%'), dict(min_loss_perc=None), dict(min_sample_perc=True),
+                                    dict(multiple_of=8.),
+                                    dict(multiple_of=True), dict(keep_easiest=lambda pct: 'few'),
+                                    dict(min_los_perc=0.5), dict(pick=LossShare())])
 def test_bad_kinds(kwargs):
     with pytest.raises(TypeError): lazy_learner().batch_loss_filter(**kwargs)
 
@@ -579,8 +631,10 @@ def test_every_event_exists():
 # What the host asks of the device
 
 class HostReads(TorchDispatchMode):
-    "Operations that need a number on the host: on a GPU each would wait for the device. (`tolist` of a CPU tensor isn't dispatched)"
-    ops = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
+    """Operations that need a number on the host: on a GPU each would wait for the device. (`tolist` of a CPU tensor
+    isn't dispatched)"""
+    ops = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+           torch.ops.aten.masked_select.default}
     def __init__(self): super().__init__(); self.reads = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.reads += func in self.ops
@@ -606,7 +660,8 @@ def test_one_read_a_batch_without_a_gpu(forward, monkeypatch):
         def after_pred(self):
             if self.event == 'after_pred': self.toggle()
     event = 'before_batch' if forward == 'twice' else 'after_pred'
-    learn = lazy_learner(model=usual_model).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    learn = lazy_learner(model=usual_model).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0,
+                                                              forward=forward)
     fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
     assert counts == [(0, 1)]*(2*(N//BS - 1))
 

@@ -12,9 +12,17 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
-from helpers import N, Interrupt, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
+from helpers import Interrupt, N, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
 
-from rholoss_fastai.all import GroupDRO, ImportanceSample, IrreducibleLosses, PerClass, RowWeights, ThenUniform, TopFraction
+from rholoss_fastai.all import (
+    GroupDRO,
+    ImportanceSample,
+    IrreducibleLosses,
+    PerClass,
+    RowWeights,
+    ThenUniform,
+    TopFraction,
+)
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
 
@@ -32,18 +40,22 @@ class Method:
 
 
 def select(score, pick, **kwargs):
-    return Method(lambda l: l.select(score, pick, frac=0.5, **kwargs), lambda l: l.select(score, pick, frac=1., **kwargs))
-def by_object(pick, whole): return Method(lambda l: l.select('loss', pick()), whole and (lambda l: l.select('loss', whole())))
+    return Method(lambda l: l.select(score, pick, frac=0.5, **kwargs),
+                  lambda l: l.select(score, pick, frac=1., **kwargs))
+def by_object(pick, whole):
+    return Method(lambda l: l.select('loss', pick()), whole and (lambda l: l.select('loss', whole())))
 def pruned(rule, whole=None, acts=True, **kwargs):
     mixup = rule == 'random'
-    return Method(lambda l: l.prune_epochs(rule, **kwargs), whole and (lambda l: l.prune_epochs(rule, **whole)), 'no_pruning', mixup=mixup, acts=acts)
+    return Method(lambda l: l.prune_epochs(rule, **kwargs), whole and (lambda l: l.prune_epochs(rule, **whole)),
+                  'no_pruning', mixup=mixup, acts=acts)
 
 def table(learn): return IrreducibleLosses.of(IL, learn.dls.train)
 
 
 METHODS = dict(
     top=select('loss', 'top'),
-    top_shared=Method(lambda l: l.select('loss', 'top', frac=0.5, forward='reuse'), lambda l: l.select('loss', 'top', frac=1., forward='reuse'), mixup=False),
+    top_shared=Method(lambda l: l.select('loss', 'top', frac=0.5, forward='reuse'),
+                      lambda l: l.select('loss', 'top', frac=1., forward='reuse'), mixup=False),
     top_enlarged=select('loss', 'top', enlarge=True),
     top_steps=select('loss', 'top', enlarge=True, epoch='steps'),
     top_stale=select('loss', 'top', staleness=2),
@@ -53,27 +65,37 @@ METHODS = dict(
     per_class=by_object(lambda: PerClass(0.5), lambda: PerClass(1.)),
     then_uniform=by_object(lambda: ThenUniform(pick=TopFraction(0.5)), lambda: ThenUniform(pick=TopFraction(1.))),
     importance=Method(lambda l: l.select('gradient_norm', ImportanceSample(0.5)), mixup=False),
-    batch_loss_filter=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0), lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0)),
+    batch_loss_filter=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0),
+                             lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0)),
     filter_scaled=Method(lambda l: l.batch_loss_filter(0.5, warmup_epochs=0, scale_lr='linear'),
                          lambda l: l.batch_loss_filter(0.5, min_sample_perc=1., warmup_epochs=0, scale_lr='linear')),
-    selective_backprop=Method(lambda l: l.selective_backprop(3., warmup_epochs=0), lambda l: l.selective_backprop(0., warmup_epochs=0)),
-    queue=Method(lambda l: l.selective_backprop(1., warmup_epochs=0, queue=True), lambda l: l.selective_backprop(0., warmup_epochs=0, queue=True)),
+    selective_backprop=Method(lambda l: l.selective_backprop(3., warmup_epochs=0),
+                              lambda l: l.selective_backprop(0., warmup_epochs=0)),
+    queue=Method(lambda l: l.selective_backprop(1., warmup_epochs=0, queue=True),
+                 lambda l: l.selective_backprop(0., warmup_epochs=0, queue=True)),
     rho_table=Method(lambda l: l.rho_loss(IL, frac=0.5), lambda l: l.rho_loss(IL, frac=1.)),
-    rho_within=Method(lambda l: l.rho_loss(IL, frac=0.5, enlarge=False), lambda l: l.rho_loss(IL, frac=1., enlarge=False)),
+    rho_within=Method(lambda l: l.rho_loss(IL, frac=0.5, enlarge=False),
+                      lambda l: l.rho_loss(IL, frac=1., enlarge=False)),
     rho_model=Method(lambda l: l.rho_loss(linear(), frac=0.5), lambda l: l.rho_loss(linear(), frac=1.)),
-    rho_beside=Method(lambda l: l.rho_loss(learner(), frac=0.5, update_il=True, track=dict(first=torch.arange(N) < 9), fallback='uniform')),
-    tokens=Method(lambda l: l.select(unit='token', frac=0.5), lambda l: l.select(unit='token', frac=1.), mixup=False, rows=False),
+    rho_beside=Method(lambda l: l.rho_loss(learner(), frac=0.5, update_il=True, track=dict(first=torch.arange(N) < 9),
+                                           fallback='uniform')),
+    tokens=Method(lambda l: l.select(unit='token', frac=0.5), lambda l: l.select(unit='token', frac=1.), mixup=False,
+                  rows=False),
     proxy=Method(lambda l: l.select('loss', 'top', frac=0.5, proxy=learner(seed=3))),
     infobatch=pruned('infobatch', dict(ratio=0.), delta=1.),
     random=pruned('random', dict(keep=1.)),
     ies=pruned('ies', dict(threshold=0.), acts=False),
     seta=pruned('seta', dict(prune=0., window=1.)),
-    rho_epochs=Method(lambda l: l.rho_epochs(table(l), drop=0.3, gate=False), lambda l: l.rho_epochs(table(l), drop=0., by_memory=False, gate=False),
+    rho_epochs=Method(lambda l: l.rho_epochs(table(l), drop=0.3, gate=False),
+                      lambda l: l.rho_epochs(table(l), drop=0., by_memory=False, gate=False),
                       'no_pruning', mixup=False),
-    row_weights=Method(lambda l: l.add_cb(RowWeights(torch.linspace(0.1, 3, N))), lambda l: l.add_cb(RowWeights(torch.ones(N))), RowWeights,
+    row_weights=Method(lambda l: l.add_cb(RowWeights(torch.linspace(0.1, 3, N))),
+                       lambda l: l.add_cb(RowWeights(torch.ones(N))), RowWeights,
                        exact=False, mixup=False, rows=False),
-    group_dro=Method(lambda l: l.add_cb(GroupDRO((torch.arange(N) % 2).tolist())), None, GroupDRO, mixup=False, rows=False),
-    one_pass=Method(lambda l: l.one_pass('lr', every=1), lambda l: l.one_pass('lr', every=10**6, diverged=None), 'no_one_pass', exact=False, others=False,
+    group_dro=Method(lambda l: l.add_cb(GroupDRO((torch.arange(N) % 2).tolist())), None, GroupDRO, mixup=False,
+                     rows=False),
+    one_pass=Method(lambda l: l.one_pass('lr', every=1), lambda l: l.one_pass('lr', every=10**6, diverged=None),
+                    'no_one_pass', exact=False, others=False,
                     rows=False),
 )
 
@@ -96,12 +118,14 @@ def own(learn): return [cb for cb in learn.cbs if type(cb).__module__.startswith
 # What else a user has in a fit: name -> function that returns callbacks
 
 BESIDE = dict(nothing=list, mixup=lambda: [MixUp()],
-              others=lambda: [GradientAccumulation(72), GradientClip(0.1), SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=0),
+              others=lambda: [GradientAccumulation(72), GradientClip(0.1), SaveModelCallback(with_opt=True),
+                              ReduceLROnPlateau(patience=0),
                               EarlyStoppingCallback(patience=1)])
 
 def run(learn, beside):
     fit(learn, 3, cbs=BESIDE[beside](), seed=1)
-    return weights_of(learn), torch.get_rng_state(), [list(o[:3]) for o in learn.recorder.values] # columns of its own come after
+    # columns of its own come after
+    return weights_of(learn), torch.get_rng_state(), [list(o[:3]) for o in learn.recorder.values]
 
 @cache
 def plain_run(beside, path): return run(learner(LOADERS, mlp, metrics=accuracy, path=path), beside)
@@ -126,11 +150,13 @@ def test_beside_other_callbacks(method, beside, folder):
     learn = with_method(method, model=mlp, path=folder)
     before = weights_of(learn)
     if not getattr(method, beside, True):
-        with pytest.raises(ValueError, match=dict(mixup='MixUp', others='A schedule sets lr')[beside]): run(learn, beside)
+        with pytest.raises(ValueError, match=dict(mixup='MixUp', others='A schedule sets lr')[beside]):
+            run(learn, beside)
         assert torch.equal(before, weights_of(learn))
     else:
         after, _, values = run(learn, beside)
-        assert after.isfinite().all() and len(values) > 1 and torch.equal(after, plain_run(beside, folder)[0]) != method.acts
+        assert after.isfinite().all() and len(values) > 1
+        assert torch.equal(after, plain_run(beside, folder)[0]) != method.acts
 
 
 class Watched(Callback):
@@ -143,7 +169,8 @@ class Watched(Callback):
 
 @METHOD
 def test_scoring_leaves_no_trace(method):
-    "From before a method's events to after them: buffers, attributes, modes, gradients, random state, the loss function's reduction"
+    """From before a method's events to after them: buffers, attributes, modes, gradients, random state, the loss
+    function's reduction"""
     learn, contexts = with_method(method, model=mlp), []
     def enter():
         contexts.append(no_trace(learn))
@@ -154,7 +181,8 @@ def test_scoring_leaves_no_trace(method):
 @METHOD
 def test_events_exist(method):
     "fastai passes over an event that is misspelt"
-    names = {name for cb in own(with_method(method)) for name in dir(type(cb)) if name.startswith(('before_', 'after_'))}
+    names = {name for cb in own(with_method(method)) for name in dir(type(cb))
+             if name.startswith(('before_', 'after_'))}
     assert names and names <= {o for o in dir(event) if not o.startswith('_')}
 
 @METHOD
@@ -165,7 +193,8 @@ def test_one_item_with_batch_norm(method):
 
 @METHOD
 def test_twice_in_a_row(method):
-    "A second fit goes on, with the same columns and no more; validation and predictions in between are the Learner's own"
+    """A second fit goes on, with the same columns and no more; validation and predictions in between are the Learner's
+    own"""
     learn = with_method(method)
     fit(learn, 2)
     columns, n_values = list(learn.recorder.metric_names), len(learn.validate())
@@ -203,9 +232,11 @@ def test_export_and_load(method, tmp_path):
     learn.export('with.pkl')
     loaded = load_learner(tmp_path/'with.pkl')
     loaded.dls = loaders()
-    assert torch.equal(loaded.model(x), learn.model(x)) and len(loaded.validate()) == 2 and loaded.get_preds()[0].shape == (24, 3)
+    assert torch.equal(loaded.model(x), learn.model(x)) and len(loaded.validate()) == 2
+    assert loaded.get_preds()[0].shape == (24, 3)
     undo(learn, method)
-    assert not own(learn) and (not method.rows or len(learn.selection.ledger) == 2) # what was recorded can still be read
+    # what was recorded can still be read
+    assert not own(learn) and (not method.rows or len(learn.selection.ledger) == 2)
     learn.export('without.pkl')
     assert b'rholoss_fastai' not in (tmp_path/'without.pkl').read_bytes()
     loaded, learn.dls = load_learner(tmp_path/'without.pkl'), loaders()
@@ -213,12 +244,14 @@ def test_export_and_load(method, tmp_path):
     assert torch.equal(weights_of(fit(learn, 1, reset_opt=True)), weights_of(fit(loaded, 1)))
 
 
-EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step',
+EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward',
+          'after_backward', 'before_step', 'after_step',
           'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch']
 
 @METHOD
 def test_interrupted_in_any_event(method, tmp_path):
-    "The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the Learner goes on"
+    """The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the
+    Learner goes on"""
     for name in EVENTS:
         learn, n_lines = with_method(method, path=tmp_path), 0
         for order in (-10, 15):

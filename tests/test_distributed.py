@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import two_processes
 
-
 pytestmark = pytest.mark.slow # two processes
 
 @pytest.fixture(scope='module')
@@ -19,7 +18,8 @@ def ranks(tmp_path_factory):
 def test_each_rank_selects_from_its_own_candidates(ranks):
     for rank in ranks:
         assert len(rank['candidates']) == len(rank['selected']) > 0
-        for candidates, selected in zip(rank['candidates'], rank['selected']): assert set(selected.tolist()) <= set(candidates.tolist())
+        for candidates, selected in zip(rank['candidates'], rank['selected']):
+            assert set(selected.tolist()) <= set(candidates.tolist())
         assert {len(o) for o in rank['selected']} == {4}
     first_epoch = [set(torch.cat(rank['candidates'][:len(rank['candidates'])//2]).tolist()) for rank in ranks]
     assert not first_epoch[0] & first_epoch[1]
@@ -55,12 +55,15 @@ def test_divbs_takes_what_its_rule_takes_of_each_ranks_candidates(ranks):
         assert len(rank['selected']) == len(rank['by_rule']) > 0
         for candidates, selected, expected in zip(rank['candidates'], rank['selected'], rank['by_rule']):
             assert set(selected.tolist()) <= set(candidates.tolist()) and torch.equal(selected, expected)
-    assert torch.equal(*(o['divbs']['weights'] for o in ranks)) and ranks[0]['divbs']['ledger']['trained'] == ranks[1]['divbs']['ledger']['trained']
+    assert torch.equal(*(o['divbs']['weights'] for o in ranks))
+    assert ranks[0]['divbs']['ledger']['trained'] == ranks[1]['divbs']['ledger']['trained']
 
 
 def test_tokens_of_both_processes_are_counted(ranks):
     assert torch.equal(*(o['tokens']['weights'] for o in ranks))
-    for rank in ranks: assert rank['tokens']['ledger']['elements_loaded'] == [200, 200] and rank['tokens']['ledger']['elements_trained'] == [100, 100]
+    for rank in ranks:
+        assert rank['tokens']['ledger']['elements_loaded'] == [200, 200]
+        assert rank['tokens']['ledger']['elements_trained'] == [100, 100]
     assert all(o['tokens']['ledger']['selected'] == [0.5, 0.5] for o in ranks)
 
 

@@ -12,13 +12,13 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from helpers import draws, examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset
-from helpers import draws, examples, fit, learner
 
 from rholoss_fastai.all import Candidates, DivBS, ThenUniform, diverse_items, find_pick, logit_gradients
 from rholoss_fastai.losses import ItemLosses
@@ -57,7 +57,8 @@ def test_equals_explicit_outer_products(n, C, d, seed, ties):
     assert sorted(taken) == list(range(n))
     for i in taken:
         shares = rule.shares()
-        if shares.max() <= 1e-3*scale: return # the rule says nothing about what is taken once nothing of the sum is left
+        # the rule says nothing about what is taken once nothing of the sum is left
+        if shares.max() <= 1e-3*scale: return
         assert shares[i] >= shares.max() - 1e-3*scale # within rounding, one of those with the largest share
         rule.take(i)
 
@@ -78,7 +79,8 @@ def test_nan_comes_last_and_every_item_once(sample):
     taken = diverse_items((R @ R.T)*(f @ f.T), 12, gen).tolist()
     assert sorted(taken) == list(range(12)) and set(taken[-2:]) == {3, 7}
 
-@pytest.mark.parametrize('gram', [torch.zeros(6, 6), torch.full((6, 6), math.nan), torch.ones(6, 6), torch.eye(6), 1e-20*torch.eye(6), 1e30*torch.eye(6)])
+@pytest.mark.parametrize('gram', [torch.zeros(6, 6), torch.full((6, 6), math.nan), torch.ones(6, 6), torch.eye(6),
+                                  1e-20*torch.eye(6), 1e30*torch.eye(6)])
 def test_nothing_to_tell_apart(gram):
     assert sorted(diverse_items(gram, 4).tolist()) == [0, 1, 2, 3]
     assert len(set(diverse_items(gram, 6, torch.Generator().manual_seed(0)).tolist())) == 6
@@ -115,21 +117,27 @@ class NoHead(nn.Module):
 def candidates(model, loss, y, score_bs=None):
     x = torch.randn(len(y), 5)
     dl = DataLoader(list(zip(x, y)), bs=4)
-    scorer = SeparateForward(precision=None, score_bs=score_bs).begin_epoch(Learner(DataLoaders(dl, dl), model, loss_func=loss), torch.device('cpu'))
+    scorer = SeparateForward(precision=None,
+                             score_bs=score_bs).begin_epoch(Learner(DataLoaders(dl, dl), model, loss_func=loss),
+                                                            torch.device('cpu'))
     return Candidates((x,), (y,), asked=('loss', 'gram'), scorer=scorer, item_losses=ItemLosses(loss)), scorer
 
 def multi(y, C=4): return F.one_hot(y, C).float()
 
 @pytest.mark.parametrize('score_bs', [None, 3])
-@pytest.mark.parametrize('loss,targets', [(CrossEntropyLossFlat(), lambda y: y), (CrossEntropyLossFlat(label_smoothing=0.1), lambda y: y),
-    (BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (lambda pred, y: ((pred - multi(y))**4).mean(), lambda y: y)], ids='ce smooth bce mse own'.split())
+@pytest.mark.parametrize('loss,targets', [(CrossEntropyLossFlat(), lambda y: y),
+                                          (CrossEntropyLossFlat(label_smoothing=0.1), lambda y: y),
+    (BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi),
+                                          (lambda pred, y: ((pred - multi(y))**4).mean(), lambda y: y)],
+                         ids='ce smooth bce mse own'.split())
 def test_gram_is_that_of_the_heads_gradients(loss, targets, score_bs):
     set_seed(0)
     model, y = Net(), targets(torch.randint(0, 4, (10,)))
     c, scorer = candidates(model, loss, y, score_bs)
     with scorer.context(): losses, gram = c['loss'], c['gram']
     assert c.scored == 10 and not any(m._forward_hooks for m in model.modules()) and not gram.requires_grad
-    grads = [torch.autograd.grad(ItemLosses(loss)(model(x[None]), t[None]).sum(), model.head.weight)[0].flatten() for x, t in zip(c.xb[0], y)]
+    grads = [torch.autograd.grad(ItemLosses(loss)(model(x[None]), t[None]).sum(), model.head.weight)[0].flatten() for x,
+             t in zip(c.xb[0], y)]
     grads = torch.stack(grads).double()
     assert torch.allclose(gram.double(), grads @ grads.T, rtol=1e-4, atol=1e-6)
     assert torch.allclose(losses, ItemLosses(loss)(model(c.xb[0]), y))
@@ -163,12 +171,14 @@ def vectors():
 
 def head_learner(): return learner(vectors, Net, lr=0.1)
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(enlarge=True), dict(score_bs=5), dict(score='gradient_norm'), dict(forward='twice')], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(), dict(enlarge=True), dict(score_bs=5), dict(score='gradient_norm'),
+                                    dict(forward='twice')], ids=str)
 def test_trains(kwargs):
     learn = fit(head_learner().select(pick='divbs', frac=0.25, **kwargs), 2)
     assert (learn.selection.ledger.selected == 0.25).all() and (learn.selection.ledger.scored == 96).all()
     assert (learn.selection.ledger.forward == 'twice').all()
-    assert all(p.isfinite().all() for p in learn.model.parameters()) and not any(m._forward_hooks for m in learn.model.modules())
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert not any(m._forward_hooks for m in learn.model.modules())
 
 def test_the_cheaper_forward_stays_one_of_its_own():
     learn = fit(head_learner().select(pick='divbs', frac=0.95), 3)
@@ -192,7 +202,8 @@ def test_a_stream_without_an_end(kind):
         def __iter__(self):
             while True: yield torch.zeros(5), torch.tensor(0)
     dls = DataLoaders(kind(Endless(), 12), kind(Endless(), 12))
-    with pytest.raises(ValueError, match='give the data set a length'): fit(Learner(dls, Net(), loss_func=CrossEntropyLossFlat()).select(pick='divbs'), 1)
+    with pytest.raises(ValueError, match='give the data set a length'):
+        fit(Learner(dls, Net(), loss_func=CrossEntropyLossFlat()).select(pick='divbs'), 1)
 
 def by_the_rule(R, f, size):
     rule = ByTheRule(outer_products(R, f))
@@ -230,8 +241,10 @@ class Words(nn.Module):
     def forward(self, x): return self.out(x)
 
 TASKS = dict(
-    segmentation=(torch.randn(24, 2, 4, 5), lambda x: (x[:, 0] > 0).long(), Pixels, CrossEntropyLossFlat(axis=1), lambda p, y: p.softmax(1) - F.one_hot(y, 3).movedim(-1, 1), 20),
-    tagging=(torch.randn(24, 7, 2), lambda x: (x[..., 0] > 0).long(), Words, CrossEntropyLossFlat(), lambda p, y: p.softmax(-1) - F.one_hot(y, 3), 7))
+    segmentation=(torch.randn(24, 2, 4, 5), lambda x: (x[:, 0] > 0).long(), Pixels, CrossEntropyLossFlat(axis=1),
+                  lambda p, y: p.softmax(1) - F.one_hot(y, 3).movedim(-1, 1), 20),
+    tagging=(torch.randn(24, 7, 2), lambda x: (x[..., 0] > 0).long(), Words, CrossEntropyLossFlat(),
+             lambda p, y: p.softmax(-1) - F.one_hot(y, 3), 7))
 
 @pytest.mark.parametrize('task', TASKS)
 def test_many_predictions_of_an_item(task):
@@ -248,18 +261,22 @@ def test_many_predictions_of_an_item(task):
         taken = by_the_rule(R[first:first+12], torch.ones(12, 1), 3)
         assert torch.equal(chosen, x[first:first+12][taken])
 
-@pytest.mark.parametrize('loss,targets', [(BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi), (nn.L1Loss(), multi), (nn.HuberLoss(reduction='sum'), multi)],
+@pytest.mark.parametrize('loss,targets', [(BCEWithLogitsLossFlat(), multi), (MSELossFlat(), multi),
+                                          (nn.L1Loss(), multi), (nn.HuberLoss(reduction='sum'), multi)],
                          ids=lambda o: getattr(o, '__name__', None) or str(o))
 def test_other_losses_train(loss, targets):
     set_seed(0)
     x = torch.randn(48, 5)
     dl = DataLoader(list(zip(x, targets(x[:, :4].argmax(1)))), bs=12)
-    learn = fit(Learner(DataLoaders(dl, dl), Net(), loss_func=loss, opt_func=SGD, lr=0.01).select(pick='divbs', frac=0.25), 2)
-    assert learn.selection.ledger.trained.tolist() == [12, 12] and all(o.isfinite().all() for o in learn.model.parameters())
+    learn = fit(Learner(DataLoaders(dl, dl), Net(), loss_func=loss, opt_func=SGD,
+                        lr=0.01).select(pick='divbs', frac=0.25), 2)
+    assert learn.selection.ledger.trained.tolist() == [12, 12]
+    assert all(o.isfinite().all() for o in learn.model.parameters())
 
 def test_staleness_only_where_something_is_left_to_save():
     "The products of gradients are of now: remembered losses would save no forward"
-    with pytest.raises(ValueError, match=r"needs the prediction of each candidate anew \(gram\)"): head_learner().select(pick='divbs', staleness=2)
+    with pytest.raises(ValueError, match=r"needs the prediction of each candidate anew \(gram\)"):
+        head_learner().select(pick='divbs', staleness=2)
     with pytest.raises(ValueError, match=r"anew \(pred\)"): head_learner().select('entropy', staleness=2)
     with pytest.raises(ValueError, match=r"anew \(log_probs\)"): head_learner().select('bald', staleness=2)
     for kwargs in (dict(pick='per_class'), dict(pick=ThenUniform(0.5))):
@@ -277,13 +294,15 @@ def test_one_kind_of_item_and_a_diverged_model():
     assert diverged.selection.ledger.trained.tolist() == [24]
 
 def test_refused_before_training():
-    with pytest.raises(ValueError, match="gram: .*forward='twice'"): head_learner().select(pick='divbs', forward='reuse')
+    with pytest.raises(ValueError, match="gram: .*forward='twice'"):
+        head_learner().select(pick='divbs', forward='reuse')
     with pytest.raises(ValueError, match='gram: .*compile=False'): head_learner().select(pick='divbs', compile=True)
     with pytest.raises(ValueError, match='frac must lie'): DivBS(0.)
 
 def test_copies():
     pick = find_pick('divbs', 0.3)
-    for other in (copy.deepcopy(pick), pickle.loads(pickle.dumps(pick))): assert repr(other) == repr(pick) == 'DivBS(frac=0.3, sample=False, seed=0)'
+    for other in (copy.deepcopy(pick), pickle.loads(pickle.dumps(pick))):
+        assert repr(other) == repr(pick) == 'DivBS(frac=0.3, sample=False, seed=0)'
     g = torch.randn(20, 6)
     draws = [DivBS(0.3, sample=True, seed=seed)(torch.empty(20), gram=g @ g.T).idxs.tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]

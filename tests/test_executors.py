@@ -66,7 +66,8 @@ def test_a_pair_of_just_train_twice(dls):
 
 @pytest.mark.parametrize('call', [partial(crossfit_irreducible, n_epoch=1), partial(score_dataset, epochs=1, n_runs=2)])
 def test_a_model_that_is_not_new_is_told_beforehand(dls, call):
-    with pytest.raises(ValueError, match='a new Learner with a new model each time'): call(same_model, dls, executor=2, **quiet)
+    with pytest.raises(ValueError, match='a new Learner with a new model each time'):
+        call(same_model, dls, executor=2, **quiet)
 
 
 def test_runs_before_one_that_fails_are_kept(dls, tmp_path):
@@ -79,7 +80,8 @@ def test_runs_before_one_that_fails_are_kept(dls, tmp_path):
     generator = torch.Generator().manual_seed(0)
     seeds = [int(torch.randint(2**31, (), generator=generator)) for _ in range(4)]
     path = tmp_path/'scores.safetensors'
-    with pytest.raises(RuntimeError, match='run 2: '): score_dataset(third_fails, dls, epochs=1, n_runs=4, path=path, executor=2, **quiet)
+    with pytest.raises(RuntimeError, match='run 2: '):
+        score_dataset(third_fails, dls, epochs=1, n_runs=4, path=path, executor=2, **quiet)
     whole = score_dataset(make_learner, dls, epochs=1, n_runs=4, path=path, **quiet)
     assert whole.info['n_runs'] == 4
     assert torch.equal(whole.values, score_dataset(make_learner, dls, epochs=1, n_runs=4, **quiet).values)
@@ -91,5 +93,6 @@ def test_results_come_in_order_whatever_ends_first():
         time.sleep(0.03*(4 - i))
         return i
     taken,steps = [],[]
-    run_in_order(task, [dict(i=i) for i in range(5)], taken.append, 3, threads=1, step=lambda: steps.append(1), n_steps=10)
+    run_in_order(task, [dict(i=i) for i in range(5)], taken.append, 3, threads=1, step=lambda: steps.append(1),
+                 n_steps=10)
     assert taken == list(range(5)) and len(steps) == 10

@@ -1,4 +1,5 @@
-"""Scores of a data set: against float64 loops, tables of what a model knew when, kills, and real loaders with workers."""
+"""Scores of a data set: against float64 loops, tables of what a model knew when, kills, and real loaders with
+workers."""
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -25,8 +26,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import WeightedRandomSampler
 
-from rholoss_fastai.all import (DatasetScores, ForgettingTracker, IrreducibleLosses, dataset_scores, el2n, grand, restrict_rows, score_dataset,
-                                score_rows)
+from rholoss_fastai.all import (
+    DatasetScores,
+    ForgettingTracker,
+    IrreducibleLosses,
+    dataset_scores,
+    el2n,
+    grand,
+    restrict_rows,
+    score_dataset,
+    score_rows,
+)
 
 quiet = dict(progress=False)
 
@@ -63,19 +73,23 @@ class Recurrent(nn.Module):
 class Output(nn.Module):
     "A dictionary with logits, from two inputs of which one is a dictionary"
     def __init__(self): super().__init__(); self.head = nn.Linear(72, 3)
-    def forward(self, x): return dict(logits=self.head(torch.cat([x['left'].flatten(1), x['right'].flatten(1)], 1)), hidden=x['left'])
+    def forward(self, x):
+        return dict(logits=self.head(torch.cat([x['left'].flatten(1), x['right'].flatten(1)], 1)), hidden=x['left'])
 
 
 def cnn():
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.5),
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+                         nn.Flatten(), nn.Dropout(0.5),
                          nn.Linear(36, 3))
 
 
-def mean_absolute(pred, targ): return sum(abs(a.item()*0 + (b - c).abs().mean()) for a,b,c in zip(pred[:, 0].detach(), pred, targ))/len(pred)
+def mean_absolute(pred, targ):
+    return sum(abs(a.item()*0 + (b - c).abs().mean()) for a,b,c in zip(pred[:, 0].detach(), pred, targ))/len(pred)
 
 
 CASES = dict(
-    cnn=(cnn, CrossEntropyLossFlat, None), tied=(Tied, CrossEntropyLossFlat, None), control_flow=(Branches, CrossEntropyLossFlat, None),
+    cnn=(cnn, CrossEntropyLossFlat, None), tied=(Tied, CrossEntropyLossFlat, None),
+    control_flow=(Branches, CrossEntropyLossFlat, None),
     recurrent=(Recurrent, nn.CrossEntropyLoss, None), output=(Output, CrossEntropyLossFlat, None),
     several_labels=(cnn, BCEWithLogitsLossFlat, lambda y: F.one_hot(y, 3).double()),
     regression=(cnn, MSELossFlat, lambda y: torch.stack([y, -y, 2*y], 1).double()),
@@ -115,7 +129,8 @@ def test_grand_is_over_what_trains():
     for p in learn.model.parameters(): p.requires_grad_(p is head.weight)
     hidden = learn.model[:-1].eval()(learn.dls.train_ds.images)
     error = learn.model.eval()(learn.dls.train_ds.images).softmax(1) - F.one_hot(learn.dls.train_ds.targets)
-    assert torch.allclose(normed(learn, grand), error.norm(dim=1)*hidden.norm(dim=1), rtol=1e-5) # an outer product's norm
+    # an outer product's norm
+    assert torch.allclose(normed(learn, grand), error.norm(dim=1)*hidden.norm(dim=1), rtol=1e-5)
     head.weight.requires_grad_(False)
     with pytest.raises(ValueError, match='unfreeze'): normed(learn, grand)
 
@@ -138,7 +153,8 @@ class LiveBytes(TorchDispatchMode):
     def forget(self, key, size): self.known.discard(key); self.live -= size
 
 
-@pytest.mark.parametrize('model', [cnn(), nn.Sequential(nn.Flatten(), nn.Linear(36, 200), nn.ReLU(), nn.Linear(200, 3))])
+@pytest.mark.parametrize('model',
+                         [cnn(), nn.Sequential(nn.Flatten(), nn.Linear(36, 200), nn.ReLU(), nn.Linear(200, 3))])
 def test_grand_keeps_to_its_memory(model):
     learn = dataset_learner(Rows(120), model, bs=120)
     most, values = {}, {}
@@ -159,22 +175,29 @@ def to_float(x): return x
 @pytest.mark.parametrize('kind', ['fastai', 'workers', 'drop_last', 'torch', 'weighted'])
 def test_scores_are_in_data_set_order(kind):
     rows = Rows()
-    dl = dict(fastai=lambda: DataLoader(rows, bs=16, shuffle=True), workers=lambda: DataLoader(rows, bs=16, shuffle=True, num_workers=2),
-              drop_last=lambda: DataLoader(rows, bs=100, shuffle=True, drop_last=True), torch=lambda: TorchDataLoader(rows, 16, shuffle=True),
-              weighted=lambda: TorchDataLoader(rows, 16, sampler=WeightedRandomSampler(torch.rand(len(rows)), 60)))[kind]()
+    dl = dict(fastai=lambda: DataLoader(rows, bs=16, shuffle=True),
+              workers=lambda: DataLoader(rows, bs=16, shuffle=True, num_workers=2),
+              drop_last=lambda: DataLoader(rows, bs=100, shuffle=True, drop_last=True),
+              torch=lambda: TorchDataLoader(rows, 16, shuffle=True),
+              weighted=lambda: TorchDataLoader(rows, 16,
+                                               sampler=WeightedRandomSampler(torch.rand(len(rows)), 60)))[kind]()
     learn = Learner(DataLoaders(dl, DataLoader(rows, bs=16), device='cpu'), cnn(), loss_func=CrossEntropyLossFlat())
     learn.model.train()
     buffers, state = [b.clone() for b in learn.model.buffers()], torch.get_rng_state()
-    got = {name: dataset_scores(learn, dl, name, il=torch.arange(240.), **quiet).values for name in ('el2n', 'loss', 'reducible', 'entropy')}
+    got = {name: dataset_scores(learn, dl, name, il=torch.arange(240.), **quiet).values
+           for name in ('el2n', 'loss', 'reducible', 'entropy')}
     custom = dataset_scores(learn, dl, lambda pred,il: pred.amax(1)*il, il=torch.arange(240.), **quiet)
     by_grand = normed(learn, grand, dl)
-    assert learn.model.training and torch.equal(torch.get_rng_state(), state) and all(torch.equal(a, b) for a,b in zip(buffers, learn.model.buffers()))
+    assert learn.model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a,b in zip(buffers, learn.model.buffers()))
     with torch.no_grad(): logits = learn.model.eval()(rows.images)
     loss = F.cross_entropy(logits, rows.targets, reduction='none')
     assert torch.allclose(got['el2n'], (logits.softmax(1) - F.one_hot(rows.targets)).norm(dim=1), atol=1e-5)
     assert torch.allclose(got['entropy'], torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5)
-    assert torch.allclose(got['loss'], loss, atol=1e-5) and torch.allclose(got['reducible'], loss - torch.arange(240.), atol=1e-4)
-    assert torch.allclose(custom.values, logits.amax(1)*torch.arange(240.), atol=1e-3) and custom.info['score'] == '<lambda>'
+    assert torch.allclose(got['loss'], loss, atol=1e-5)
+    assert torch.allclose(got['reducible'], loss - torch.arange(240.), atol=1e-4)
+    assert torch.allclose(custom.values, logits.amax(1)*torch.arange(240.), atol=1e-3)
+    assert custom.info['score'] == '<lambda>'
     assert torch.corrcoef(torch.stack([got['el2n'], by_grand]))[0, 1] > 0.5
 
 
@@ -191,21 +214,25 @@ def test_scoring_is_not_augmented():
     learn = Learner(dls, cnn(), loss_func=CrossEntropyLossFlat())
     with torch.no_grad(): logits = learn.model.eval()(rows.images[:40])
     for score in (el2n, grand): assert len(normed(learn, score).unique()) > 30
-    assert torch.allclose(normed(learn, el2n), (logits.softmax(1) - F.one_hot(rows.targets[:40], 3)).norm(dim=1), atol=1e-5)
+    assert torch.allclose(normed(learn, el2n), (logits.softmax(1) - F.one_hot(rows.targets[:40], 3)).norm(dim=1),
+                          atol=1e-5)
 
 
 def test_mean_over_learners_and_names():
     learns = [dataset_learner(Rows(30), cnn()) for _ in range(3)]
     dl = learns[0].dls.train
     table = el2n(learns, dl, **quiet)
-    assert torch.allclose(table.values, torch.stack([el2n(o, dl, **quiet).values for o in learns]).mean(0)) and table.info['n_runs'] == 3
-    for bad, message in ((('forgetting',), "score is 'forgetting', expected one of"), (('entropi',), "Did you mean 'entropy'"), (('bald',), 'several passes')):
+    assert torch.allclose(table.values, torch.stack([el2n(o, dl, **quiet).values for o in learns]).mean(0))
+    assert table.info['n_runs'] == 3
+    for bad, message in ((('forgetting',), "score is 'forgetting', expected one of"),
+                         (('entropi',), "Did you mean 'entropy'"), (('bald',), 'several passes')):
         with pytest.raises(ValueError, match=message): dataset_scores(learns, dl, *bad, **quiet)
     for bad in ([], [3], dl):
         with pytest.raises(TypeError, match='learns must be'): el2n(bad, dl)
     with pytest.raises(ValueError, match='irreducible losses'): dataset_scores(learns, dl, 'reducible', **quiet)
     il = IrreducibleLosses.of(torch.rand(31), DataLoader(Rows(31)))
-    with pytest.raises(ValueError, match='for 31 rows, but this data set has 30'): dataset_scores(learns, dl, 'reducible', il=il)
+    with pytest.raises(ValueError, match='for 31 rows, but this data set has 30'):
+        dataset_scores(learns, dl, 'reducible', il=il)
     part = restrict_rows(dl, [7, 2, 3, 11, 5])
     some, whole = el2n(learns[0], part, **quiet), el2n(learns[0], dl, **quiet)
     rows = [2, 3, 5, 7, 11]
@@ -223,7 +250,8 @@ def test_tables_fit_their_data_set(tmp_path):
     other = Rows(30)
     other.targets = 2 - other.targets
     with pytest.raises(ValueError, match='targets differ'): again.check(DataLoader(other))
-    with pytest.raises(ValueError, match='holds DatasetScores, not IrreducibleLosses'): IrreducibleLosses.load(tmp_path/'el2n')
+    with pytest.raises(ValueError, match='holds DatasetScores, not IrreducibleLosses'):
+        IrreducibleLosses.load(tmp_path/'el2n')
     learn.model[-1].bias.data[0] = torch.nan
     with pytest.raises(ValueError, match='30 of 30 scores are NaN'): el2n(learn, learn.dls.train, **quiet)
 
@@ -256,15 +284,18 @@ def counted(table):
     return torch.tensor(forgotten), torch.tensor(learnt)
 
 
-LOADERS = dict(fastai=partial(DataLoader, bs=16, shuffle=True), workers=partial(DataLoader, bs=16, shuffle=True, num_workers=2),
-               torch=partial(TorchDataLoader, batch_size=16, shuffle=True), torch_workers=partial(TorchDataLoader, batch_size=16, shuffle=True, num_workers=2),
+LOADERS = dict(fastai=partial(DataLoader, bs=16, shuffle=True),
+               workers=partial(DataLoader, bs=16, shuffle=True, num_workers=2),
+               torch=partial(TorchDataLoader, batch_size=16, shuffle=True),
+               torch_workers=partial(TorchDataLoader, batch_size=16, shuffle=True, num_workers=2),
                in_order=partial(DataLoader, bs=7))
 
 
 def scripted(table, make_dl=LOADERS['fastai'], **kwargs):
     rows = Rows(table.shape[1])
     dls = DataLoaders(make_dl(rows), DataLoader(rows, bs=50), device='cpu')
-    return Learner(dls, Script(table, rows.targets), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0., cbs=NextEpoch(), **kwargs)
+    return Learner(dls, Script(table, rows.targets), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.,
+                   cbs=NextEpoch(), **kwargs)
 
 
 def knowledge(epochs, n, seed=0): return torch.rand(epochs, n, generator=torch.Generator().manual_seed(seed)) < 0.6
@@ -280,9 +311,11 @@ def test_forgetting_of_every_row(kind, online):
     fit(learn, 2, cbs=tracker)
     fit(learn, 2, cbs=tracker) # counts go on
     forgotten, learnt = counted(table)
-    assert torch.equal(tracker.forgotten.long(), forgotten) and torch.equal(tracker.learnt, learnt) and tracker.never_learnt.sum() >= 5
+    assert torch.equal(tracker.forgotten.long(), forgotten) and torch.equal(tracker.learnt, learnt)
+    assert tracker.never_learnt.sum() >= 5
     scores = tracker.scores()
-    assert torch.equal(scores.values, torch.where(learnt, forgotten.float(), 4.)) and scores.values[:5].min() == 4 > forgotten.max()
+    assert torch.equal(scores.values, torch.where(learnt, forgotten.float(), 4.))
+    assert scores.values[:5].min() == 4 > forgotten.max()
     assert scores.info == dict(score='forgetting', n_epoch=4, n_runs=1)
     scores.check(learn.dls.train)
 
@@ -302,7 +335,8 @@ def test_forgetting_where_rows_are_left_out():
     fit(learn, 5, cbs=[tracker, Seen()])
     for row in range(100):
         history = table[torch.stack(seen)[:, row], row].tolist()
-        assert tracker.forgotten[row] == sum(a and not b for a,b in zip(history, history[1:])) and tracker.learnt[row] == any(history)
+        assert tracker.forgotten[row] == sum(a and not b for a,b in zip(history, history[1:]))
+        assert tracker.learnt[row] == any(history)
     assert len(tracker.scores()) == 100
 
 
@@ -321,7 +355,8 @@ def test_what_does_not_count(tmp_path):
             if self.training and self.iter == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Stop())
     learn.remove_cb(learn.cbs[-1]) if isinstance(learn.cbs[-1], Stop) else None
-    assert torch.equal(before[0], tracker.forgotten) and torch.equal(before[1], tracker.last) and before[2] == tracker.n_epochs
+    assert torch.equal(before[0], tracker.forgotten) and torch.equal(before[1], tracker.last)
+    assert before[2] == tracker.n_epochs
     learn.model.epoch = 2
     for cb in [cb for cb in learn.cbs if isinstance(cb, Stop)]: learn.remove_cb(cb)
     fit(learn, 3)
@@ -341,7 +376,8 @@ def test_forgetting_beside_selection():
     table = knowledge(3, 240)
     for prepare in (lambda learn: learn.batch_loss_filter(0.5), lambda learn: learn.add_cb(MixUp())):
         learn = prepare(scripted(table))
-        with pytest.raises(ValueError, match=r'use ForgettingTracker\(online=False\)'): fit(learn, 1, cbs=ForgettingTracker())
+        with pytest.raises(ValueError, match=r'use ForgettingTracker\(online=False\)'):
+            fit(learn, 1, cbs=ForgettingTracker())
         assert torch.equal(offline(prepare(scripted(table))).forgotten.long(), counted(table)[0])
 
 
@@ -350,23 +386,28 @@ def test_what_is_right_is_the_users_choice():
     values = torch.randn(60, 2)
     data = list(zip(rows.images, values))
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
-    with pytest.raises(ValueError, match='correct=function'): fit(dataset_learner(data, model, MSELossFlat()), 1, cbs=ForgettingTracker())
+    with pytest.raises(ValueError, match='correct=function'):
+        fit(dataset_learner(data, model, MSELossFlat()), 1, cbs=ForgettingTracker())
     tracker = ForgettingTracker(correct=lambda pred, targ: (pred - targ).abs().amax(1) < 1)
     learn = dataset_learner(data, model, MSELossFlat(), opt_func=SGD, lr=0.)
     fit(learn, 2, cbs=tracker)
     assert torch.equal(tracker.learnt, (model(rows.images) - values).abs().amax(1) < 1) and not tracker.forgotten.any()
-    with pytest.raises(ValueError, match='for each of the 16 items'): fit(learn, 1, cbs=ForgettingTracker(correct=lambda pred, targ: (pred > targ)))
+    with pytest.raises(ValueError, match='for each of the 16 items'):
+        fit(learn, 1, cbs=ForgettingTracker(correct=lambda pred, targ: (pred > targ)))
 
 
 # Several runs
 
 def make_learner(dls, **kwargs): return Learner(dls, cnn(), loss_func=CrossEntropyLossFlat(), lr=1e-2, **kwargs)
-def dataloaders(n=64): return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30), device='cpu')
+def dataloaders(n=64):
+    return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30),
+                       device='cpu')
 
 
 @pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance', 'reducible'])
 def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
-    kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(64, generator=torch.Generator().manual_seed(0)) if score == 'reducible' else None, **quiet)
+    kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(64, generator=torch.Generator().manual_seed(0))
+                  if score == 'reducible' else None, **quiet)
     dls, alive, calls = dataloaders(), [], []
     def make(dls):
         calls.append(1)
@@ -397,14 +438,16 @@ def test_scores_of_runs_are_those_of_their_models():
     class Losses(Callback):
         order = 98
         def after_train(self):
-            with torch.no_grad(): losses.append(F.cross_entropy(self.model.eval()(rows.images), rows.targets, reduction='none'))
+            with torch.no_grad():
+                losses.append(F.cross_entropy(self.model.eval()(rows.images), rows.targets, reduction='none'))
             self.model.train()
     def make(dls):
         trackers.append(ForgettingTracker())
         learns.append(make_learner(dls, cbs=[Losses(), trackers[-1]]))
         return learns[-1]
     by_el2n = score_dataset(make, dls, epochs=2, n_runs=3, **quiet)
-    assert torch.allclose(by_el2n.values, torch.stack([el2n(o, dls.train, **quiet).values for o in learns]).mean(0), atol=1e-6)
+    assert torch.allclose(by_el2n.values, torch.stack([el2n(o, dls.train, **quiet).values for o in learns]).mean(0),
+                          atol=1e-6)
     assert len({tuple(o.model[-1].bias.tolist()) for o in learns}) == 3
     losses.clear()
     variance = score_dataset(make, dls, 'loss_variance', epochs=4, n_runs=2, **quiet).values
@@ -417,24 +460,31 @@ def test_files_of_other_runs_are_refused(tmp_path):
     dls, path = dataloaders(), tmp_path/'scores'
     kwargs = dict(epochs=1, n_runs=2, path=path, **quiet)
     score_dataset(make_learner, dls, **kwargs)
-    for change, message in ((dict(epochs=2), 'n_epoch=1 there, 2 here'), (dict(seed=1), 'seed=0 there, 1 here'), (dict(n_runs=1), 'n_runs=2 there, 1 here'),
-                            (dict(score='loss'), "score='el2n' there, 'loss' here"), (dict(lr=0.1), "lr=None there, '0.1' here")):
+    for change, message in ((dict(epochs=2), 'n_epoch=1 there, 2 here'), (dict(seed=1), 'seed=0 there, 1 here'),
+                            (dict(n_runs=1), 'n_runs=2 there, 1 here'),
+                            (dict(score='loss'), "score='el2n' there, 'loss' here"),
+                            (dict(lr=0.1), "lr=None there, '0.1' here")):
         with pytest.raises(ValueError, match=message): score_dataset(make_learner, dls, **dict(kwargs, **change))
     with pytest.raises(ValueError, match='this data set has 80'): score_dataset(make_learner, dataloaders(80), **kwargs)
     def other(dls): return Learner(dls, Tied(), loss_func=CrossEntropyLossFlat())
-    with pytest.raises(ValueError, match='trained Tied, the runs before it Sequential'): score_dataset(other, dls, **dict(kwargs, n_runs=3))
+    with pytest.raises(ValueError, match='trained Tied, the runs before it Sequential'):
+        score_dataset(other, dls, **dict(kwargs, n_runs=3))
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match='truncated, corrupt'): score_dataset(make_learner, dls, **kwargs)
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
-    (dict(score='importance'), ValueError, 'expected one of .*el2n, grand, forgetting, loss_variance'), (dict(epochs=0), ValueError, 'epochs must be'),
-    (dict(n_runs=0), ValueError, 'n_runs must be'), (dict(n_runs=1.5), TypeError, 'n_runs must be'), (dict(max_bytes=0), ValueError, 'max_bytes'),
-    (dict(score='loss_variance', epochs=1), ValueError, 'loss_variance'), (dict(score='reducible'), ValueError, 'irreducible losses'),
+    (dict(score='importance'), ValueError, 'expected one of .*el2n, grand, forgetting, loss_variance'),
+    (dict(epochs=0), ValueError, 'epochs must be'),
+    (dict(n_runs=0), ValueError, 'n_runs must be'), (dict(n_runs=1.5), TypeError, 'n_runs must be'),
+    (dict(max_bytes=0), ValueError, 'max_bytes'),
+    (dict(score='loss_variance', epochs=1), ValueError, 'loss_variance'),
+    (dict(score='reducible'), ValueError, 'irreducible losses'),
     (dict(score=lambda entropy: 0), ValueError, 'parameters'),
 ])
 def test_bad_settings(kwargs, error, message):
-    with pytest.raises(error, match=message): score_dataset(make_learner, dataloaders(), **{**dict(epochs=1, n_runs=1), **quiet, **kwargs})
+    with pytest.raises(error, match=message):
+        score_dataset(make_learner, dataloaders(), **{**dict(epochs=1, n_runs=1), **quiet, **kwargs})
 
 
 def test_bad_learners_and_loaders():
@@ -442,10 +492,12 @@ def test_bad_learners_and_loaders():
     with pytest.raises(TypeError, match='dls must be DataLoaders'): score_dataset(make_learner, dls.train)
     with pytest.raises(ValueError, match='this one has others'): score_dataset(lambda dls: one, dls, **quiet)
     def same_model(dls): return Learner(dls, one.model, loss_func=one.loss_func)
-    with pytest.raises(ValueError, match='shares parameters'): score_dataset(same_model, dls, epochs=1, n_runs=2, **quiet)
+    with pytest.raises(ValueError, match='shares parameters'):
+        score_dataset(same_model, dls, epochs=1, n_runs=2, **quiet)
     stream = DataLoaders(DataLoader(iter(range(9)), bs=3), DataLoader(Rows(9)))
     with pytest.raises(ValueError, match="can't be known"): score_dataset(make_learner, stream, **quiet)
-    with pytest.raises(ValueError, match="can't be known"): fit(Learner(stream, cnn(), loss_func=CrossEntropyLossFlat()), 1, cbs=ForgettingTracker())
+    with pytest.raises(ValueError, match="can't be known"):
+        fit(Learner(stream, cnn(), loss_func=CrossEntropyLossFlat()), 1, cbs=ForgettingTracker())
 
 
 class Column(Rows):
@@ -472,7 +524,8 @@ def test_several_labels_and_numbers():
     learn.loss_func = lambda pred, targ: F.binary_cross_entropy_with_logits(pred, targ.float())
     with torch.no_grad(): expected = (learn.model(x).sigmoid() - y).norm(dim=1)
     assert torch.allclose(normed(learn, el2n), expected, atol=1e-6)
-    with pytest.raises(ValueError, match='has the model predict numbers'): normed(dataset_learner(list(zip(x, y.float())), nn.Linear(4, 3), nn.MSELoss()), el2n)
+    with pytest.raises(ValueError, match='has the model predict numbers'):
+        normed(dataset_learner(list(zip(x, y.float())), nn.Linear(4, 3), nn.MSELoss()), el2n)
 
 
 def test_forgetting_with_several_targets():
@@ -481,7 +534,8 @@ def test_forgetting_with_several_targets():
     def loss(pred, a, b): return F.cross_entropy(pred, a) + F.cross_entropy(pred, b)
     learn = dataset_learner(Two(30), cnn(), loss)
     learn.dls.train.n_inp = learn.dls.valid.n_inp = learn.dls.n_inp = 1
-    with pytest.raises(ValueError, match='one class per item.*correct=function of pred and the targets'): fit(learn, 1, cbs=ForgettingTracker())
+    with pytest.raises(ValueError, match='one class per item.*correct=function of pred and the targets'):
+        fit(learn, 1, cbs=ForgettingTracker())
     for online in (True, False):
         tracker = ForgettingTracker(online=online, correct=lambda pred, a, b: (pred.argmax(1) == a) & (a == b))
         fit(learn, 1, cbs=tracker)
@@ -501,7 +555,8 @@ def test_losses_that_mean_nothing():
     def info_nce(pred, targ): z = F.normalize(pred, dim=1); return F.cross_entropy(z@z.T/0.1, torch.arange(len(z)))
     learn = dataset_learner(Rows(30), cnn(), info_nce)
     for score in ('grand', 'loss'):
-        with pytest.raises(ValueError, match='info_nce of an item alone is 0 for each'): dataset_scores(learn, learn.dls.train, score, **quiet)
+        with pytest.raises(ValueError, match='info_nce of an item alone is 0 for each'):
+            dataset_scores(learn, learn.dls.train, score, **quiet)
 
 
 def test_progress_bar_counts_every_batch(capsys):

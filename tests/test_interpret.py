@@ -17,11 +17,11 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
+from helpers import fit
 from numbered_rows import Rows
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
-from helpers import fit
 
 from rholoss_fastai.all import IrreducibleLosses, SelectionRecord, dataset_size, long_tail, row_targets, whole_dataset
 
@@ -36,7 +36,9 @@ class Valued(Rows):
         self.targets = self.images.mean((1, 2, 3))[:, None]
 
 
-def convolution(n_out=3): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, n_out))
+def convolution(n_out=3):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+                         nn.Linear(64, n_out))
 
 
 def plain(tmp_path, loader=DataLoader, bs='bs'):
@@ -67,28 +69,34 @@ def regression(tmp_path):
 
 
 def tabular(tmp_path):
-    frame = pd.DataFrame(dict(x=np.random.default_rng(0).normal(size=N+8), kind=['ab'[i % 2] for i in range(N+8)], y=[NAMES[i % 3] for i in range(N+8)]))
-    dls = TabularDataLoaders.from_df(frame, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['x'], y_names='y', bs=8,
+    frame = pd.DataFrame(dict(x=np.random.default_rng(0).normal(size=N+8), kind=['ab'[i % 2] for i in range(N+8)],
+                              y=[NAMES[i % 3] for i in range(N+8)]))
+    dls = TabularDataLoaders.from_df(frame, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['x'],
+                                     y_names='y', bs=8,
                                      valid_idx=list(range(N, N+8)))
     return tabular_learner(dls, layers=[8])
 
 
 def text(tmp_path):
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame(dict(text=[' '.join(rng.choice(list('abcdefgh'), 2 + i % 7)) for i in range(N+8)], label=[NAMES[i % 3] for i in range(N+8)],
+    frame = pd.DataFrame(dict(text=[' '.join(rng.choice(list('abcdefgh'), 2 + i % 7)) for i in range(N+8)],
+                              label=[NAMES[i % 3] for i in range(N+8)],
                               is_valid=[i >= N for i in range(N+8)]))
-    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8, n_workers=0, num_workers=0)
+    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8, n_workers=0,
+                                  num_workers=0)
     config = {**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 1}
     return text_classifier_learner(dls, AWD_LSTM, config=config, pretrained=False)
 
 
-learners = dict(plain=plain, torch=torch_loader, images=images, long_tailed=long_tailed, regression=regression, tabular=tabular, text=text)
+learners = dict(plain=plain, torch=torch_loader, images=images, long_tailed=long_tailed, regression=regression,
+                tabular=tabular, text=text)
 
 
 def fitted(kind, tmp_path, **kwargs):
     set_seed(0)
     learn = learners[kind](tmp_path)
-    il = IrreducibleLosses.of(torch.rand(dataset_size(learn.dls.train), generator=torch.Generator().manual_seed(1)), learn.dls.train)
+    il = IrreducibleLosses.of(torch.rand(dataset_size(learn.dls.train), generator=torch.Generator().manual_seed(1)),
+                              learn.dls.train)
     learn.rho_loss(il, frac=0.25, epoch='candidates', **kwargs)
     fit(learn, 3)
     return learn
@@ -129,18 +137,21 @@ def test_tables(kind, tmp_path):
 
     # most selected first, and of those the rarest; never selected, most seen first
     keys = sorted(range(len(seen)), key=lambda i: (-selected[i], seen[i]))
-    assert [(-s, c) for s, c in zip(top.selected, top.seen)] == [(-selected[i].item(), seen[i].item()) for i in keys[:7]]
+    assert [(-s, c) for s, c in zip(top.selected, top.seen)] == [(-selected[i].item(), seen[i].item())
+                                                                 for i in keys[:7]]
     refused = sorted(seen[(selected == 0) & (seen > 0)].tolist(), reverse=True)
     assert never.seen.tolist() == refused[:5] and not never.selected.any()
     # suspects by the sum of both losses, of rows that are trained on
     suspicion = torch.where(learn.dls.kept, il + loss, -torch.inf) if kind == 'long_tailed' else il + loss
     assert torch.equal(torch.tensor(suspects.row), suspicion.topk(20).indices) and len(suspects) == 20
-    assert np.allclose(suspects.loss, loss[suspects.row.tolist()], atol=1e-4) and np.allclose(suspects.il, il[suspects.row.tolist()])
+    assert np.allclose(suspects.loss, loss[suspects.row.tolist()], atol=1e-4)
+    assert np.allclose(suspects.il, il[suspects.row.tolist()])
     # each line is of its row
     targets = row_targets(learn.dls.train)
     names = NAMES if kind in ('images', 'long_tailed', 'tabular', 'text') else None
     for table in (top, never, suspects):
-        assert table.seen.tolist() == seen[table.row.tolist()].tolist() and table.selected.tolist() == selected[table.row.tolist()].tolist()
+        assert table.seen.tolist() == seen[table.row.tolist()].tolist()
+        assert table.selected.tolist() == selected[table.row.tolist()].tolist()
         for column, values in (('label', targets), ('predicted', predicted)):
             values = values[table.row.tolist()].flatten()
             if kind == 'regression': assert np.allclose(table[column], values, atol=1e-5)
@@ -165,7 +176,8 @@ def test_pictures(tmp_path, monkeypatch):
     top = learn.selection.top(5)
     assert [o.split(' → ')[0].split('\n')[0] for o in titles()] == top.label.tolist()
     for title,line in zip(titles(), top.itertuples()):
-        assert title.endswith(f'\n{line.selected} of {line.seen}') and (f'→ {line.predicted}\n' in title) == (line.predicted != line.label)
+        assert title.endswith(f'\n{line.selected} of {line.seen}')
+        assert (f'→ {line.predicted}\n' in title) == (line.predicted != line.label)
     plt.close('all')
     learn.selection.top(5, show=False)
     assert not plt.get_fignums()
@@ -175,7 +187,8 @@ def test_pictures(tmp_path, monkeypatch):
 
 def ledger_of(**columns):
     "A record of three epochs, in which a half of 8 candidates was selected, and these held three quarters of the loss"
-    line = dict(epoch=0, loaded=8, scored=8, trained=4, selected=0.5, loss_share=0.75, score_share=0.75, top20_share=0.2, correct=0.1, forward='twice', step_cost=1.7,
+    line = dict(epoch=0, loaded=8, scored=8, trained=4, selected=0.5, loss_share=0.75, score_share=0.75,
+                top20_share=0.2, correct=0.1, forward='twice', step_cost=1.7,
                 seconds=3., seconds_scoring=1., seconds_training=1., seconds_il=0.)
     record = SelectionRecord()
     record.lines = [dict(line, epoch=i, **{name: values[i] for name,values in columns.items()}) for i in range(3)]
@@ -183,10 +196,13 @@ def ledger_of(**columns):
 
 @pytest.mark.parametrize('columns,titles', [
     ({}, ['what the selected hold', 'where the time goes']),
-    (dict(trained=[8, 4, 2], selected=[1., 0.5, 0.25], loss_share=[1., 0.8, 0.6]), ['items trained on', 'what the selected hold', 'where the time goes']),
-    (dict(loaded=[8, 4, 4], trained=[8, 4, 4], scored=[0, 0, 0], selected=[1., 0.5, 0.5], loss_share=[1.]*3, score_share=[1.]*3),
+    (dict(trained=[8, 4, 2], selected=[1., 0.5, 0.25], loss_share=[1., 0.8, 0.6]),
+     ['items trained on', 'what the selected hold', 'where the time goes']),
+    (dict(loaded=[8, 4, 4], trained=[8, 4, 4], scored=[0, 0, 0], selected=[1., 0.5, 0.5], loss_share=[1.]*3,
+          score_share=[1.]*3),
      ['rows that the rule chose', 'where the time goes']),
-    (dict(loss_share=[np.nan]*3, score_share=[np.nan]*3), ['where the time goes'])], ids=['constant', 'varies', 'rule', 'not looked at'])
+    (dict(loss_share=[np.nan]*3, score_share=[np.nan]*3), ['where the time goes'])],
+                         ids=['constant', 'varies', 'rule', 'not looked at'])
 def test_plot_draws_what_says_something(columns, titles):
     axs = ledger_of(**columns).plot()
     assert [ax.get_title() for ax in axs] == titles
@@ -195,7 +211,8 @@ def test_plot_draws_what_says_something(columns, titles):
 def test_plot_has_chance_beside_the_loss_and_the_bill_apart():
     held,seconds = ledger_of(seconds_il=[7., 0., 1.]).plot()
     lines = {line.get_label(): line.get_ydata().tolist() for line in held.lines}
-    assert lines == {'loss': [0.75]*3, 'by chance': [0.5]*3} and {o.get_text() for o in held.texts} == {'loss', 'by chance'}
+    assert lines == {'loss': [0.75]*3, 'by chance': [0.5]*3}
+    assert {o.get_text() for o in held.texts} == {'loss', 'by chance'}
     heights = np.array([[bar.get_height() for bar in bars] for bars in seconds.containers])
     assert heights.sum(0).tolist() == [3., 3., 3.] and '8.0 s' in seconds.get_legend().get_title().get_text()
     with pytest.raises(ValueError, match='2 pictures to draw, and axs has 3'): ledger_of().plot(axs=[None]*3)
@@ -209,13 +226,16 @@ def test_irreducible_losses_of_every_kind(tmp_path):
         assert learn.selection.suspects(10, il=given).equals(expected)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     suspects = learn.selection.suspects(96, il=model)
-    x, y = learn.dls.train.after_batch(tuple(torch.stack(o) for o in zip(*map(learn.dls.train.after_item, learn.dls.train_ds))))
+    x, y = learn.dls.train.after_batch(tuple(torch.stack(o)
+                                             for o in zip(*map(learn.dls.train.after_item, learn.dls.train_ds))))
     x, y = x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)
-    assert np.allclose(suspects.sort_values('row').il, F.cross_entropy(model(x), y, reduction='none').detach(), atol=1e-4)
+    assert np.allclose(suspects.sort_values('row').il, F.cross_entropy(model(x), y, reduction='none').detach(),
+                       atol=1e-4)
     learn.no_selection()
     assert learn.selection.suspects(10, il=il).equals(expected)
     with pytest.raises(ValueError, match='There are no irreducible losses'): learn.selection.suspects(10)
-    with pytest.raises(ValueError, match='95 values for a data set of 96'): learn.selection.suspects(10, il=il.values[1:])
+    with pytest.raises(ValueError, match='95 values for a data set of 96'):
+        learn.selection.suspects(10, il=il.values[1:])
 
 
 def test_more_than_there_are(tmp_path):

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixUp
-from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `lr_find` and `fit_one_cycle`)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
@@ -19,15 +20,20 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.torch_core import TensorImage, TensorMask, default_device, set_seed
-from fastai.callback.core import Callback
 from fasttransform import Transform
+from helpers import fit, two_processes
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
-from helpers import fit, two_processes
 
-from rholoss_fastai.irreducible import IrreducibleLosses, crossfit_irreducible, fit_irreducible, irreducible_losses, learner_copies
+from rholoss_fastai.irreducible import (
+    IrreducibleLosses,
+    crossfit_irreducible,
+    fit_irreducible,
+    irreducible_losses,
+    learner_copies,
+)
 from rholoss_fastai.loaders import restrict_rows
 
 quiet = dict(progress=False)
@@ -42,7 +48,8 @@ def data(n=96, seed=0):
 
 def make_dls(n=96, seed=0, bs=16, **kwargs):
     train,valid = (TensorDataset(*data(size, s)) for size,s in ((n, seed), (24, 99)))
-    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True, **kwargs), DataLoader(valid, bs=24), device='cpu')
+    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True, **kwargs), DataLoader(valid, bs=24),
+                       device='cpu')
 
 class Net(nn.Module):
     "Batch norm and dropout; notes the rows that it trained on and those that it scored"
@@ -77,7 +84,8 @@ def test_no_row_is_scored_by_a_model_that_trained_on_it(n_folds, num_workers):
         models.append(learn.model)
         return learn
     il = crossfit_irreducible(make, dls, 2, n_folds=n_folds, **quiet)
-    assert len(models) == n_folds and len(il) == 97 and il.info['n_folds'] == n_folds and len(il.info['best_epoch']) == n_folds
+    assert len(models) == n_folds and len(il) == 97 and il.info['n_folds'] == n_folds
+    assert len(il.info['best_epoch']) == n_folds
     assert all(not m.trained & m.scored for m in models)
     assert sorted(row for m in models for row in m.scored) == list(range(97))
     sizes = [len(m.scored) for m in models]
@@ -163,13 +171,16 @@ def test_make_learner_must_make_learners():
     (dict(n_epoch=0), ValueError, 'n_epoch must be a whole number of at least 1; got 0'),
     (dict(seed=-1), ValueError, 'seed must be a whole number of at least 0; got -1')])
 def test_bad_arguments(kwargs, error, message):
-    with pytest.raises(error, match=message): crossfit_irreducible(make_learner, make_dls(), **{'n_epoch': 1, **quiet, **kwargs})
+    with pytest.raises(error, match=message):
+        crossfit_irreducible(make_learner, make_dls(), **{'n_epoch': 1, **quiet, **kwargs})
 
 def test_a_fold_without_a_batch_is_an_error():
-    with pytest.raises(ValueError, match='delivers no batch'): crossfit_irreducible(make_learner, make_dls(n=40, bs=32), 1, **quiet)
+    with pytest.raises(ValueError, match='delivers no batch'):
+        crossfit_irreducible(make_learner, make_dls(n=40, bs=32), 1, **quiet)
 
 def test_loaders_are_no_dataloaders():
-    with pytest.raises(TypeError, match='dls must be DataLoaders'): crossfit_irreducible(make_learner, make_dls().train, 1)
+    with pytest.raises(TypeError, match='dls must be DataLoaders'):
+        crossfit_irreducible(make_learner, make_dls().train, 1)
 
 # ---- fitting on holdout data
 
@@ -245,7 +256,8 @@ def test_an_interrupted_fit_leaves_nothing_behind(exception):
 def test_callbacks_on_the_holdout_learner(tmp_path):
     target = make_dls(seed=0)
     trackers = [SaveModelCallback(fname='best'), EarlyStoppingCallback(patience=50)]
-    learn = make_learner(make_dls(seed=1), path=tmp_path, metrics=accuracy, cbs=[*trackers, MixUp(), ShowGraphCallback()])
+    learn = make_learner(make_dls(seed=1), path=tmp_path, metrics=accuracy,
+                         cbs=[*trackers, MixUp(), ShowGraphCallback()])
     il = fit_irreducible(learn, target.train, 2, **quiet)
     assert [len(o) for o in learn.recorder.values] == [3, 3]  # trackers read the validation's results, so it ran
     assert len(il) == 96 and isinstance(learn.loss_func, CrossEntropyLossFlat)
@@ -301,14 +313,17 @@ def test_scoring_leaves_no_trace(fails):
     if fails: learn.loss_func = lambda pred, targ: 1/0
     def trace():
         opt = [{k: torch.as_tensor(v).tolist() for k,v in state.items()} for state in learn.opt.state.values()]
-        return ([m.training for m in learn.model.modules()], {k: v.tolist() for k,v in learn.model.state_dict().items()}, rng_state(), opt,
-                [p.grad.tolist() for p in learn.model.parameters()], list(learn.recorder.values), list(learn.cbs), learn.training, learn.dl,
+        return ([m.training for m in learn.model.modules()],
+                {k: v.tolist() for k,v in learn.model.state_dict().items()}, rng_state(), opt,
+                [p.grad.tolist() for p in learn.model.parameters()], list(learn.recorder.values), list(learn.cbs),
+                learn.training, learn.dl,
                 dls.train.rng.getstate())
     before,opt,loaders = trace(),learn.opt,list(dls.loaders)
     if fails:
         with pytest.raises(ValueError, match='ZeroDivisionError'): irreducible_losses(learn, dls.train)
     else: irreducible_losses(learn, dls.train)
-    assert trace() == before and learn.opt is opt and learn.dls is dls and all(a is b for a,b in zip(dls.loaders, loaders, strict=True))
+    assert trace() == before and learn.opt is opt and learn.dls is dls
+    assert all(a is b for a,b in zip(dls.loaders, loaders, strict=True))
 
 def test_a_loader_of_some_rows():
     "Those rows have the losses that they have in the whole; of the others nothing is known, and nobody takes them"
@@ -334,14 +349,16 @@ def test_how_good_the_model_is():
     preds, targs = learn.get_preds(dl=dls.train.new(shuffle=False, drop_last=False))
     assert il.info['accuracy'] == pytest.approx((preds.argmax(1) == targs).float().mean().item())
     assert il.info['chance'] == pytest.approx(targs.bincount().max().item()/len(targs))
-    numbers = Learner(DataLoaders(*(DataLoader([(torch.rand(3), torch.rand(2)) for _ in range(8)], bs=4) for _ in range(2))), nn.Linear(3, 2), nn.MSELoss())
+    numbers = Learner(DataLoaders(*(DataLoader([(torch.rand(3), torch.rand(2)) for _ in range(8)], bs=4)
+                                    for _ in range(2))), nn.Linear(3, 2), nn.MSELoss())
     assert 'accuracy' not in irreducible_losses(numbers, numbers.dls.train, **quiet).info
 
 def test_a_diverged_model():
     dls = make_dls()
     learn = make_learner(dls)
     learn.model.layers[0].weight.data[0,0] = float('nan')
-    with pytest.raises(ValueError, match='96 of 96 irreducible losses are NaN'): irreducible_losses(learn, dls.train, **quiet)
+    with pytest.raises(ValueError, match='96 of 96 irreducible losses are NaN'):
+        irreducible_losses(learn, dls.train, **quiet)
 
 def test_several_inputs():
     class Two(nn.Module):
@@ -361,7 +378,8 @@ def test_save_and_load(tmp_path):
     il.save(tmp_path/'il.safetensors')
     loaded = IrreducibleLosses.load(tmp_path/'il.safetensors').check(dls.train)
     assert torch.equal(loaded.values, il.values) and loaded.info == il.info
-    assert loaded.info['model'] == 'Net' and loaded.info['loss'] == 'CrossEntropyLossFlat' and loaded.info['seconds'] > 0
+    assert loaded.info['model'] == 'Net' and loaded.info['loss'] == 'CrossEntropyLossFlat'
+    assert loaded.info['seconds'] > 0
     assert loaded.info['mean'] == pytest.approx(il.values.mean().item())
     with pytest.raises(ValueError): loaded.check(make_dls(seed=5).train)
 
@@ -374,7 +392,8 @@ class Wrapped(Net):
     def forward(self, x): return self.wrap(super().forward(x))
 
 @pytest.mark.slow
-@pytest.mark.parametrize('wrap', [lambda o: (o, [o.detach()]), lambda o: dict(logits=o), lambda o: SimpleNamespace(loss=None, logits=o)])
+@pytest.mark.parametrize('wrap', [lambda o: (o, [o.detach()]), lambda o: dict(logits=o),
+                                  lambda o: SimpleNamespace(loss=None, logits=o)])
 def test_outputs_that_hold_the_prediction(wrap):
     def make(dls): return Learner(dls, Wrapped(wrap), CrossEntropyLossFlat(), lr=1e-2)
     crossfitted = [crossfit_irreducible(o, make_dls(), 2, **quiet).values for o in (make, make_learner)]
@@ -390,7 +409,8 @@ def test_a_loss_that_wants_the_whole_output_gets_it():
     dls = make_dls()
     def loss(pred, targ, reduction='mean'): return F.cross_entropy(pred[0], targ, reduction=reduction) + 0*pred[1].sum()
     def make(dls): return Learner(dls, Wrapped(lambda o: (o, o)), loss, lr=1e-2)
-    assert torch.equal(crossfit_irreducible(make, dls, 1, **quiet).values, crossfit_irreducible(make_learner, dls, 1, **quiet).values)
+    assert torch.equal(crossfit_irreducible(make, dls, 1, **quiet).values,
+                       crossfit_irreducible(make_learner, dls, 1, **quiet).values)
 
 @pytest.mark.slow
 def test_recurrent_text_model_out_of_the_box():
@@ -398,8 +418,10 @@ def test_recurrent_text_model_out_of_the_box():
     set_seed(0)
     words = 'good great fine bad awful poor a the film plot'.split()
     texts = [' '.join(random.choices(words, k=random.randint(3, 12))) for _ in range(60)]
-    frame = pd.DataFrame(dict(text=texts, label=[str('bad' in t) for t in texts], is_valid=[i >= 48 for i in range(60)]))
-    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=20, device='cpu',
+    frame = pd.DataFrame(dict(text=texts, label=[str('bad' in t) for t in texts],
+                              is_valid=[i >= 48 for i in range(60)]))
+    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=20,
+                                  device='cpu',
                                   num_workers=0)
     config = dict(awd_lstm_clas_config, emb_sz=8, n_hid=12, n_layers=2)
     learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config)
@@ -419,8 +441,10 @@ def test_unet_out_of_the_box():
     set_seed(0)
     images = torch.rand(8, 3, 32, 32)
     pairs = [(TensorImage(o), TensorMask(o[0] > 0.5).long()) for o in images]
-    dls = DataLoaders(TfmdDL(pairs, bs=2, shuffle=True, num_workers=0), TfmdDL(pairs, bs=2, num_workers=0), device='cpu')
-    learn = unet_learner(dls, resnet18, pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1), normalize=False)
+    dls = DataLoaders(TfmdDL(pairs, bs=2, shuffle=True, num_workers=0), TfmdDL(pairs, bs=2, num_workers=0),
+                      device='cpu')
+    learn = unet_learner(dls, resnet18, pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1),
+                         normalize=False)
     learn.model(images[:2])  # hooks hold on to activations of a graph
     il = crossfit_irreducible(learner_copies(learn), dls, 1, **quiet)
     assert len(il) == 8 and il.info['model'] == 'resnet18'
@@ -432,7 +456,8 @@ def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.
 def test_copies_are_of_the_learner_as_it_was():
     dls = make_dls()
     def splitter(model): return [list(model.layers[0].parameters()), list(model.layers[1:].parameters())]
-    learn = make_learner(dls, adamw, lr=3e-3, wd=0.07, moms=(0.8,0.7,0.8), train_bn=False, wd_bn_bias=True, splitter=splitter,
+    learn = make_learner(dls, adamw, lr=3e-3, wd=0.07, moms=(0.8,0.7,0.8), train_bn=False, wd_bn_bias=True,
+                         splitter=splitter,
                          metrics=accuracy, cbs=MixUp())
     learn.freeze()
     make,before = learner_copies(learn),weights(learn)
@@ -444,7 +469,8 @@ def test_copies_are_of_the_learner_as_it_was():
         assert new.loss_func is learn.loss_func and new.opt_func is adamw and new.splitter is splitter
         assert (new.lr, new.wd, new.moms, new.train_bn, new.wd_bn_bias) == (3e-3, 0.07, (0.8,0.7,0.8), False, True)
         assert not new.model.layers[0].weight.requires_grad and new.model.layers[4].weight.requires_grad
-        assert not new.metrics and {type(cb).__name__ for cb in new.cbs} == {'TrainEvalCallback', 'Recorder', 'CastToTensor'}
+        assert not new.metrics and {type(cb).__name__ for cb in new.cbs} == {'TrainEvalCallback', 'Recorder',
+                                                                             'CastToTensor'}
     new = fit(one)
     assert torch.equal(weights(two), before) and torch.equal(new.model.layers[0].weight, two.model.layers[0].weight)
     assert len(new.opt.param_lists) == 2
@@ -468,11 +494,13 @@ def test_an_optimiser_that_is_made_already_is_not_shared():
     learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt, lr=0.1)
     make,before = learner_copies(learn),weights(learn)
     one,two = fit(make(dls)),make(dls)
-    assert torch.equal(weights(learn), before) and torch.equal(weights(two), before) and not torch.equal(weights(one), before)
+    assert torch.equal(weights(learn), before) and torch.equal(weights(two), before)
+    assert not torch.equal(weights(one), before)
     assert {id(p) for group in one.opt.param_lists for p in group} == {id(p) for p in one.model.parameters()}
     assert not learn.opt_func.opt.state and len(crossfit_irreducible(make, dls, 1, **quiet)) == 96
 
-opt_funcs = dict(adam=Adam, sgd=SGD, momentum=partial(SGD, mom=0.9), adamw=adamw, torch_sgd=partial(OptimWrapper, opt=torch.optim.SGD))
+opt_funcs = dict(adam=Adam, sgd=SGD, momentum=partial(SGD, mom=0.9), adamw=adamw,
+                 torch_sgd=partial(OptimWrapper, opt=torch.optim.SGD))
 
 @pytest.mark.parametrize('name', opt_funcs)
 @pytest.mark.parametrize('num_it', [10, 30])
@@ -540,7 +568,8 @@ def test_processes_share_the_folds(tmp_path):
     for rank in (0, 1):
         il = IrreducibleLosses.load(tmp_path/f'il{rank}')
         assert torch.equal(il.values, alone.values)
-        assert {k: v for k,v in il.info.items() if k != 'seconds'} == {k: v for k,v in alone.info.items() if k != 'seconds'}
+        assert {k: v for k,v in il.info.items() if k != 'seconds'} == {k: v for k,v in alone.info.items()
+                                                                       if k != 'seconds'}
 
 # ---- on a GPU
 

@@ -1,5 +1,11 @@
 "The fingerprint of a data set, and tables of one value per row"
-import json, os, random, signal, subprocess, sys, time
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -11,17 +17,15 @@ from fastai.data.core import Datasets, TfmdDL
 from fastai.tabular.core import Categorify, TabDataLoader, TabularPandas
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
+from row_loaders import N, Rows, chosen, fastai_loaders, make, tabular, torch_loaders
 from safetensors.torch import save_file
 from torch import tensor
-from torch.utils.data import DataLoader as TorchDataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import Subset, TensorDataset
 
 from rholoss_fastai.item_table import ItemTable, fingerprint
-
 from rholoss_fastai.loaders import restrict_rows, scoring_loader
-
 from rholoss_fastai.rows import track_rows
-
-from row_loaders import N, Rows, chosen, fastai_loaders, make, tabular, torch_loaders
 
 # the fingerprint
 
@@ -82,7 +86,8 @@ def test_moved_masks():
         def mask(o): return Path(folder)/'masks'/f'{order*int(o.stem)%41}.png'
         datasets = Datasets(files, [[noop], [mask, lambda o: None]], do_setup=False)
         return fingerprint(TfmdDL(datasets, bs=4, num_workers=0, do_setup=False))
-    assert of('/data/camvid') == of('/elsewhere') and of('/data/camvid', 3)['targets'] != of('/data/camvid')['targets'] != ''
+    assert of('/data/camvid') == of('/elsewhere')
+    assert of('/data/camvid', 3)['targets'] != of('/data/camvid')['targets'] != ''
 
 def test_opaque_data_sets():
     here = fingerprint_of(Rows())
@@ -93,7 +98,8 @@ def test_opaque_data_sets():
     other,random_inputs = fingerprint_of(Reversed()),fingerprint_of(Augmented())
     assert other['items'] != here['items'] and other['targets'] != here['targets']
     assert random_inputs == dict(n=N, targets=here['targets'], items='')
-    assert ItemTable.of(torch.zeros(N), TorchDataLoader(Rows())).check(TorchDataLoader(Augmented()))  # what can't be told isn't compared
+    # what can't be told isn't compared
+    assert ItemTable.of(torch.zeros(N), TorchDataLoader(Rows())).check(TorchDataLoader(Augmented()))
     as_dicts = fingerprint_of([dict(ids=[i], label=i%2) for i in range(9)])
     assert as_dicts['targets'] != fingerprint_of([dict(ids=[i], label=0) for i in range(9)])['targets']
     assert as_dicts['items'] == fingerprint_of([dict(ids=[i], label=0) for i in range(9)])['items']
@@ -155,19 +161,23 @@ class OtherTable(ItemTable):
     def validate(self):
         if self.values.isnan().any(): raise ValueError('NaN')
 
-def table_of(n=9): return ItemTable(torch.arange(n), dict(n=n, targets='aa', items='bb'), dict(model='resnet18', folds=[1,2]))
+def table_of(n=9):
+    return ItemTable(torch.arange(n), dict(n=n, targets='aa', items='bb'), dict(model='resnet18', folds=[1,2]))
 
 def test_table(tmp_path):
     table,path = table_of(),tmp_path/'new folder'/'il.safetensors'
-    assert table.values.dtype == torch.float32 and len(table) == 9 and table[tensor([2,3])].tolist() == [2,3] and 'resnet18' in repr(table)
+    assert table.values.dtype == torch.float32 and len(table) == 9 and table[tensor([2,3])].tolist() == [2,3]
+    assert 'resnet18' in repr(table)
     table.save(path); table.save(str(path))
     same = ItemTable.load(str(path))
     assert torch.equal(same.values, table.values) and same.fingerprint == table.fingerprint and same.info == table.info
     assert [o.name for o in path.parent.iterdir()] == ['il.safetensors']
-    bad = ((torch.zeros(3), '3 values for a data set of 9'), (torch.zeros(9,1), 'one value per row'), (tensor(1.), 'one value per row'))
+    bad = ((torch.zeros(3), '3 values for a data set of 9'), (torch.zeros(9,1), 'one value per row'),
+           (tensor(1.), 'one value per row'))
     for values,error in bad:
         with pytest.raises(ValueError, match=error): ItemTable(values, dict(n=9, targets='', items=''))
-    with pytest.raises(TypeError, match="can't be kept in a file"): ItemTable(torch.zeros(9), dict(n=9), dict(model=object()))
+    with pytest.raises(TypeError, match="can't be kept in a file"):
+        ItemTable(torch.zeros(9), dict(n=9), dict(model=object()))
     with pytest.raises(ValueError, match='NaN'): OtherTable(tensor([float('nan')]), dict(n=1))
 
 def test_bad_files(tmp_path):
@@ -198,7 +208,8 @@ def test_check():
     for part,error in (('targets', 'relabelled'), ('items', 'another order')):
         other = ItemTable(table.values, dict(table.fingerprint, **{part: 'ff'}))
         with pytest.raises(ValueError, match=error): other.check(loader)
-    with pytest.raises(ValueError, match='for 53 rows, but this data set has 9'): table.check(TfmdDL(Rows(9), num_workers=0))
+    with pytest.raises(ValueError, match='for 53 rows, but this data set has 9'):
+        table.check(TfmdDL(Rows(9), num_workers=0))
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path/'il.safetensors'
@@ -226,7 +237,8 @@ def test_killed_save_leaves_the_old_file(tmp_path):
 # what a data frame may gain, and where folders may move
 
 def frame_dls(folder, **extra):
-    frame = pd.DataFrame(dict(fn=[f'{i:02d}.png' for i in range(20)], label=['xy'[i%2] for i in range(20)])).assign(**extra)
+    frame = pd.DataFrame(dict(fn=[f'{i:02d}.png' for i in range(20)],
+                              label=['xy'[i%2] for i in range(20)])).assign(**extra)
     read = [[lambda r: f'{folder}/{r["fn"]}', noop], [lambda r: r['label'], noop]]
     return TfmdDL(Datasets(frame, read), bs=4, num_workers=0)
 
@@ -244,7 +256,8 @@ def test_a_column_that_is_not_used():
     relabelled = frame_dls('/data', label=['x']*20)
     assert fingerprint(relabelled)['targets'] != fingerprint(frame_dls('/data'))['targets']
 
-def test_a_folder_of_a_frame_may_move(): assert fingerprint(frame_dls('/data/a')) == fingerprint(frame_dls('/elsewhere/b/c'))
+def test_a_folder_of_a_frame_may_move():
+    assert fingerprint(frame_dls('/data/a')) == fingerprint(frame_dls('/elsewhere/b/c'))
 
 # tables of a part
 
@@ -258,15 +271,16 @@ def test_a_table_of_some_rows(rows, tmp_path):
     assert table.unknown.sum() == N - len(rows) and not table.unknown[ascending].any()
     table = ItemTable.load(table.save(tmp_path/'part'))
     table.check(part); table.check(restrict_rows(whole, rows[:1]))
-    with pytest.raises(ValueError, match=f'of {len(rows)} of 53 rows: nothing is known of {N - len(rows)}'): table.check(whole)
+    with pytest.raises(ValueError, match=f'of {len(rows)} of 53 rows: nothing is known of {N - len(rows)}'):
+        table.check(whole)
     foreign = [next(i for i in range(N) if i not in rows), rows[0]]
     with pytest.raises(ValueError, match='nothing is known of 1 '): table.check(restrict_rows(whole, foreign))
     again = ItemTable.of(table.values, part) # the whole length, with NaN where nothing is known
     assert again.info['n_known'] == len(rows) and again.check(part)
 
 def test_only_rows_outside_may_be_missing():
-    from rholoss_fastai.irreducible import IrreducibleLosses
     from rholoss_fastai.importance import DatasetScores
+    from rholoss_fastai.irreducible import IrreducibleLosses
     whole, values = make('plain'), torch.rand(3)
     part = restrict_rows(whole, [1, 2, 5])
     for cls in (IrreducibleLosses, DatasetScores):

@@ -1,17 +1,34 @@
 """Item losses against the loss function itself, called on one item at a time."""
-import copy, pickle, threading
+import copy
+import pickle
+import threading
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from functools import partial
-import pytest, torch
-from hypothesis import given, strategies as st
+
+import pytest
+import torch
+from fastai.losses import (
+    BaseLoss,
+    BCELossFlat,
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    DiceLoss,
+    FocalLoss,
+    FocalLossFlat,
+    L1LossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
+from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
+from helpers import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat,
-                           L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
-from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask
-from helpers import examples
+
 from rholoss_fastai.losses import ItemLosses, item_losses
 from rholoss_fastai.nested import plain, prediction, tensors
 
@@ -22,9 +39,11 @@ sizes, seeds = st.integers(1, 5), st.integers(0, 2**16)
 def same_items(losses, expected, **kwargs): assert_close(losses, expected.float(), rtol=1e-4, atol=1e-5, **kwargs)
 
 def one_by_one(loss_func, pred, *targs):
-    return torch.stack([plain(loss_func(pred[i:i+1], *[t[i:i+1] for t in targs])).reshape(()) for i in range(len(pred))])
+    return torch.stack([plain(loss_func(pred[i:i+1], *[t[i:i+1] for t in targs])).reshape(())
+                        for i in range(len(pred))])
 
-def state(o): return {k: state(v) if hasattr(v, '__dict__') and not isinstance(v, Tensor) else v for k,v in vars(o).items()}
+def state(o):
+    return {k: state(v) if hasattr(v, '__dict__') and not isinstance(v, Tensor) else v for k,v in vars(o).items()}
 
 # batches: (prediction, *targets)
 def classes(bs, shape=(), c=5): return torch.randn(bs, c, *shape), torch.randint(0, c, (bs, *shape))
@@ -52,32 +71,47 @@ weight = torch.tensor([0.5, 1., 2., 3., 0.1])
 reducing = [ # (loss that takes a reduction, batches)
     (CrossEntropyLossFlat, (classes, sequences)), (partial(CrossEntropyLossFlat, axis=1), (masks,)),
     (partial(CrossEntropyLossFlat, label_smoothing=0.1), (classes, sequences)),
-    (LabelSmoothingCrossEntropyFlat, (classes, sequences)), (partial(LabelSmoothingCrossEntropyFlat, axis=1, eps=0.2), (masks,)),
+    (LabelSmoothingCrossEntropyFlat, (classes, sequences)),
+            (partial(LabelSmoothingCrossEntropyFlat, axis=1, eps=0.2), (masks,)),
     (LabelSmoothingCrossEntropy, (classes, masks)),
-    (FocalLossFlat, (classes, sequences)), (partial(FocalLossFlat, axis=1, gamma=1.), (masks,)), (FocalLoss, (classes, masks)),
-    (BCEWithLogitsLossFlat, (labels, columns)), (partial(BCEWithLogitsLossFlat, pos_weight=torch.tensor([1., 2., 3., 4.])), (labels,)),
-    (BCELossFlat, (probabilities,)), (MSELossFlat, (numbers, columns, images, column_and_row)), (L1LossFlat, (numbers, columns, images)),
+    (FocalLossFlat, (classes, sequences)), (partial(FocalLossFlat, axis=1, gamma=1.), (masks,)),
+            (FocalLoss, (classes, masks)),
+    (BCEWithLogitsLossFlat, (labels, columns)),
+            (partial(BCEWithLogitsLossFlat, pos_weight=torch.tensor([1., 2., 3., 4.])), (labels,)),
+    (BCELossFlat, (probabilities,)), (MSELossFlat, (numbers, columns, images, column_and_row)),
+            (L1LossFlat, (numbers, columns, images)),
     (DiceLoss, (masks,)), (partial(DiceLoss, square_in_union=True), (masks,)),
-    (nn.CrossEntropyLoss, (classes, masks, soft)), (partial(nn.CrossEntropyLoss, label_smoothing=0.1), (classes, masks)),
+    (nn.CrossEntropyLoss, (classes, masks, soft)),
+            (partial(nn.CrossEntropyLoss, label_smoothing=0.1), (classes, masks)),
     (nn.NLLLoss, (log_probs,)), (nn.BCEWithLogitsLoss, (float_labels,)), (nn.BCELoss, (probabilities,)),
-    (nn.MSELoss, (numbers, columns, images)), (nn.L1Loss, (numbers, images)), (nn.SmoothL1Loss, (images,)), (nn.HuberLoss, (images,)),
+    (nn.MSELoss, (numbers, columns, images)), (nn.L1Loss, (numbers, images)), (nn.SmoothL1Loss, (images,)),
+            (nn.HuberLoss, (images,)),
     (nn.KLDivLoss, (distributions,)), (nn.PoissonNLLLoss, (counts,)), (nn.GaussianNLLLoss, (with_variance,)),
     (nn.SoftMarginLoss, (signs,)), (nn.HingeEmbeddingLoss, (signs,)), (nn.MultiMarginLoss, (classes,)),
-    (nn.MultiLabelMarginLoss, (label_sets,)), (nn.MultiLabelSoftMarginLoss, (float_labels,)), (nn.CosineEmbeddingLoss, (pairs,)),
-    (nn.MarginRankingLoss, (rankings,)), (nn.TripletMarginLoss, (triples,)), (nn.TripletMarginWithDistanceLoss, (triples,)),
+    (nn.MultiLabelMarginLoss, (label_sets,)), (nn.MultiLabelSoftMarginLoss, (float_labels,)),
+            (nn.CosineEmbeddingLoss, (pairs,)),
+    (nn.MarginRankingLoss, (rankings,)), (nn.TripletMarginLoss, (triples,)),
+            (nn.TripletMarginWithDistanceLoss, (triples,)),
 ]
 functions = [
-    (F.cross_entropy, (classes, masks, soft)), (F.nll_loss, (log_probs,)), (F.binary_cross_entropy_with_logits, (float_labels,)),
-    (F.binary_cross_entropy, (probabilities,)), (F.mse_loss, (numbers, images)), (F.l1_loss, (images,)), (F.smooth_l1_loss, (images,)),
-    (F.huber_loss, (columns,)), (F.kl_div, (distributions,)), (F.poisson_nll_loss, (counts,)), (F.gaussian_nll_loss, (with_variance,)),
+    (F.cross_entropy, (classes, masks, soft)), (F.nll_loss, (log_probs,)),
+    (F.binary_cross_entropy_with_logits, (float_labels,)),
+    (F.binary_cross_entropy, (probabilities,)), (F.mse_loss, (numbers, images)), (F.l1_loss, (images,)),
+    (F.smooth_l1_loss, (images,)),
+    (F.huber_loss, (columns,)), (F.kl_div, (distributions,)), (F.poisson_nll_loss, (counts,)),
+    (F.gaussian_nll_loss, (with_variance,)),
     (F.soft_margin_loss, (signs,)), (F.hinge_embedding_loss, (signs,)), (F.multi_margin_loss, (classes,)),
-    (F.multilabel_margin_loss, (label_sets,)), (F.multilabel_soft_margin_loss, (float_labels,)), (F.cosine_embedding_loss, (pairs,)),
-    (F.margin_ranking_loss, (rankings,)), (F.triplet_margin_loss, (triples,)), (partial(F.cross_entropy, label_smoothing=0.1), (masks,)),
+    (F.multilabel_margin_loss, (label_sets,)), (F.multilabel_soft_margin_loss, (float_labels,)),
+    (F.cosine_embedding_loss, (pairs,)),
+    (F.margin_ranking_loss, (rankings,)), (F.triplet_margin_loss, (triples,)),
+    (partial(F.cross_entropy, label_smoothing=0.1), (masks,)),
 ]
 def name_of(o):
     if isinstance(o, partial): return f'{name_of(o.func)}-partial'
     return getattr(o, '__name__', None)
-def cases(table): return [pytest.param(loss, batch, id=f'{name_of(loss)}-{batch.__name__}') for loss, batches in table for batch in batches]
+def cases(table):
+    return [pytest.param(loss, batch, id=f'{name_of(loss)}-{batch.__name__}') for loss,
+            batches in table for batch in batches]
 
 def check(loss_func, batch, reduction):
     losses = ItemLosses(loss_func)
@@ -209,8 +243,10 @@ class ReadOnly(HandsOn):
 class Raises(nn.CrossEntropyLoss):
     def forward(self, pred, targ): raise RuntimeError('no loss today')
 
-MARKED = dict(flat=CrossEntropyLossFlat, plain=nn.CrossEntropyLoss, hands_on=HandsOn, delegates=lambda: Delegates(nn.CrossEntropyLoss()), slots=Slots,
-              read_only=ReadOnly, base=lambda: BaseLoss(HandsOn), compiled=lambda: torch.compile(nn.CrossEntropyLoss(), backend='eager'))
+MARKED = dict(flat=CrossEntropyLossFlat, plain=nn.CrossEntropyLoss, hands_on=HandsOn,
+              delegates=lambda: Delegates(nn.CrossEntropyLoss()), slots=Slots,
+              read_only=ReadOnly, base=lambda: BaseLoss(HandsOn),
+              compiled=lambda: torch.compile(nn.CrossEntropyLoss(), backend='eager'))
 
 @pytest.mark.parametrize('make', MARKED.values(), ids=MARKED)
 def test_no_mark(make):
@@ -255,13 +291,15 @@ Named = namedtuple('Named', 'scores hidden')
 nestings = dict(tuple=lambda p: (p, [torch.randn(len(p), 2)]), list=lambda p: [p],
                 dict=lambda p: dict(other=torch.randn(len(p), 2), logits=p),
                 first=lambda p: dict(loss=torch.tensor(0.), start=p, end=-p), named=lambda p: Named(p, -p),
-                output=lambda p: Output(loss=torch.tensor(0.), logits=p, hidden_states=(-p, -p)), nested=lambda p: ([p, p], p))
+                output=lambda p: Output(loss=torch.tensor(0.), logits=p, hidden_states=(-p, -p)),
+                nested=lambda p: ([p, p], p))
 
 @pytest.mark.parametrize('nest', nestings.values(), ids=nestings.keys())
 def test_prediction(nest):
     pred, targ = classes(4)
     assert prediction(nest(pred)) is pred
-    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.)):
+    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy,
+                      partial(F.cross_entropy, label_smoothing=0.)):
         same_items(item_losses(loss_func, nest(pred), targ), F.cross_entropy(pred, targ, reduction='none'))
 
 @pytest.mark.parametrize('half', [torch.float16, torch.bfloat16], ids=str)
@@ -295,7 +333,8 @@ def test_dtypes(bs, seed, dtype):
     pred, targ = classes(bs)
     pred = pred.to(dtype)
     expected = F.cross_entropy(pred.double(), targ, reduction='none').float()
-    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)):
+    for loss_func in (CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy,
+                      lambda p, t: F.cross_entropy(p, t)):
         losses = item_losses(loss_func, pred, targ)
         assert losses.dtype == torch.float32
         assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -318,7 +357,8 @@ def test_tensor_subclasses():
     assert res.logits.data_ptr() == image.data_ptr()
     assert type(plain(Named(image, 1)).scores) is Tensor
 
-@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)])
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy,
+                                       lambda p, t: F.cross_entropy(p, t)])
 def test_nan_stays_with_its_item(loss_func):
     pred, targ = classes(4)
     pred[2,1] = float('nan')
@@ -333,16 +373,19 @@ def test_gradients():
     pred, targ = masks(3)
     pred.requires_grad_()
     item_weights = torch.rand(3)
-    for loss_func in (CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss(), F.cross_entropy, lambda p, t: F.cross_entropy(p, t)):
+    for loss_func in (CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss(), F.cross_entropy,
+                      lambda p, t: F.cross_entropy(p, t)):
         grad, = torch.autograd.grad((item_losses(loss_func, pred, targ)*item_weights).sum(), pred)
-        expected, = torch.autograd.grad((F.cross_entropy(pred, targ, reduction='none').mean((1, 2))*item_weights).sum(), pred)
+        expected, = torch.autograd.grad((F.cross_entropy(pred, targ, reduction='none').mean((1, 2))*item_weights).sum(),
+                                        pred)
         assert_close(grad, expected)
         with torch.no_grad(): assert not item_losses(loss_func, pred, targ).requires_grad
 
 # losses that only reduce
 
 class Combined:
-    def __init__(self): self.focal, self.dice, self.last = FocalLossFlat(axis=1), DiceLoss(axis=1, reduction='mean'), None
+    def __init__(self):
+        self.focal, self.dice, self.last = FocalLossFlat(axis=1), DiceLoss(axis=1, reduction='mean'), None
     def __call__(self, pred, targ):
         self.last = self.focal(pred, targ)
         return self.last + self.dice(pred, targ)
@@ -366,12 +409,15 @@ class NoSuchReduction:
 class DropsElements(nn.CrossEntropyLoss):
     "With reduction 'none' it returns the elements that count, only"
     def forward(self, pred, targ):
-        return F.cross_entropy(pred, targ) if self.reduction == 'mean' else F.cross_entropy(pred, targ, reduction='none')[targ > 0]
+        return F.cross_entropy(pred,
+                               targ) if self.reduction == 'mean' else F.cross_entropy(pred, targ, reduction='none')[
+            targ > 0]
 
 @few
 @given(bs=sizes, seed=seeds)
 @pytest.mark.parametrize('make_loss, make_batch, route', [
-    (Combined, masks, 'vmap'), (lambda: of_values, classes, 'loop'), (lambda: of_numpy, images, 'loop'), (lambda: variance, images, 'vmap'),
+    (Combined, masks, 'vmap'), (lambda: of_values, classes, 'loop'), (lambda: of_numpy, images, 'loop'),
+    (lambda: variance, images, 'vmap'),
     (IgnoresReduction, classes, 'vmap'), (NoSuchReduction, classes, 'vmap'),
     (lambda: partial(F.mse_loss, size_average=False), images, 'vmap'),
     (lambda: torch.jit.trace(F.mse_loss, numbers(3)), numbers, 'vmap'), (nn.PairwiseDistance, columns, 'vmap')])
@@ -414,7 +460,8 @@ class CentredReducing(nn.CrossEntropyLoss):
         self.centre.mul_(0.9).add_(0.1*pred.detach().mean(0))
         return res
 
-@pytest.mark.parametrize('make', [lambda: Centred('anew'), lambda: Centred('in place'), CentredReducing, lambda: BaseLoss(Centred, how='anew', flatten=False)],
+@pytest.mark.parametrize('make', [lambda: Centred('anew'), lambda: Centred('in place'), CentredReducing,
+                                  lambda: BaseLoss(Centred, how='anew', flatten=False)],
                          ids=['anew', 'in place', 'reducing', 'flat'])
 def test_what_a_loss_keeps_is_its_own(make):
     "Items, checks and weights leave a loss with a state of its own as it was, and each item is seen from that state"
@@ -423,7 +470,9 @@ def test_what_a_loss_keeps_is_its_own(make):
     loss_func(pred, targ) # so that it has a state
     before = copy.deepcopy(loss_func)
     losses = ItemLosses(loss_func)
-    for _ in range(2): same_items(losses(pred, targ), torch.stack([copy.deepcopy(before)(pred[i:i+1], targ[i:i+1]).detach() for i in range(6)]))
+    for _ in range(2):
+        same_items(losses(pred, targ),
+                   torch.stack([copy.deepcopy(before)(pred[i:i+1], targ[i:i+1]).detach() for i in range(6)]))
     losses.check(None, pred, targ, weighting=True)
     assert_close(losses.weighted(torch.ones(6), pred, targ), copy.deepcopy(before)(pred, targ))
     inner,old = getattr(loss_func, 'func', loss_func),getattr(before, 'func', before)
@@ -470,7 +519,8 @@ def test_pickle():
 # weights
 
 def same_grads(a, b, pred):
-    grads = [torch.autograd.grad(o, [t for t in tensors(pred) if t.requires_grad], allow_unused=True, retain_graph=True) for o in (a, b)]
+    grads = [torch.autograd.grad(o, [t for t in tensors(pred) if t.requires_grad], allow_unused=True, retain_graph=True)
+             for o in (a, b)]
     for x,y in zip(*grads):
         if x is not None or y is not None: assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -493,18 +543,26 @@ def smoothed(make, **kwargs): return partial(make, label_smoothing=0.1, **kwargs
 weighable = [ # everything in `reducing` and `functions`, and what they can be given
     *[(partial(make, reduction=reduction), batches) for make,batches in reducing for reduction in ('mean', 'sum')],
     *[(lambda function=function, **kw: partial(function, **kw), batches) for function,batches in functions],
-    (lambda: CrossEntropyLossFlat(weight=weight), (classes, sequences)), (lambda: CrossEntropyLossFlat(axis=1, weight=weight), (masks,)),
-    (lambda: nn.CrossEntropyLoss(weight=weight), (classes, masks, soft)), (lambda: nn.NLLLoss(weight=weight), (log_probs,)),
+    (lambda: CrossEntropyLossFlat(weight=weight), (classes, sequences)),
+             (lambda: CrossEntropyLossFlat(axis=1, weight=weight), (masks,)),
+    (lambda: nn.CrossEntropyLoss(weight=weight), (classes, masks, soft)),
+             (lambda: nn.NLLLoss(weight=weight), (log_probs,)),
     (lambda: nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1), (classes, masks)),
     (lambda: nn.CrossEntropyLoss(weight=weight, ignore_index=255), (void(classes), void(masks))),
-    (lambda: CrossEntropyLossFlat(axis=1, ignore_index=255), (void(masks),)), (lambda: CrossEntropyLossFlat(ignore_index=255), (void(sequences),)),
+    (lambda: CrossEntropyLossFlat(axis=1, ignore_index=255), (void(masks),)),
+             (lambda: CrossEntropyLossFlat(ignore_index=255), (void(sequences),)),
     (lambda: CrossEntropyLossFlat(axis=1, ignore_index=255, reduction='sum'), (void(masks),)),
     (lambda: partial(F.cross_entropy, weight=weight, ignore_index=255), (void(masks),)),
-    (lambda: FocalLossFlat(weight=weight), (classes, sequences)), (lambda: LabelSmoothingCrossEntropyFlat(weight=weight), (classes,)),
-    (lambda: LabelSmoothingCrossEntropy(weight=weight), (classes, masks)), (lambda: nn.MultiMarginLoss(weight=weight), (classes,)),
-    (lambda: nn.MultiLabelSoftMarginLoss(weight=weight[:4]), (float_labels,)), (lambda: nn.BCEWithLogitsLoss(weight=weight[:4]), (float_labels,)),
-    (lambda: nn.BCEWithLogitsLoss(pos_weight=weight[:4]), (float_labels,)), (lambda: nn.KLDivLoss(reduction='batchmean'), (distributions,)),
-    (lambda: DiceLoss(), (masks,)), (Combined, (masks,)), (lambda: own_class_weights, (classes,)), (lambda: own_void, (void(masks),)),
+    (lambda: FocalLossFlat(weight=weight), (classes, sequences)),
+             (lambda: LabelSmoothingCrossEntropyFlat(weight=weight), (classes,)),
+    (lambda: LabelSmoothingCrossEntropy(weight=weight), (classes, masks)),
+             (lambda: nn.MultiMarginLoss(weight=weight), (classes,)),
+    (lambda: nn.MultiLabelSoftMarginLoss(weight=weight[:4]), (float_labels,)),
+             (lambda: nn.BCEWithLogitsLoss(weight=weight[:4]), (float_labels,)),
+    (lambda: nn.BCEWithLogitsLoss(pos_weight=weight[:4]), (float_labels,)),
+             (lambda: nn.KLDivLoss(reduction='batchmean'), (distributions,)),
+    (lambda: DiceLoss(), (masks,)), (Combined, (masks,)), (lambda: own_class_weights, (classes,)),
+             (lambda: own_void, (void(masks),)),
     (lambda: own_mse, (numbers, columns, images)), (lambda: own_sum, (numbers, images)), (HandsOn, (classes,)),
 ]
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
@@ -524,7 +582,8 @@ def test_weights_of_one_change_nothing(make_loss, make_batch):
 
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
 @pytest.mark.parametrize('make, batch, class_weights, ignored', [
-    (nn.CrossEntropyLoss, classes, weight, -100), (nn.CrossEntropyLoss, void(masks), weight, 255), (nn.CrossEntropyLoss, void(masks), None, 255),
+    (nn.CrossEntropyLoss, classes, weight, -100), (nn.CrossEntropyLoss, void(masks), weight, 255),
+    (nn.CrossEntropyLoss, void(masks), None, 255),
     (CrossEntropyLossFlat, void(sequences), weight, 255), (CrossEntropyLossFlat, classes, None, -100)])
 def test_weights_by_hand(make, batch, class_weights, ignored, reduction):
     "`sum_i w_i s_i / sum_i d_i`, element by element"
@@ -574,20 +633,26 @@ def test_weights_of_elements():
     values,counts = losses.elements(pred, targ)
     assert values.shape == counts.shape == (4, 6) and torch.equal(counts, targ != 255)
     assert_close(values, F.cross_entropy(pred.transpose(1, 2), targ, ignore_index=255, reduction='none'))
-    for _ in range(2): assert_close(losses.weighted(element_weights, pred, targ), (element_weights*values).sum()/counts.sum())
-    with pytest.raises(ValueError, match='expected .4,., one an item, or the 24'): losses.weighted(torch.ones(5), pred, targ)
+    for _ in range(2):
+        assert_close(losses.weighted(element_weights, pred, targ), (element_weights*values).sum()/counts.sum())
+    with pytest.raises(ValueError, match='expected .4,., one an item, or the 24'):
+        losses.weighted(torch.ones(5), pred, targ)
 
 @pytest.mark.parametrize('loss_func, batch, shape', [
-    (CrossEntropyLossFlat(axis=1), masks, (3, 3, 4)), (nn.CrossEntropyLoss(), masks, (3, 3, 4)), (nn.CrossEntropyLoss(), classes, (3,)),
-    (BCEWithLogitsLossFlat(), labels, (3, 4)), (MSELossFlat(), images, (3, 3, 4, 5)), (F.mse_loss, numbers, (3,)), (DiceLoss(), masks, (3, 5))])
+    (CrossEntropyLossFlat(axis=1), masks, (3, 3, 4)), (nn.CrossEntropyLoss(), masks, (3, 3, 4)),
+    (nn.CrossEntropyLoss(), classes, (3,)),
+    (BCEWithLogitsLossFlat(), labels, (3, 4)), (MSELossFlat(), images, (3, 3, 4, 5)), (F.mse_loss, numbers, (3,)),
+    (DiceLoss(), masks, (3, 5))])
 def test_elements(loss_func, batch, shape):
     pred,targ = batch(3)
     values,counts = ItemLosses(loss_func).elements(pred, targ)
     assert values.shape == counts.shape == shape and counts.all()
-    same_items(values.reshape(3, -1).sum(1) if isinstance(loss_func, DiceLoss) else values.reshape(3, -1).mean(1), item_losses(loss_func, pred, targ))
+    same_items(values.reshape(3, -1).sum(1) if isinstance(loss_func, DiceLoss) else values.reshape(3, -1).mean(1),
+               item_losses(loss_func, pred, targ))
 
 def test_no_elements():
-    with pytest.raises(ValueError, match='own_mse has no losses of single elements'): ItemLosses(own_mse).elements(*images(3))
+    with pytest.raises(ValueError, match='own_mse has no losses of single elements'):
+        ItemLosses(own_mse).elements(*images(3))
 
 # do they mean something?
 
@@ -603,27 +668,32 @@ def moments(pred, targ): return (pred.mean(0) - targ.mean(0)).square().sum()
 def ranknet(pred, targ):
     difference,right = pred[:,0][:,None] - pred[:,0][None],(targ[:,0][:,None] > targ[:,0][None]).float()
     off = ~torch.eye(len(pred), dtype=torch.bool)
-    return F.binary_cross_entropy_with_logits(difference, right, reduction='none').where(off, 0.).sum()/off.sum().clamp(min=1)
+    return F.binary_cross_entropy_with_logits(difference, right,
+                                              reduction='none').where(off, 0.).sum()/off.sum().clamp(min=1)
 def r_squared(pred, targ): return (pred - targ).square().sum()/(targ - targ.mean(0)).square().sum()
 def mean_difference(pred, targ): return (pred[:,:1].mean() - targ[:,:1].mean()).square()
 def concordance(pred, targ):
     p,t = pred[:,0],targ[:,0]
-    return 1 - 2*((p - p.mean())*(t - t.mean())).mean()/(p.var(correction=0) + t.var(correction=0) + (p.mean() - t.mean())**2)
+    return 1 - 2*((p - p.mean())*(t - t.mean())).mean()/(p.var(correction=0) + t.var(correction=0)
+                                                         + (p.mean() - t.mean())**2)
 def vicreg(pred, targ): return (1 - pred.std(0)).relu().mean() + (pred - targ).square().mean()
 def mmd(pred, targ):
     def k(a, b): return (-torch.cdist(a, b)**2).exp()
     return k(pred, pred).mean() + k(targ, targ).mean() - 2*k(pred, targ).mean()
-def standardised(pred, targ): p = (pred - pred.mean(0))/(pred.var(0, correction=0) + 1e-6).sqrt(); return (p - targ).square().mean()
+def standardised(pred, targ):
+    p = (pred - pred.mean(0))/(pred.var(0, correction=0) + 1e-6).sqrt(); return (p - targ).square().mean()
 def barlow(pred, targ):
     a,b = ((o - o.mean(0))/o.std(0) for o in (pred, targ))
     return ((a.T@b/len(a) - torch.eye(a.shape[1]))**2).sum()
-def pearson(pred, targ): p,t = pred[:,0] - pred[:,0].mean(),targ[:,0] - targ[:,0].mean(); return -(p*t).sum()/(p.norm()*t.norm() + 1e-8)
+def pearson(pred, targ):
+    p,t = pred[:,0] - pred[:,0].mean(),targ[:,0] - targ[:,0].mean(); return -(p*t).sum()/(p.norm()*t.norm() + 1e-8)
 def two_columns(bs): return torch.randn(bs, 2), torch.rand(bs, 2).round(decimals=3)
 def errors(pred, targ): return (pred - targ).abs().mean(1)
 def of_batch(pred, targ, overlap): p = pred.sigmoid(); return overlap((p*targ).sum(), p.sum(), targ.sum())
 def dice(pred, targ): return of_batch(pred, targ, lambda both, p, t: 1 - (2*both + 1)/(p + t + 1))
 def iou(pred, targ): return of_batch(pred, targ, lambda both, p, t: 1 - both/(p + t - both))
-def tversky(pred, targ): return of_batch(pred, targ, lambda both, p, t: 1 - both/(both + 0.3*(p - both) + 0.7*(t - both)))
+def tversky(pred, targ):
+    return of_batch(pred, targ, lambda both, p, t: 1 - both/(both + 0.3*(p - both) + 0.7*(t - both)))
 def f1_of_labels(pred, targ): p = pred.sigmoid(); return 1 - (2*(p*targ).sum(0)/((p + targ).sum(0) + 1e-6)).mean()
 def worst(pred, targ): return errors(pred, targ).max()
 def median(pred, targ): return errors(pred, targ).median()
@@ -635,10 +705,13 @@ def perplexity(pred, targ): return errors(pred, targ).mean().exp()
 def geometric(pred, targ): return errors(pred, targ).log().mean().exp()
 def by_difficulty(pred, targ): loss = errors(pred, targ); return (loss.detach()*loss).sum()/loss.detach().sum()
 def relative_to_predictions(pred, targ): return (pred - targ).abs().sum()/pred.abs().sum()
-def balanced_predictions(pred, targ): p = pred.softmax(1).mean(0); return (pred - targ).square().mean() + (p*p.log()).sum()
+def balanced_predictions(pred, targ):
+    p = pred.softmax(1).mean(0); return (pred - targ).square().mean() + (p*p.log()).sum()
 def same_means(pred, targ): return (pred - targ).square().mean() + moments(pred, targ)
-coupled = [cox, info_nce, correlation, nothing, moments, ranknet, r_squared, concordance, vicreg, mmd, standardised, barlow, pearson, mean_difference, dice, iou, tversky,
-           f1_of_labels, worst, median, quantile, hardest, root, tilted, perplexity, geometric, by_difficulty, relative_to_predictions, balanced_predictions, same_means]
+coupled = [cox, info_nce, correlation, nothing, moments, ranknet, r_squared, concordance, vicreg, mmd, standardised,
+           barlow, pearson, mean_difference, dice, iou, tversky,
+           f1_of_labels, worst, median, quantile, hardest, root, tilted, perplexity, geometric, by_difficulty,
+           relative_to_predictions, balanced_predictions, same_means]
 
 @pytest.mark.parametrize('loss_func', coupled)
 def test_losses_that_compare_items_are_refused(loss_func):
@@ -652,34 +725,44 @@ def test_losses_that_compare_items_are_refused(loss_func):
 
 def centred(pred, targ): return (pred - targ + targ.mean(0)).square().mean()
 def z_scored(pred, targ): return (pred - (targ - targ.mean(0))/(targ.std(0, correction=0) + 1e-6)).square().mean()
-def between_extremes(pred, targ): return (pred - (targ - targ.amin(0))/(targ.amax(0) - targ.amin(0) + 1e-6)).abs().mean()
+def between_extremes(pred, targ):
+    return (pred - (targ - targ.amin(0))/(targ.amax(0) - targ.amin(0) + 1e-6)).abs().mean()
 def ranked(pred, targ): return (pred - targ.argsort(0).argsort(0)/len(targ)).square().mean()
 def with_covariance(pred, targ): return (pred - targ).square().mean() - 2*(pred*(targ - targ.mean(0))).mean()
 def above_mean(pred, targ): return F.binary_cross_entropy_with_logits(pred, (targ > targ.mean(0)).float())
 def advantage(pred, targ): return -(pred.log_softmax(1)[:,0]*(targ[:,0] - targ[:,0].mean())).mean()
 
-@pytest.mark.parametrize('loss_func', [centred, z_scored, between_extremes, ranked, with_covariance, above_mean, advantage])
+@pytest.mark.parametrize('loss_func', [centred, z_scored, between_extremes, ranked, with_covariance,
+                                       above_mean, advantage])
 def test_losses_that_compare_targets_are_refused(loss_func):
     "Of a model that hardly says anything yet, and of one that is far from all targets"
     for seed,(bs,scale,offset) in enumerate([(4, 1., 3.), (24, 0.05, 0.), (24, 0.05, 3.), (24, 1., 3.)]):
         torch.manual_seed(seed)
         pred,targ = two_columns(bs)
-        with pytest.raises(ValueError, match=loss_func.__name__): ItemLosses(loss_func).check(None, scale*pred + offset, targ)
+        with pytest.raises(ValueError, match=loss_func.__name__):
+            ItemLosses(loss_func).check(None, scale*pred + offset, targ)
 
-def by_targets(pred, targ): return (pred - targ).abs().sum()/targ.abs().sum() # what it divides by is no matter of predictions
-def masked(pred, targ): counted = (targ > .3).float(); return ((pred - targ).square()*counted).sum()/counted.sum().clamp(min=1)
-def focal(pred, targ): loss = F.cross_entropy(pred, targ.argmax(1), reduction='none'); return ((1 - (-loss).exp())**2*loss).mean()
+# what it divides by is no matter of predictions
+def by_targets(pred, targ): return (pred - targ).abs().sum()/targ.abs().sum()
+def masked(pred, targ):
+    counted = (targ > .3).float(); return ((pred - targ).square()*counted).sum()/counted.sum().clamp(min=1)
+def focal(pred, targ):
+    loss = F.cross_entropy(pred, targ.argmax(1), reduction='none'); return ((1 - (-loss).exp())**2*loss).mean()
 def dice_of_items(pred, targ): p = pred.sigmoid(); return (1 - (2*(p*targ).sum(1) + 1)/((p + targ).sum(1) + 1)).mean()
 def focal_and_dice(pred, targ): return focal(pred, targ) + dice_of_items(pred, targ)
-def classes_and_numbers(pred, targ): return F.cross_entropy(pred, targ.argmax(1), weight=torch.tensor([.5, 2.])) + F.mse_loss(pred, targ)
-def twice_weighted(pred, targ): return F.cross_entropy(pred, targ.argmax(1), weight=torch.tensor([.5, 3.])) + F.cross_entropy(pred, targ.argmax(1))
+def classes_and_numbers(pred, targ):
+    return F.cross_entropy(pred, targ.argmax(1), weight=torch.tensor([.5, 2.])) + F.mse_loss(pred, targ)
+def twice_weighted(pred, targ):
+    return F.cross_entropy(pred, targ.argmax(1), weight=torch.tensor([.5, 3.])) + F.cross_entropy(pred, targ.argmax(1))
 def log_cosh(pred, targ): return (pred - targ).cosh().log().mean()
 def pinball(pred, targ): error = targ - pred; return torch.maximum(.9*error, -.1*error).mean()
 def gaussian(pred, targ): return F.gaussian_nll_loss(pred[:,0], targ[:,0], pred[:,1].exp())
-def with_penalty(pred, targ): return F.cross_entropy(pred, targ.argmax(1), label_smoothing=.1) + 1e-2*pred.square().mean()
+def with_penalty(pred, targ):
+    return F.cross_entropy(pred, targ.argmax(1), label_smoothing=.1) + 1e-2*pred.square().mean()
 def in_part_single(pred, targ): return F.cross_entropy(pred.float(), targ.argmax(1)) + (pred - targ).square().mean()
 def cosine(pred, targ): return 1 - F.cosine_similarity(pred, targ).mean()
-separable = [by_targets, masked, focal, dice_of_items, focal_and_dice, classes_and_numbers, twice_weighted, log_cosh, pinball, gaussian, with_penalty, in_part_single, cosine]
+separable = [by_targets, masked, focal, dice_of_items, focal_and_dice, classes_and_numbers, twice_weighted, log_cosh,
+             pinball, gaussian, with_penalty, in_part_single, cosine]
 
 @pytest.mark.parametrize('loss_func', separable)
 def test_losses_of_ones_own_pass(loss_func):
@@ -693,13 +776,16 @@ def test_a_loss_of_the_models_own_is_refused():
     for loss_func in (lambda out, y: out['loss'], lambda out, y: out['loss'].clone(), nothing):
         for loss in (F.cross_entropy(pred, targ), torch.tensor(1.)):
             losses,output = ItemLosses(loss_func),dict(loss=loss, logits=pred)
-            with pytest.raises(ValueError, match=r"does not depend on the predictions.*loss_func of its logits"): losses.check(None, output, targ)
-    with pytest.raises(ValueError, match='no prediction of each item.*logits'): item_losses(lambda out, y: out['loss'], dict(loss=torch.tensor(1.)), targ)
+            with pytest.raises(ValueError, match=r"does not depend on the predictions.*loss_func of its logits"):
+                losses.check(None, output, targ)
+    with pytest.raises(ValueError, match='no prediction of each item.*logits'):
+        item_losses(lambda out, y: out['loss'], dict(loss=torch.tensor(1.)), targ)
     class PreCalculated(BaseLoss):
         def __init__(self): super().__init__(nn.CrossEntropyLoss)
         def __call__(self, pred, targ, **kwargs): return torch.tensor(0.)
     with pytest.raises(ValueError, match='does not depend'): ItemLosses(PreCalculated()).check(None, pred, targ)
-    ItemLosses(lambda out, y: F.cross_entropy(out['logits'], y)).check(None, dict(loss=torch.tensor(1.), logits=pred), targ)
+    ItemLosses(lambda out, y: F.cross_entropy(out['logits'], y)).check(None, dict(loss=torch.tensor(1.), logits=pred),
+                                                                       targ)
 
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
 def test_losses_of_items_pass(make_loss, make_batch):
@@ -710,7 +796,8 @@ def test_losses_of_items_pass(make_loss, make_batch):
         with torch.no_grad(): assert losses.check(values, *batch) is values
         assert torch.equal(torch.get_rng_state(), state)
 
-def by_branch(pred, targ): return F.cross_entropy(pred, targ) if pred.isfinite().all().item() else pred.sum() # `vmap` can't take it
+# `vmap` can't take it
+def by_branch(pred, targ): return F.cross_entropy(pred, targ) if pred.isfinite().all().item() else pred.sum()
 def hinge(pred, targ): return (1 - pred).relu().mean()
 @pytest.mark.parametrize('loss_func, batch', [
     (CrossEntropyLossFlat(), lambda: (torch.zeros(8, 5), classes(8)[1])), # an untrained model whose last layer is zero
@@ -718,9 +805,11 @@ def hinge(pred, targ): return (1 - pred).relu().mean()
     (hinge, lambda: (torch.full((8, 1), 2.), torch.zeros(8))), # everything right, and nothing to be learnt
     (MSELossFlat(), lambda: (torch.ones(8, 1), torch.ones(8, 1))), # so here
     (CrossEntropyLossFlat(), lambda: (classes(1))), (cox, lambda: two_columns(1)), # a single item
-    (CrossEntropyLossFlat(), lambda: (torch.full((8, 5), float('nan')), classes(8)[1])), # a model that diverged is no fault of the loss
+    # a model that diverged is no fault of the loss
+    (CrossEntropyLossFlat(), lambda: (torch.full((8, 5), float('nan')), classes(8)[1])),
     (CrossEntropyLossFlat(), lambda: (classes(8)[0].half(), classes(8)[1])),
-    (by_branch, lambda: classes(8)), (of_numpy, lambda: images(4)), (lambda p, t: F.dropout(p, 0.5).square().mean() + t.sum()*0, lambda: numbers(8, (3,)))])
+    (by_branch, lambda: classes(8)), (of_numpy, lambda: images(4)),
+    (lambda p, t: F.dropout(p, 0.5).square().mean() + t.sum()*0, lambda: numbers(8, (3,)))])
 def test_right_though_they_look_odd(loss_func, batch):
     batch = batch()
     ItemLosses(loss_func).check(None, *batch)
@@ -731,13 +820,15 @@ def test_items_without_a_number():
     targ[2] = 255
     losses = ItemLosses(own_void)
     assert losses.check(None, pred, targ).isnan().tolist() == [False, False, True, False, False, False]
-    with pytest.raises(ValueError, match='not for 1 of its 6 items alone.*ignore_index'): losses.check(None, pred, targ, weighting=True)
+    with pytest.raises(ValueError, match='not for 1 of its 6 items alone.*ignore_index'):
+        losses.check(None, pred, targ, weighting=True)
     ItemLosses(partial(F.cross_entropy, ignore_index=255)).check(None, pred, targ, weighting=True)
 
 def test_two_heads_pass():
     def both(pred, box, label):
         known = label > 0
-        return ((pred[0] - box).abs().mean(2)*known).sum()/known.sum().clamp(min=1) + F.cross_entropy(pred[1].flatten(0, 1), label.flatten())
+        return ((pred[0] - box).abs().mean(2)*known).sum()/known.sum().clamp(min=1) + F.cross_entropy(
+            pred[1].flatten(0, 1), label.flatten())
     for seed in range(10):
         torch.manual_seed(seed)
         pred,label = (torch.randn(24, 2, 4), torch.randn(24, 2, 4)),torch.randint(0, 4, (24, 2))
@@ -748,12 +839,17 @@ def test_two_heads_pass():
 
 @pytest.mark.parametrize('loss_func, task, axis, ignored', [
     (CrossEntropyLossFlat(), 'classes', -1, -100), (CrossEntropyLossFlat(axis=1, ignore_index=255), 'classes', 1, 255),
-    (nn.CrossEntropyLoss(), 'classes', 1, -100), (F.cross_entropy, 'classes', 1, -100), (partial(F.cross_entropy, ignore_index=7), 'classes', 1, 7),
-    (FocalLossFlat(), 'classes', -1, None), (DiceLoss(), 'classes', 1, None), (LabelSmoothingCrossEntropy(), 'classes', 1, None),
-    (BCEWithLogitsLossFlat(), 'multilabel', -1, None), (nn.BCELoss(), 'multilabel', 1, None), (BCELossFlat(), 'multilabel', -1, None),
-    (MSELossFlat(), 'regression', -1, None), (F.l1_loss, 'regression', 1, None), (nn.TripletMarginLoss(), 'other', 1, None),
+    (nn.CrossEntropyLoss(), 'classes', 1, -100), (F.cross_entropy, 'classes', 1, -100),
+    (partial(F.cross_entropy, ignore_index=7), 'classes', 1, 7),
+    (FocalLossFlat(), 'classes', -1, None), (DiceLoss(), 'classes', 1, None),
+    (LabelSmoothingCrossEntropy(), 'classes', 1, None),
+    (BCEWithLogitsLossFlat(), 'multilabel', -1, None), (nn.BCELoss(), 'multilabel', 1, None),
+    (BCELossFlat(), 'multilabel', -1, None),
+    (MSELossFlat(), 'regression', -1, None), (F.l1_loss, 'regression', 1, None),
+    (nn.TripletMarginLoss(), 'other', 1, None),
     (Combined(), 'classes', None, None), (HandsOn(), 'classes', None, None), (own_class_weights, 'classes', None, None),
-    (lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()), 'multilabel', None, None), (own_mse, None, None, None),
+    (lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()), 'multilabel', None, None),
+    (own_mse, None, None, None),
     (lambda p, a, b: F.cross_entropy(p, a) + F.cross_entropy(p, b), 'other', None, None),
     (lambda p, t: F.cross_entropy(p[0], t) + F.mse_loss(p[1], t), None, None, None)])
 def test_task(loss_func, task, axis, ignored):
@@ -766,7 +862,8 @@ def test_task(loss_func, task, axis, ignored):
 @pytest.mark.parametrize('loss_func, error, message', [
     (None, TypeError, 'loss_func is None'), ('mse', TypeError, "loss_func is 'mse'"),
     (CrossEntropyLossFlat, TypeError, r'CrossEntropyLossFlat\(\)'),
-    (MSELossFlat, TypeError, r'expected what it makes: MSELossFlat\(\)'), (nn.CTCLoss(), ValueError, 'batch in the second dimension'),
+    (MSELossFlat, TypeError, r'expected what it makes: MSELossFlat\(\)'),
+    (nn.CTCLoss(), ValueError, 'batch in the second dimension'),
     (F.ctc_loss, ValueError, 'Wrap it'), (partial(F.ctc_loss, blank=1), ValueError, 'Wrap it')])
 def test_bad_loss_func(loss_func, error, message):
     with pytest.raises(error, match=message): ItemLosses(loss_func)
@@ -781,14 +878,16 @@ many = 'Prediction and targets differ in their number of items'
 @pytest.mark.parametrize('loss_func, batch, message', [
     (CrossEntropyLossFlat(), lambda: classes(4)[:1], 'unlabelled'),
     (CrossEntropyLossFlat(), lambda: (classes(4)[0], None), 'unlabelled'),
-    (CrossEntropyLossFlat(), lambda: (classes(8)[0], classes(4)[1]), many + r': prediction \(8, 5\) float32, target \(4,\) int64'),
+    (CrossEntropyLossFlat(), lambda: (classes(8)[0], classes(4)[1]),
+     many + r': prediction \(8, 5\) float32, target \(4,\) int64'),
     (lambda p, t: F.cross_entropy(p, t), lambda: (classes(8)[0], classes(4)[1]), many),
     (nn.GaussianNLLLoss(), lambda: (*numbers(4), torch.rand(3)), many),
     (CrossEntropyLossFlat(), lambda: classes(0), 'empty'),
     (CrossEntropyLossFlat(), lambda: (torch.randn(4, 3, 5), classes(4)[1]),
      r'failed on prediction \(4, 3, 5\) float32, target \(4,\) int64'),
     (nn.CrossEntropyLoss(), lambda: (torch.randn(4, 3, 5), classes(4)[1]), 'failed on prediction'),
-    (F.cross_entropy, lambda: (torch.randn(4, 3, 5), classes(4)[1]), "cross_entropy failed on .*Check that the model's output"),
+    (F.cross_entropy, lambda: (torch.randn(4, 3, 5), classes(4)[1]),
+     "cross_entropy failed on .*Check that the model's output"),
     (lambda p, t: F.cross_entropy(p, t), lambda: (torch.randn(4, 3, 5), classes(4)[1]), 'failed on prediction'),
     (nn.MSELoss(), lambda: column_and_row(4), 'combined every item'),
     (over_items, lambda: numbers(4, (3,)), "over_items has no loss for each item.*reduction='none'"),
@@ -810,7 +909,8 @@ def test_out_of_memory_is_passed_on():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_no_sync():
     "No route but the loop makes the host wait"
-    for loss_func, make_batch in ((CrossEntropyLossFlat(), classes), (CrossEntropyLossFlat(axis=1, ignore_index=255), masks),
+    for loss_func, make_batch in ((CrossEntropyLossFlat(), classes),
+                                  (CrossEntropyLossFlat(axis=1, ignore_index=255), masks),
                                   (nn.MSELoss(), images), (F.cross_entropy, masks), (Combined(), masks)):
         batch = [t.cuda() for t in make_batch(8)]
         losses = ItemLosses(loss_func)

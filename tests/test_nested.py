@@ -8,9 +8,10 @@ import torch
 from fastai.torch_core import TensorImage, TensorMask
 from fastai.vision.core import TensorPoint
 from fastcore.foundation import L
-from hypothesis import assume, given, strategies as st
-from torch import tensor
 from helpers import examples
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import tensor
 
 from rholoss_fastai.nested import as_tensor, batch_size, class_targets, subset_batch
 
@@ -30,12 +31,14 @@ def test_types_and_metadata():
              Encoding(dict(ids=torch.arange(12).view(6,2)), ['tokens']*6), L(torch.arange(6), torch.ones(6)))
     idxs = tensor([4,0])
     res = subset_batch(batch, idxs)
-    assert type(res) is tuple and type(res[0]) is Pair and type(res[1]) is dict and type(res[2]) is Encoding and type(res[3]) is L
+    assert type(res) is tuple and type(res[0]) is Pair and type(res[1]) is dict and type(res[2]) is Encoding
+    assert type(res[3]) is L
     small = res[0].second[0]
     assert type(small) is TensorPoint and small.img_size == (10,20) and torch.equal(small.data, point.data[idxs])
     assert type(res[1]['mask']) is TensorMask and res[1]['mask'].tolist() == [4,0]
     assert res[1]['nothing'] is None and res[1]['scale'] == 2 and res[1]['name'] == 'train' and res[1]['sizes'] == (1,2)
-    assert res[2]['ids'].tolist() == [[8,9],[0,1]] and res[2]._encodings is None and batch[2]._encodings and len(batch[2]['ids']) == 6
+    assert res[2]['ids'].tolist() == [[8,9],[0,1]] and res[2]._encodings is None and batch[2]._encodings
+    assert len(batch[2]['ids']) == 6
     assert batch_size(batch) == 6 and batch_size(res) == 2
 
 leaves = st.one_of(st.just('tensor'), st.just('image'), st.none(), st.just('text'), st.floats(allow_nan=False))
@@ -45,7 +48,8 @@ def dicts_alike(o):
     alike = isinstance(o, list) and len(o) > 1 and all(isinstance(v, dict) and v.keys() == o[0].keys() for v in o)
     return alike or any(map(dicts_alike, held))
 
-def nest(o): return st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=3))
+def nest(o):
+    return st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=3))
 
 @examples(60)
 @given(tree=st.recursive(leaves, nest),
@@ -63,7 +67,8 @@ def test_any_nesting(tree, idxs):
     def equal(a, b):
         if isinstance(a, torch.Tensor): return type(a) is type(b) and torch.equal(a, b)
         if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-        return type(a) is type(b) and (len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b)
+        return type(a) is type(b) and (len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple))
+                                       else a == b)
     batch = (torch.arange(7), grow(tree))
     assume(not dicts_alike(batch)) # one of them an item, so it seems
     assert equal(subset_batch(batch, tensor(idxs, dtype=torch.long)), naive(batch))
@@ -103,7 +108,8 @@ def test_lists_of_inputs_are_no_items():
 @pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool])
 def test_classes_of_any_type_and_shape(dtype):
     targ = tensor([1, 0, 1]).to(dtype)
-    for o in (targ, targ[:,None]): assert torch.equal(class_targets(o), tensor([1, 0, 1])) and class_targets(o).dtype == torch.int64
+    for o in (targ, targ[:,None]):
+        assert torch.equal(class_targets(o), tensor([1, 0, 1])) and class_targets(o).dtype == torch.int64
     assert torch.equal(class_targets(targ[:,None], torch.rand(3, 2)), tensor([1, 0, 1]))
     assert class_targets(targ[:,None], torch.rand(3, 1, 2)).shape == (3, 1) # sequences of one token
     many = torch.zeros(3, 4, dtype=dtype)
@@ -116,7 +122,8 @@ def test_targets_that_are_no_classes_stay():
 @pytest.mark.parametrize('values', [[.5, 1.5, 2.5, 3.5], [1, 2, 3, 4], [True, False, True, True]])
 def test_a_series_is_taken_by_position(values, index):
     series, expected = pd.Series(values, index=index), torch.tensor(values)
-    for form in (series, series.values, values, tuple(values), expected, [torch.tensor(v) for v in values], series.convert_dtypes()):
+    for form in (series, series.values, values, tuple(values), expected, [torch.tensor(v) for v in values],
+                 series.convert_dtypes()):
         assert as_tensor(form).tolist() == values and type(as_tensor(form)) is torch.Tensor
     assert as_tensor(series, torch.float32).dtype == torch.float32
     assert as_tensor(TensorImage(expected.float())).dtype == torch.float32

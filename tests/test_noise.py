@@ -16,14 +16,33 @@ from fastai.torch_core import TensorCategory, tensor
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fasttransform import Transform
-from hypothesis import given, strategies as st
+from helpers import examples, fit
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader as TorchDataLoader, Subset, TensorDataset
-from helpers import examples, fit
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import Subset, TensorDataset
 
-from rholoss_fastai.all import (IrreducibleLosses, add_noise, class_names, fingerprint, long_tail, long_tail_rows, noisy_inputs, noisy_labels, redraw_labels,
-                                relabel, relevant_classes, replace_dataset, restrict_rows, row_targets, scoring_loader, track_rows, whole_dataset)
+from rholoss_fastai.all import (
+    IrreducibleLosses,
+    add_noise,
+    class_names,
+    fingerprint,
+    long_tail,
+    long_tail_rows,
+    noisy_inputs,
+    noisy_labels,
+    redraw_labels,
+    relabel,
+    relevant_classes,
+    replace_dataset,
+    restrict_rows,
+    row_targets,
+    scoring_loader,
+    track_rows,
+    whole_dataset,
+)
 
 N, N_VALID = 60, 12
 NAMES = ['ant', 'bee', 'cat']
@@ -55,7 +74,8 @@ class Classed(Pairs):
 
 def block(**kwargs):
     return DataBlock((TransformBlock(type_tfms=input_of), CategoryBlock), get_y=lambda row: NAMES[row % 3],
-                     splitter=IndexSplitter(range(N, N+N_VALID)), **kwargs).dataloaders(range(N+N_VALID), bs=8, num_workers=0)
+                     splitter=IndexSplitter(range(N, N+N_VALID)),
+                     **kwargs).dataloaders(range(N+N_VALID), bs=8, num_workers=0)
 
 
 def numbers():
@@ -69,24 +89,30 @@ def tensors():
     return [TensorDataset(x[part], TARGETS[part]) for part in (slice(N), slice(N, None))]
 
 
-def plain(make): return DataLoaders(DataLoader(make(range(N)), bs=8, shuffle=True), DataLoader(make(range(N, N+N_VALID)), bs=8))
+def plain(make):
+    return DataLoaders(DataLoader(make(range(N)), bs=8, shuffle=True), DataLoader(make(range(N, N+N_VALID)), bs=8))
 
 
 def subset():
     both = TensorDataset(*(torch.cat([a, b]) for a, b in zip(*(o.tensors for o in tensors()))))
-    return DataLoaders(DataLoader(Subset(both, range(N)), bs=8, shuffle=True), DataLoader(Subset(both, range(N, N+N_VALID)), bs=8))
+    return DataLoaders(DataLoader(Subset(both, range(N)), bs=8, shuffle=True),
+                       DataLoader(Subset(both, range(N, N+N_VALID)), bs=8))
 
 
 def tabular():
     frame = pd.DataFrame(dict(x=np.arange(N+N_VALID, dtype=np.float32), kind=['ab'[i % 2] for i in range(N+N_VALID)],
                               y=[NAMES[i % 3] for i in range(N+N_VALID)]))
-    return TabularDataLoaders.from_df(frame, procs=[Categorify], cat_names=['kind'], cont_names=['x'], y_names='y', bs=8,
+    return TabularDataLoaders.from_df(frame, procs=[Categorify], cat_names=['kind'], cont_names=['x'],
+                                      y_names='y', bs=8,
                                       valid_idx=list(range(N, N+N_VALID)))
 
 
-kinds = dict(block=block, numbers=numbers, tensors=lambda: DataLoaders(*(DataLoader(o, bs=8, shuffle=i==0) for i, o in enumerate(tensors()))),
-             torch=lambda: DataLoaders(*(TorchDataLoader(o, batch_size=8, shuffle=i==0) for i, o in enumerate(tensors()))),
-             pairs=lambda: plain(Pairs), dicts=lambda: plain(Dicts), classed=lambda: plain(Classed), subset=subset, tabular=tabular)
+kinds = dict(block=block, numbers=numbers,
+             tensors=lambda: DataLoaders(*(DataLoader(o, bs=8, shuffle=i==0) for i, o in enumerate(tensors()))),
+             torch=lambda: DataLoaders(*(TorchDataLoader(o, batch_size=8, shuffle=i==0) for i,
+                                         o in enumerate(tensors()))),
+             pairs=lambda: plain(Pairs), dicts=lambda: plain(Dicts), classed=lambda: plain(Classed), subset=subset,
+             tabular=tabular)
 
 
 def read(dl):
@@ -169,7 +195,8 @@ def test_one_other_label_is_another_data_set(kind):
     marks = fingerprint(relabel(dls.train, labels))
     labels[37] = (labels[37] + 1) % 3
     other = fingerprint(relabel(dls.train, labels))
-    assert other['targets'] != marks['targets'] and (other['items'] == marks['items'] or kind == 'tabular') # a table's items are whole rows
+    # a table's items are whole rows
+    assert other['targets'] != marks['targets'] and (other['items'] == marks['items'] or kind == 'tabular')
 
 
 @pytest.mark.parametrize('kind', ['block', 'pairs', 'tabular', 'torch'])
@@ -196,7 +223,8 @@ def test_names_and_numbers():
         assert torch.equal(row_targets(by_name.train), row_targets(by_number.train))
         assert torch.equal(row_targets(by_name.train)[by_name.noisy].unique(), torch.tensor([0]))
     assert class_names(plain(Pairs).train) is None
-    with pytest.raises(ValueError, match="'dog' is no class: the data set has ant, bee, cat"): noisy_labels(block(), 0.5, dict(dog='ant'))
+    with pytest.raises(ValueError, match="'dog' is no class: the data set has ant, bee, cat"):
+        noisy_labels(block(), 0.5, dict(dog='ant'))
     with pytest.raises(ValueError, match="'cat' is no class"): noisy_labels(plain(Pairs), 0.5, dict(cat=0))
 
 
@@ -216,14 +244,19 @@ def test_fastai_goes_on_as_before():
 
 def test_many_labels_or_none_are_refused():
     def loaders(y_block, get_y):
-        return DataBlock((TransformBlock(type_tfms=input_of), y_block), get_y=get_y, splitter=IndexSplitter([0])).dataloaders(range(20), bs=8, num_workers=0)
-    for dls in (loaders(MultiCategoryBlock, lambda row: NAMES[:1 + row % 2]), loaders(RegressionBlock, lambda row: row/7)):
+        return DataBlock((TransformBlock(type_tfms=input_of), y_block), get_y=get_y,
+                         splitter=IndexSplitter([0])).dataloaders(range(20), bs=8, num_workers=0)
+    for dls in (loaders(MultiCategoryBlock, lambda row: NAMES[:1 + row % 2]),
+                loaders(RegressionBlock, lambda row: row/7)):
         with pytest.raises(TypeError, match='the number of one class for each row'): noisy_labels(dls)
-    with pytest.raises(ValueError, match='without a label'): noisy_labels(DataLoaders(DataLoader([torch.zeros(2)]*5, bs=2), DataLoader([1], bs=1)))
+    with pytest.raises(ValueError, match='without a label'):
+        noisy_labels(DataLoaders(DataLoader([torch.zeros(2)]*5, bs=2), DataLoader([1], bs=1)))
     unlabelled = [dict(x=torch.zeros(2))]*5
-    with pytest.raises(ValueError, match='no label among them'): noisy_labels(DataLoaders(DataLoader(unlabelled, bs=2), DataLoader(unlabelled, bs=2)))
+    with pytest.raises(ValueError, match='no label among them'):
+        noisy_labels(DataLoaders(DataLoader(unlabelled, bs=2), DataLoader(unlabelled, bs=2)))
     with pytest.raises(TypeError, match='must be DataLoaders'): noisy_labels(block().train)
-    with pytest.raises(ValueError, match='59 labels for a data set of 60 rows'): relabel(block().train, torch.zeros(59, dtype=torch.long))
+    with pytest.raises(ValueError, match='59 labels for a data set of 60 rows'):
+        relabel(block().train, torch.zeros(59, dtype=torch.long))
 
 
 def test_a_loader_that_takes_batches_elsewhere_is_refused():
@@ -232,7 +265,8 @@ def test_a_loader_that_takes_batches_elsewhere_is_refused():
     rows = Table(range(N))
     dl = DataLoader(rows, bs=8, create_item=lambda i: i, create_batch=rows.batch)
     with pytest.raises(ValueError, match='makes its items in its own way'): noisy_labels(DataLoaders(dl, dl))
-    with pytest.raises(ValueError, match='59 rows in place of one of 60'): replace_dataset(plain(Pairs).train, Pairs(range(59)))
+    with pytest.raises(ValueError, match='59 rows in place of one of 60'):
+        replace_dataset(plain(Pairs).train, Pairs(range(59)))
 
 
 def test_labels_that_no_vocabulary_made():
@@ -266,7 +300,8 @@ def test_noisy_inputs(kind):
 
 
 def test_images_with_noise(tmp_path):
-    "Of files, as bytes, the same in the picture and in the tensor; augmentation that the data set itself does is off when scored"
+    """Of files, as bytes, the same in the picture and in the tensor; augmentation that the data set itself does is off
+    when scored"""
     for i in range(24):
         (tmp_path/NAMES[i % 3]).mkdir(exist_ok=True)
         Image.fromarray(np.full((6, 6, 3), 100 + i, np.uint8)).save(tmp_path/NAMES[i % 3]/f'{i:02}.png')
@@ -274,7 +309,8 @@ def test_images_with_noise(tmp_path):
         split_idx = 0
         def encodes(self, x: PILImage): return PILImage.create(np.full((6, 6, 3), 255, np.uint8))
     files = get_image_files(tmp_path).sorted()
-    dls = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter([0, 1])).dataloaders(files, bs=4, num_workers=0)
+    dls = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label,
+                    splitter=IndexSplitter([0, 1])).dataloaders(files, bs=4, num_workers=0)
     noisy = noisy_labels(noisy_inputs(dls, std=0.1), 0.5)
     x, _ = noisy.train_ds[0]
     assert type(x) is PILImage
@@ -300,15 +336,18 @@ def test_image_dataloaders_from_a_frame(tmp_path):
 
 
 def test_noise_on_what_is_no_signal():
-    with pytest.raises(TypeError, match='Noise for a tensor of torch.int64'): noisy_inputs(DataLoaders(*[DataLoader([(tensor(1), 2)]*4, bs=2)]*2)).train_ds[0]
-    with pytest.raises(TypeError, match='Noise for a str'): noisy_inputs(DataLoaders(*[DataLoader([('a', 2)]*4, bs=2)]*2)).train_ds[0]
+    with pytest.raises(TypeError, match='Noise for a tensor of torch.int64'):
+        noisy_inputs(DataLoaders(*[DataLoader([(tensor(1), 2)]*4, bs=2)]*2)).train_ds[0]
+    with pytest.raises(TypeError, match='Noise for a str'):
+        noisy_inputs(DataLoaders(*[DataLoader([('a', 2)]*4, bs=2)]*2)).train_ds[0]
     with pytest.raises(ValueError, match='std must lie'): noisy_inputs(block(), std=-1)
 
 
 def test_noise_in_a_table_is_in_units_of_its_columns():
     frame = pd.DataFrame(dict(a=np.arange(200)*1000., y=['ab'[i % 2] for i in range(200)]))
     frame.loc[3, 'a'] = np.nan
-    dls = TabularDataLoaders.from_df(frame, procs=[FillMissing, Categorify, Normalize], cont_names=['a'], y_names='y', valid_idx=list(range(190, 200)), bs=8)
+    dls = TabularDataLoaders.from_df(frame, procs=[FillMissing, Categorify, Normalize], cont_names=['a'], y_names='y',
+                                     valid_idx=list(range(190, 200)), bs=8)
     noisy = noisy_inputs(dls, std=0.3)
     difference = noisy.train_ds.items.a - dls.train_ds.items.a
     assert abs(difference.std() - 0.3) < 0.05 and list(noisy.train_ds.items.a_na) == list(dls.train_ds.items.a_na)
@@ -363,7 +402,8 @@ def test_long_tail_of_what_has_noise_already(kind):
     # and the other way round: all rows are relabelled, some are read
     other = noisy_labels(tail, 0.4, seed=9)
     rows, targets = read(scoring_loader(other.train))
-    assert torch.equal(rows.sort().values, tail.kept.nonzero().flatten()) and torch.equal(targets, redraw_labels(labels, 0.4, n_classes=3, seed=9)[0][rows])
+    assert torch.equal(rows.sort().values, tail.kept.nonzero().flatten())
+    assert torch.equal(targets, redraw_labels(labels, 0.4, n_classes=3, seed=9)[0][rows])
     assert len(other.noisy) == N
 
 

@@ -25,4 +25,5 @@ def has_flag(path, flag):
 @pytest.mark.parametrize('name,flags', [(name, '') for name in NOTEBOOKS] + [
     pytest.param(name, 'cuda', marks=pytest.mark.cuda) for name, path in NOTEBOOKS.items() if has_flag(path, 'cuda')])
 def test_notebook(name, flags, tmp_path):
-    run_in_process(RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags, out=tmp_path/'log', timeout=1800, env=[dict(IN_TEST='1')])
+    run_in_process(RUNNER, NOTEBOOKS[name], CONFIG.config_path, ' '.join(CONFIG.tst_flags), flags, out=tmp_path/'log',
+                   timeout=1800, env=[dict(IN_TEST='1')])

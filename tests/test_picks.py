@@ -9,16 +9,31 @@ from itertools import permutations, product
 import pytest
 import torch
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
-from hypothesis import given, strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import draws, examples
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rholoss_fastai.all import (PICKS, Boltzmann, ImportanceSample, LossShare, PerClass, PercentileSample, Pick, RankSample, Selection, ThenUniform,
-                                TopFraction, Uniform, find_pick)
+from rholoss_fastai.all import (
+    PICKS,
+    Boltzmann,
+    ImportanceSample,
+    LossShare,
+    PercentileSample,
+    PerClass,
+    Pick,
+    RankSample,
+    Selection,
+    ThenUniform,
+    TopFraction,
+    Uniform,
+    find_pick,
+)
 from rholoss_fastai.picks import RankedPick
 
 quick = examples(100)
-any_scores = st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0., 1.]), min_size=1, max_size=40)
+any_scores = st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0., 1.]), min_size=1,
+                      max_size=40)
 SIZED = {name: cls for name, cls in PICKS.items() if cls.fraction is not Pick.fraction}
 each_sized = pytest.mark.parametrize('name', SIZED)
 
@@ -30,10 +45,12 @@ def picked(pick, scores, pct_train=0., size=None, targ=None):
 
 def check(selection, n, size, weighted=False):
     idxs, weights = selection
-    assert idxs.dtype == torch.long and len(idxs) == size and 0 <= idxs.min() and idxs.max() < n
+    assert idxs.dtype == torch.long and len(idxs) == size and idxs.min() >= 0 and idxs.max() < n
     assert (idxs.diff() >= 0 if weighted else idxs.diff() > 0).all()
     assert (weights is not None) == weighted
-    if weighted: assert weights.dtype == torch.float32 and weights.shape == (size,) and weights.isfinite().all() and (weights > 0).all()
+    if weighted:
+        assert weights.dtype == torch.float32 and weights.shape == (size,) and weights.isfinite().all()
+        assert (weights > 0).all()
 
 
 # Every pick of fixed size
@@ -131,7 +148,8 @@ def test_no_host_sync_on_cuda(name):
 
 def test_uniform_is_a_permutation_of_its_generator():
     pick, generator = Uniform(0.3, seed=5), torch.Generator().manual_seed(5)
-    for _ in range(4): assert torch.equal(pick(torch.empty(30)).idxs, torch.randperm(30, generator=generator)[:9].sort().values)
+    for _ in range(4):
+        assert torch.equal(pick(torch.empty(30)).idxs, torch.randperm(30, generator=generator)[:9].sort().values)
 
 def test_uniform_goes_on_where_it_was_saved():
     pick = Uniform(0.5)
@@ -197,7 +215,8 @@ def test_rates_are_the_formula(scores, share):
 @pytest.mark.parametrize('size', [1, 2, 3])
 def test_expected_gradient_is_the_full_one_by_enumeration(share, size):
     "All possible draws of a tiny batch, each with its probability, in float64"
-    x, y, w = (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for shape in ((4, 3), (4,), (3,)))
+    x, y, w = (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+               for shape in ((4, 3), (4,), (3,)))
     w.requires_grad_()
     losses = (x@w - y)**2
     norms = torch.stack([torch.autograd.grad(o, w, retain_graph=True)[0].norm() for o in losses])
@@ -236,18 +255,22 @@ def test_uniform_share_bounds_the_weights():
 
 def test_rates_of_odd_scores():
     nan, inf = math.nan, math.inf
-    for scores, wanted in (([nan, 1., 3.], [0, 1/4, 3/4]), ([-2., 1., 1.], [0, 1/2, 1/2]), ([0., 0., nan], [1/2, 1/2, 0]), ([nan, nan], [1/2, 1/2]),
+    for scores, wanted in (([nan, 1., 3.], [0, 1/4, 3/4]), ([-2., 1., 1.], [0, 1/2, 1/2]),
+                           ([0., 0., nan], [1/2, 1/2, 0]), ([nan, nan], [1/2, 1/2]),
                            ([inf, inf, 1., nan], [1/2, 1/2, 0, 0]), ([-inf, -1., -3.], [1/3]*3), ([3e38]*4, [1/4]*4)):
-        torch.testing.assert_close(rates(ImportanceSample(), torch.tensor(scores))[0], torch.tensor(wanted, dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(rates(ImportanceSample(), torch.tensor(scores))[0],
+                                   torch.tensor(wanted, dtype=torch.float64), atol=1e-6, rtol=0)
     p, uniform = rates(ImportanceSample(uniform_share=0.5), torch.tensor([nan, 1., 3.]))
     torch.testing.assert_close(p, torch.tensor([0, 3/8, 5/8], dtype=torch.float64))
-    torch.testing.assert_close(uniform, torch.tensor([0, 1/2, 1/2], dtype=torch.float64))  # the mean over what is a number
+    # the mean over what is a number
+    torch.testing.assert_close(uniform, torch.tensor([0, 1/2, 1/2], dtype=torch.float64))
 
 
 # PerClass
 
 @quick
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 100), st.booleans(), st.randoms(use_true_random=False))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 100), st.booleans(),
+       st.randoms(use_true_random=False))
 def test_quotas_equal_an_election(counts, size, equal, random):
     "Seat after seat, as Sainte-Lague has it; of classes with an equal claim the one with the more wanted candidate"
     classes = [c for c, count in enumerate(counts) for _ in range(count)]
@@ -255,9 +278,12 @@ def test_quotas_equal_an_election(counts, size, equal, random):
     random.shuffle(classes), random.shuffle(ranks)
     targ, scores = torch.tensor(classes), torch.tensor(ranks)/8
     size, left, expected, got = min(size, len(classes)), {}, [], Counter()
-    for c in sorted(set(classes)): left[c] = sorted((i for i, o in enumerate(classes) if o == c), key=lambda i: -scores[i])
+    for c in sorted(set(classes)):
+        left[c] = sorted((i for i, o in enumerate(classes) if o == c), key=lambda i: -scores[i])
     for _ in range(size):
-        def claim(c): return got[c] == 0, -got[c] if equal else Fraction(counts[c])/(2*got[c] + 1) if got[c] else 0, scores[left[c][0]]
+        def claim(c):
+            return got[c] == 0, -got[c] if equal else Fraction(counts[c])/(2*got[c]
+                                                                           + 1) if got[c] else 0, scores[left[c][0]]
         best = max((c for c in left if left[c]), key=claim)
         expected.append(left[best].pop(0))
         got[best] += 1
@@ -286,7 +312,8 @@ def test_within_a_class_the_pick_decides():
         got = PerClass(0.2)(scores, targ=targ).idxs
         assert torch.equal(got[targ[got] == c], rows[TopFraction(0.2)(scores[rows]).idxs])
     p, counts, pick = torch.tensor([2., 1.]).softmax(0), Counter(), PerClass(pick=Boltzmann(0.5, T=1.))
-    for _ in range(3000): counts.update(pick(torch.tensor([2., 5., 1., 4.]), targ=torch.tensor([0, 1, 0, 1])).idxs.tolist())
+    for _ in range(3000):
+        counts.update(pick(torch.tensor([2., 5., 1., 4.]), targ=torch.tensor([0, 1, 0, 1])).idxs.tolist())
     assert abs(counts[0]/3000 - p[0]) < 0.05 and abs(counts[1]/3000 - p[0]) < 0.05  # e^(5-4) as e^(2-1)
 
 def test_stratified_random_subset_needs_no_scores():
@@ -294,23 +321,28 @@ def test_stratified_random_subset_needs_no_scores():
     assert not pick.needs_scores
     assert torch.bincount(targ[pick(torch.empty(100), targ=targ).idxs]).tolist() == [2]*5
 
-@pytest.mark.parametrize('make', [lambda o: o, lambda o: o[:, None], lambda o: o.float(), lambda o: o.half(), lambda o: o == 1, lambda o: o.to(torch.uint8),
-                                  lambda o: o - 100], ids=['int64', 'column', 'float', 'half', 'bool', 'uint8', 'negative'])
+@pytest.mark.parametrize('make', [lambda o: o, lambda o: o[:, None], lambda o: o.float(), lambda o: o.half(),
+                                  lambda o: o == 1, lambda o: o.to(torch.uint8),
+                                  lambda o: o - 100], ids=['int64', 'column', 'float', 'half', 'bool', 'uint8',
+                                                           'negative'])
 def test_targets_of_other_kinds(make):
     targ, scores = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([6., 5., 4., 1., 2., 3.])
     assert PerClass()(scores, size=3, targ=make(targ)).idxs.tolist() == [0, 1, 4]
 
-@pytest.mark.parametrize('targ', [None, (torch.zeros(4), torch.zeros(4)), torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)],
+@pytest.mark.parametrize('targ',
+                         [None, (torch.zeros(4), torch.zeros(4)), torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)],
                          ids=['none', 'two', 'soft', 'more'])
 def test_what_is_no_class_is_refused(targ):
-    with pytest.raises(ValueError, match=r'one class per item as the target, shape \(4,\); got'): PerClass()(torch.rand(4), targ=targ)
+    with pytest.raises(ValueError, match=r'one class per item as the target, shape \(4,\); got'):
+        PerClass()(torch.rand(4), targ=targ)
 
 
 # ThenUniform
 
 def test_then_uniform():
     pick, scores = ThenUniform(0.2, at=0.3, seed=4), torch.randn(50)
-    for pct in (0., 0.29): assert torch.equal(pick(scores, pct).idxs, TopFraction(0.2)(scores).idxs) and pick.now(pct).needs_scores
+    for pct in (0., 0.29):
+        assert torch.equal(pick(scores, pct).idxs, TopFraction(0.2)(scores).idxs) and pick.now(pct).needs_scores
     drawn = [pick(scores, pct).idxs for pct in (0.3, 0.7, 1.)]
     assert torch.equal(drawn[0], Uniform(0.2, seed=4)(scores).idxs) and not torch.equal(drawn[1], drawn[2])
     assert not any(pick.now(pct).needs_scores for pct in (0.3, 1.))
@@ -322,7 +354,8 @@ def test_then_uniform_keeps_the_size_of_its_pick():
 
 def test_then_uniform_hands_on_what_its_pick_is():
     weighted = ThenUniform(pick=ImportanceSample(0.5), at=0.5)
-    assert weighted.weighted and weighted(torch.rand(8)).weights is not None and weighted(torch.rand(8), 0.9).weights is None
+    assert weighted.weighted and weighted(torch.rand(8)).weights is not None
+    assert weighted(torch.rand(8), 0.9).weights is None
     quota = ThenUniform(pick=PerClass(0.25), at=0.5)
     targ = torch.arange(8) % 2
     assert quota.needs == ('targ',) and targ[quota(torch.rand(8), targ=targ).idxs].sum() == 1
@@ -345,14 +378,17 @@ def test_a_pick_of_ones_own_needs_no_more_than_a_call():
     class First(Pick):
         def __call__(self, scores, pct_train=0., size=None): return Selection(torch.arange(1))
     pick = First()
-    assert pick.now(0.5) is pick and pick.needs == () and not pick.weighted and pick.fraction() is None and pick.size(9) is None
+    assert pick.now(0.5) is pick and pick.needs == () and not pick.weighted and pick.fraction() is None
+    assert pick.size(9) is None
 
 
 # By name, and what is refused
 
 def test_every_name_makes_a_pick():
     for name, cls in PICKS.items(): assert type(find_pick(name)) is cls
-    for name in SIZED: assert find_pick(name, 0.3).fraction() == 0.3 and find_pick(name, SchedLin(0.2, 0.4)).fraction(0.5) == pytest.approx(0.3)
+    for name in SIZED:
+        assert find_pick(name, 0.3).fraction() == 0.3
+        assert find_pick(name, SchedLin(0.2, 0.4)).fraction(0.5) == pytest.approx(0.3)
     assert {type(find_pick(name)) for name in PICKS} - set(SIZED.values()) == {LossShare, PercentileSample}
     own = RankSample(0.7)
     assert find_pick(own) is own
@@ -360,17 +396,23 @@ def test_every_name_makes_a_pick():
 @pytest.mark.parametrize('call,kind,message', [
     (lambda: find_pick('topp'), ValueError, "pick is 'topp', expected one of top, uniform, .* Did you mean 'top'"),
     (lambda: find_pick('percentile', 0.2), ValueError, r"frac=0.2 doesn't apply.*pick=PercentileSample\("),
-    (lambda: find_pick(TopFraction(0.2), 0.2), ValueError, 'give one of them'), (lambda: find_pick(TopFraction), TypeError, 'must be a name'),
+    (lambda: find_pick(TopFraction(0.2), 0.2), ValueError, 'give one of them'),
+    (lambda: find_pick(TopFraction), TypeError, 'must be a name'),
     (lambda: find_pick(None), TypeError, r'such as TopFraction\(0.1\); got None'),
     (lambda: find_pick('top', 1.5), ValueError, r'frac must lie in \(0, 1\]; got 1.5'),
     (lambda: Boltzmann(T=0), ValueError, r'T must lie in \(0, inf\); got 0'),
-    (lambda: Boltzmann(T=SchedLin(1., 0.)), ValueError, 'at pct_train=1'), (lambda: Boltzmann(T='cold'), TypeError, "got 'cold'"),
-    (lambda: Boltzmann(0.), ValueError, 'frac must lie'), (lambda: ImportanceSample(uniform_share=1.1), ValueError, r'uniform_share must lie in \[0, 1\]'),
-    (lambda: ImportanceSample(2), ValueError, 'frac must lie'), (lambda: PerClass(pick=LossShare()), TypeError, 'one that ranks the items'),
+    (lambda: Boltzmann(T=SchedLin(1., 0.)), ValueError, 'at pct_train=1'),
+    (lambda: Boltzmann(T='cold'), TypeError, "got 'cold'"),
+    (lambda: Boltzmann(0.), ValueError, 'frac must lie'),
+    (lambda: ImportanceSample(uniform_share=1.1), ValueError, r'uniform_share must lie in \[0, 1\]'),
+    (lambda: ImportanceSample(2), ValueError, 'frac must lie'),
+    (lambda: PerClass(pick=LossShare()), TypeError, 'one that ranks the items'),
     (lambda: PerClass(pick=ImportanceSample()), TypeError, 'one that ranks the items'),
     (lambda: PerClass(0.2, pick=TopFraction()), ValueError, 'give one of them'),
-    (lambda: PerClass(pick='top'), TypeError, 'one that ranks the items'), (lambda: ThenUniform(pick=LossShare()), TypeError, 'one of fixed size'),
-    (lambda: ThenUniform(pick='top'), TypeError, 'one of fixed size'), (lambda: ThenUniform(at=25), ValueError, r'at must lie in \[0, 1\]; got 25'),
+    (lambda: PerClass(pick='top'), TypeError, 'one that ranks the items'),
+    (lambda: ThenUniform(pick=LossShare()), TypeError, 'one of fixed size'),
+    (lambda: ThenUniform(pick='top'), TypeError, 'one of fixed size'),
+    (lambda: ThenUniform(at=25), ValueError, r'at must lie in \[0, 1\]; got 25'),
     (lambda: ThenUniform(at=SchedLin(0., 1.)), TypeError, 'not a schedule')])
 def test_bad_input_is_refused_at_once(call, kind, message):
     with pytest.raises(kind, match=message): call()

@@ -1,4 +1,5 @@
-"Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that can't work"
+"""Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that
+can't work"""
 import random
 
 import numpy as np
@@ -14,12 +15,12 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFla
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
+from helpers import fit
 from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, TensorDataset
-from helpers import fit
 
 from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table_features, text_features
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
@@ -37,14 +38,17 @@ def data(n=120, d=6, n_classes=3, seed=0):
     return torch.randn(n, d, generator=generator) + 1.2*torch.randn(n_classes, d, generator=generator)[y], y
 
 def make_learner(x, y, n_out=3, loss_func=None, model=None, bs=16, **kwargs):
-    loaders = [DataLoader(TensorDataset(x, y), bs=bs, shuffle=True, drop_last=True, **kwargs), DataLoader(TensorDataset(x[:8], y[:8]), bs=8)]
-    return Learner(DataLoaders(*loaders, device='cpu'), model or nn.Linear(x.shape[1], n_out), loss_func=loss_func or CrossEntropyLossFlat())
+    loaders = [DataLoader(TensorDataset(x, y), bs=bs, shuffle=True, drop_last=True, **kwargs),
+               DataLoader(TensorDataset(x[:8], y[:8]), bs=8)]
+    return Learner(DataLoaders(*loaders, device='cpu'), model or nn.Linear(x.shape[1], n_out),
+                   loss_func=loss_func or CrossEntropyLossFlat())
 
 def refits(x, targets, penalty, rows):
     "Predictions for `rows`, each by scikit-learn's fit to all other rows"
     x = standardise(x.double().clone()).numpy()
     others = [np.delete(np.arange(len(x)), i) for i in rows]
-    return torch.tensor(np.array([Ridge(alpha=penalty).fit(x[o], targets[o]).predict(x[i:i+1])[0] for i,o in zip(rows, others)]))
+    return torch.tensor(np.array([Ridge(alpha=penalty).fit(x[o], targets[o]).predict(x[i:i+1])[0] for i,
+                                  o in zip(rows, others)]))
 
 def auc(score, wrong):
     ranks,n = score.argsort().argsort().double(),wrong.sum().item()
@@ -109,7 +113,8 @@ def test_binary_temperature_is_the_lowest_of_a_grid():
     targets = torch.stack([y, 1-y], 1).float()
     pred,shares = HeldOutRidge(x.clone(), targets).predict(0.1),smoothed_shares(targets)
     scale,loss = fit_scale(pred, targets, shares, binary=True)
-    grid = [F.binary_cross_entropy_with_logits(class_logits(pred, shares, s, True), targets).item() for s in np.linspace(0.1, 20, 400)]
+    grid = [F.binary_cross_entropy_with_logits(class_logits(pred, shares, s, True), targets).item()
+            for s in np.linspace(0.1, 20, 400)]
     assert loss <= min(grid) + 1e-6 and 0.1 < scale < 20
 
 # ---- irreducible losses of each kind of target
@@ -129,7 +134,8 @@ def test_classes():
 @pytest.mark.parametrize('shape,dtype', [((-1, 1), torch.int64), ((-1,), torch.int32), ((-1, 1), torch.uint8)])
 def test_classes_of_any_integer_type_and_in_a_column(shape, dtype):
     x,y = data()
-    one,other = (probe_irreducible(make_learner(x, t), features='columns', **quiet) for t in (y, y.to(dtype).reshape(shape)))
+    one,other = (probe_irreducible(make_learner(x, t), features='columns', **quiet)
+                 for t in (y, y.to(dtype).reshape(shape)))
     torch.testing.assert_close(one.values, other.values)
 
 def test_the_unit_is_the_learners_loss():
@@ -178,7 +184,8 @@ def test_labels_that_are_wrong_stand_out():
     x,y = data(600)
     labels,wrong = redraw_labels(y, 0.2, seed=1)
     for kwargs in (dict(), dict(folds=5)):
-        assert auc(probe_irreducible(make_learner(x, labels), features='columns', **kwargs, **quiet).values, wrong) > 0.85
+        assert auc(probe_irreducible(make_learner(x, labels), features='columns', **kwargs, **quiet).values,
+                   wrong) > 0.85
 
 # ---- rows
 
@@ -186,7 +193,8 @@ def test_labels_that_are_wrong_stand_out():
 def test_rows_are_in_the_data_sets_order(kind):
     x,y = data()
     learn = make_learner(x, y)
-    dl = TorchDataLoader(TensorDataset(x, y), batch_size=16, shuffle=True, drop_last=True) if kind == 'torch' else learn.dls.train
+    dl = TorchDataLoader(TensorDataset(x, y), batch_size=16, shuffle=True,
+                         drop_last=True) if kind == 'torch' else learn.dls.train
     one = probe_irreducible(learn, dl, features='columns', **quiet)
     other = probe_irreducible(learn, dl, features=table_features(None, x), **quiet) # numbers by position
     torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-5)
@@ -198,7 +206,8 @@ def test_features_may_be_anything_array_like():
     frame = pd.DataFrame(x.numpy(), index=np.arange(120)[::-1]) # by position, whatever the index
     first,*others = (probe_irreducible(learn, features=o, **quiet).values for o in (x, x.numpy(), x.tolist(), frame))
     for o in others: torch.testing.assert_close(first, o)
-    with pytest.raises(ValueError, match='one line for each of the 120 rows'): probe_irreducible(learn, features=x[:10], **quiet)
+    with pytest.raises(ValueError, match='one line for each of the 120 rows'):
+        probe_irreducible(learn, features=x[:10], **quiet)
 
 def test_a_restricted_loader_is_probed_on_its_rows():
     x,y = data()
@@ -230,8 +239,11 @@ def test_no_trace():
     learn = make_learner(x, y, model=model)
     model.train()
     model[1].eval()
-    def state(): return ([m.training for m in model.modules()], {k: v.clone() for k,v in model.state_dict().items()}, random.getstate(),
-                         np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), [len(m._forward_pre_hooks) for m in model.modules()])
+    def state():
+        return ([m.training for m in model.modules()], {k: v.clone() for k,v in model.state_dict().items()},
+                random.getstate(),
+                np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                [len(m._forward_pre_hooks) for m in model.modules()])
     before = state()
     probe_irreducible(learn, features='body', **quiet)
     after = state()
@@ -240,7 +252,8 @@ def test_no_trace():
 
 def test_the_same_whenever_it_is_made():
     x,y = torch.rand(80, 3, 12, 12),torch.randint(0, 2, (80,))
-    first,second = (probe_irreducible(make_learner(x, y, model=small_cnn(2, 3, 12)), features='patches', **quiet) for _ in range(2))
+    first,second = (probe_irreducible(make_learner(x, y, model=small_cnn(2, 3, 12)), features='patches', **quiet)
+                    for _ in range(2))
     torch.testing.assert_close(first.values, second.values, rtol=0, atol=0)
 
 def test_saved_like_any(tmp_path):
@@ -266,7 +279,7 @@ def test_cost_by_counts():
     learn = make_learner(x, y, model=small_cnn(10), bs=32)
     patches,body,folds = probe_cost(learn),probe_cost(learn, features='body'),probe_cost(learn, folds=5)
     assert patches.bytes == 640*patches.dim*4 and not patches.forward and body.forward and folds.steps < patches.steps
-    assert 640/32/3 < body.steps # at least a forward pass over the data
+    assert body.steps > 640/32/3 # at least a forward pass over the data
 
 # ---- which features
 
@@ -298,11 +311,13 @@ def test_a_trial_decides_between_body_and_patches():
     x = torch.rand(200, 2, 8, 8, generator=generator)
     x[:,1] += y[:,None,None]
     for channel,expected in ((1, 'body'), (0, 'patches')):
-        body = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        body = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(4, 2))
         nn.init.uniform_(body[1].weight)
         with torch.no_grad(): body[0].weight[:,1-channel] = 0
         if expected == 'body': x = x + 0.5*torch.randn(x.shape, generator=generator)
-        assert probe_irreducible(make_learner(x, y, model=body), **quiet).info['features'] == expected or expected == 'body'
+        assert probe_irreducible(make_learner(x, y, model=body),
+                                 **quiet).info['features'] == expected or expected == 'body'
 
 def test_body_of_a_new_head_is_the_pooled_body():
     body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -316,12 +331,15 @@ def test_body_of_a_new_head_is_the_pooled_body():
 def test_body_without_a_linear_layer():
     x,y = torch.rand(32, 3, 8, 8),torch.randint(0, 2, (32,))
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match="no nn.Linear.*features='patches'"): probe_irreducible(make_learner(x, y, model=model), features='body', **quiet)
+    with pytest.raises(ValueError, match="no nn.Linear.*features='patches'"):
+        probe_irreducible(make_learner(x, y, model=model), features='body', **quiet)
 
 def test_features_of_another_kind_of_input():
     x,y = data()
-    with pytest.raises(ValueError, match='expected images'): probe_irreducible(make_learner(x, y), features='patches', **quiet)
-    with pytest.raises(ValueError, match="features must be one of.*Did you mean 'patches'"): probe_irreducible(make_learner(x, y), features='patch', **quiet)
+    with pytest.raises(ValueError, match='expected images'):
+        probe_irreducible(make_learner(x, y), features='patches', **quiet)
+    with pytest.raises(ValueError, match="features must be one of.*Did you mean 'patches'"):
+        probe_irreducible(make_learner(x, y), features='patch', **quiet)
 
 @pytest.mark.parametrize('shape', [(1, 28, 28), (3, 32, 48), (4, 64, 64), (3, 5, 5), (1, 3, 3)])
 def test_patches_of_images_of_any_size(shape):
@@ -333,15 +351,19 @@ def test_patches_of_images_of_any_size(shape):
 
 def text_dls(n=200):
     rng = random.Random(0)
-    def text(label): return ' '.join(rng.choice(('good fine great', 'bad poor awful')[label if rng.random() < 0.8 else 1-label].split()) for _ in range(6))
+    def text(label):
+        return ' '.join(rng.choice(('good fine great', 'bad poor awful')[label if rng.random() < 0.8
+                                                                         else 1-label].split()) for _ in range(6))
     frame = pd.DataFrame([dict(text=text(i % 2), label='ab'[i % 2]) for i in range(n)])
-    return TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label', tok_tfm=BaseTokenizer(), bs=16,
+    return TextDataLoaders.from_df(frame, valid_pct=0.1, seed=0, text_col='text', label_col='label',
+                                   tok_tfm=BaseTokenizer(), bs=16,
                                     num_workers=0), frame
 
 @pytest.mark.slow
 def test_texts():
     dls,_ = text_dls()
-    learn = Learner(dls, nn.Sequential(nn.Embedding(100, 4), nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
+    learn = Learner(dls, nn.Sequential(nn.Embedding(100, 4), nn.Flatten(), nn.LazyLinear(2)),
+                    loss_func=CrossEntropyLossFlat())
     assert choose_features(learn)[0] == ['tfidf']
     il = probe_irreducible(learn, **quiet)
     assert il.info['features'] == 'tfidf' and il.info['accuracy'] > 0.85 and len(il) == 180
@@ -364,7 +386,8 @@ def test_dicts_of_tokens():
     ids = torch.tensor([[3, 4, 0], [4, 3, 5], [6, 7, 0], [7, 6, 8]]).repeat(10, 1)
     class Texts:
         def __len__(self): return 40
-        def __getitem__(self, i): return dict(input_ids=ids[i], attention_mask=(ids[i] > 0).long(), labels=torch.tensor(i % 4//2))
+        def __getitem__(self, i):
+            return dict(input_ids=ids[i], attention_mask=(ids[i] > 0).long(), labels=torch.tensor(i % 4//2))
     class Model(nn.Module):
         def __init__(self): super().__init__(); self.layer = nn.Linear(3, 2)
         def forward(self, batch): return self.layer(batch['input_ids'].float())
@@ -376,7 +399,8 @@ def test_tables():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(dict(kind=rng.choice(list('abc'), 300), size=rng.normal(size=300)*100 + 1e4))
     frame['label'] = np.where((frame['kind'] == 'a') ^ (frame['size'] > 1e4), 'yes', 'no') # neither column tells alone
-    table = TabularPandas(frame, [Categorify, Normalize], ['kind'], ['size'], 'label', splits=(list(range(250)), list(range(250, 300))))
+    table = TabularPandas(frame, [Categorify, Normalize], ['kind'], ['size'], 'label',
+                          splits=(list(range(250)), list(range(250, 300))))
     dls = table.dataloaders(bs=32, num_workers=0)
     learn = Learner(dls, nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
     assert choose_features(learn)[0] == ['columns']
@@ -455,36 +479,43 @@ def test_an_iterable_data_set():
     class Stream(IterableDataset):
         def __iter__(self): return iter(zip(*data()))
     x,y = data()
-    with pytest.raises(ValueError, match='no length'): probe_irreducible(make_learner(x, y), TorchDataLoader(Stream(), batch_size=8), features=never, **quiet)
+    with pytest.raises(ValueError, match='no length'):
+        probe_irreducible(make_learner(x, y), TorchDataLoader(Stream(), batch_size=8), features=never, **quiet)
 
 def test_targets_that_are_pixels():
     x = torch.rand(16, 3, 8, 8)
     learn = make_learner(x, torch.randint(0, 2, (16, 8, 8)), model=nn.Conv2d(3, 2, 1))
-    with pytest.raises(ValueError, match='pixels.*crossfit_irreducible'): probe_irreducible(learn, features=never, **quiet)
+    with pytest.raises(ValueError, match='pixels.*crossfit_irreducible'):
+        probe_irreducible(learn, features=never, **quiet)
 
 def test_two_targets():
     x,y = data()
     dl = DataLoader(TensorDataset(x, y, y), bs=16, n_inp=1)
     dl.n_inp = 1
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Linear(6, 3), loss_func=lambda pred, a, b: F.cross_entropy(pred, a))
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Linear(6, 3),
+                    loss_func=lambda pred, a, b: F.cross_entropy(pred, a))
     with pytest.raises(ValueError, match='2 targets: expected one'): probe_irreducible(learn, features=never, **quiet)
 
 def test_one_row():
     x,y = data()
     learn = make_learner(x, y)
-    with pytest.raises(ValueError, match='1 row'): probe_irreducible(learn, restrict_rows(learn.dls.train, [3]), features=never, **quiet)
+    with pytest.raises(ValueError, match='1 row'):
+        probe_irreducible(learn, restrict_rows(learn.dls.train, [3]), features=never, **quiet)
 
 @pytest.mark.parametrize('kwargs,message', [(dict(folds=1), 'folds'), (dict(folds=2.5), 'folds')])
 def test_arguments_are_checked_when_called(kwargs, message):
     x,y = data()
-    with pytest.raises((ValueError, TypeError), match=message): probe_irreducible(make_learner(x, y), features=never, **kwargs, **quiet)
+    with pytest.raises((ValueError, TypeError), match=message):
+        probe_irreducible(make_learner(x, y), features=never, **kwargs, **quiet)
 
 def test_more_folds_than_rows():
     x,y = data(12)
-    with pytest.raises(ValueError, match='folds=20'): probe_irreducible(make_learner(x, y, bs=4), features='columns', folds=20, **quiet)
+    with pytest.raises(ValueError, match='folds=20'):
+        probe_irreducible(make_learner(x, y, bs=4), features='columns', folds=20, **quiet)
 
 def test_no_learner():
-    with pytest.raises(TypeError, match='learn must be a Learner or DataLoaders; got list'): probe_predictions([], **quiet)
+    with pytest.raises(TypeError, match='learn must be a Learner or DataLoaders; got list'):
+        probe_predictions([], **quiet)
 
 # ---- real data
 
@@ -502,7 +533,8 @@ def cifar(shared_data, tmp_path_factory):
             if len(parts) == 4 and parts[1] == 'train' and len(rows.setdefault(parts[2], [])) < 300:
                 rows[parts[2]].append(np.array(Image.open(tar.extractfile(member))))
             if parts[1:2] == ['train'] and len(rows) == 10 and all(len(o) == 300 for o in rows.values()): break
-    images = torch.from_numpy(np.concatenate([np.stack(rows[k]) for k in sorted(rows)])).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.concatenate([np.stack(rows[k]) for k in sorted(rows)])).permute(
+        0, 3, 1, 2).contiguous()
     return images, torch.arange(10).repeat_interleave(300)
 
 @pytest.mark.slow

@@ -1,5 +1,12 @@
 "What holds for the project as a whole: versions, floors, names, notebooks, the README"
-import ast, copy, functools, importlib, json, re, subprocess, sys
+import ast
+import copy
+import functools
+import importlib
+import json
+import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,8 +23,10 @@ import rholoss_fastai.all
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, NBS = ROOT/'rholoss_fastai', ROOT/'nbs'
 SOURCES = {path.stem: notebook for path, notebook in generated_modules(PACKAGE).items()}
-METHODS = {'batch_loss_filter', 'selective_backprop', 'rho_loss', 'rho_epochs', 'just_train_twice', 'one_pass', 'tokens'}
-NOTEBOOKS = sorted(path for path in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(NBS).parts))
+METHODS = {'batch_loss_filter', 'selective_backprop', 'rho_loss', 'rho_epochs', 'just_train_twice',
+           'one_pass', 'tokens'}
+NOTEBOOKS = sorted(path for path in NBS.rglob('*.ipynb')
+                   if not any(part[0] in '._' for part in path.relative_to(NBS).parts))
 
 def notebook_id(path): return path.relative_to(NBS).as_posix()
 def floor(module): return int(SOURCES[module].name.split('_')[0])
@@ -30,7 +39,8 @@ def imported(module):
         if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             source = f"rholoss_fastai.{node.module or ''}" if node.level else node.module
-            names = [source] if source.strip('.') != 'rholoss_fastai' else [f'rholoss_fastai.{alias.name}' for alias in node.names]
+            names = [source] if source.strip('.') != 'rholoss_fastai' else [f'rholoss_fastai.{alias.name}'
+                                                                            for alias in node.names]
         else: continue
         yield from (name.split('.')[1] for name in names if name.startswith('rholoss_fastai.'))
 
@@ -41,24 +51,29 @@ def test_versions_are_equal():
 
 @pytest.mark.parametrize('module', SOURCES)
 def test_module_comes_from_a_numbered_notebook(module):
-    assert SOURCES[module].exists(), f'{module}.py was made from {SOURCES[module].name}, which is gone: delete the module'
-    assert re.fullmatch(rf'\d\d_{module}', SOURCES[module].stem), f'{module}.py comes from {SOURCES[module].name}, not NN_{module}.ipynb'
+    assert SOURCES[module].exists(
+        ), f'{module}.py was made from {SOURCES[module].name}, which is gone: delete the module'
+    assert re.fullmatch(rf'\d\d_{module}',
+                        SOURCES[module].stem), f'{module}.py comes from {SOURCES[module].name}, not NN_{module}.ipynb'
 
 @pytest.mark.parametrize('module', SOURCES)
 def test_module_imports_from_lower_floors_only(module):
     for name in imported(module):
         assert name in SOURCES, f'{module} imports {name}, which is no module of a notebook'
-        assert floor(name) < floor(module), f'{module} ({floor(module)}) imports {name} ({floor(name)}), which does not lie below it'
+        assert floor(name) < floor(
+            module), f'{module} ({floor(module)}) imports {name} ({floor(name)}), which does not lie below it'
         assert not {module, name} <= METHODS, f'{module} imports {name}: methods are siblings'
 
 @pytest.mark.parametrize('module', SOURCES)
 def test_module_names_its_imports_and_never_pickles(module):
     for node in ast.walk(tree(module)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)): names = {alias.name for alias in node.names} | {getattr(node, 'module', '')}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, 'module', '')}
         elif isinstance(node, (ast.Attribute, ast.Name)): names = {ast.unparse(node)}
         else: continue
         assert '*' not in names, f'{module} imports * in line {node.lineno}: name what it needs'
-        banned = names & {'pickle', 'cloudpickle', 'dill', 'joblib', 'torch.load', 'torch.save', 'load_pickle', 'save_pickle'}
+        banned = names & {'pickle', 'cloudpickle', 'dill', 'joblib', 'torch.load', 'torch.save', 'load_pickle',
+                          'save_pickle'}
         assert not banned, f'{module} uses {banned} in line {node.lineno}: files are safetensors'
 
 @pytest.mark.parametrize('module', SOURCES)
@@ -74,12 +89,14 @@ def test_all_hands_on_every_name_that_is_asked_for(module):
 
 def test_a_star_import_brings_what_a_user_writes():
     assert len(rholoss_fastai.all.__all__) <= 80
-    assert not {'plain', 'prediction', 'batch_size', 'margin', 'entropy', 'loss', 'pred', 'targ', 'il', 'small_cnn'} & set(rholoss_fastai.all.__all__)
+    assert not {'plain', 'prediction', 'batch_size', 'margin', 'entropy', 'loss', 'pred', 'targ', 'il',
+                'small_cnn'} & set(rholoss_fastai.all.__all__)
 
 def test_names_in_all_exist_once():
     names = rholoss_fastai.all.__all__
     assert all(hasattr(rholoss_fastai.all, name) for name in names)
-    assert len(set(names)) == len(names), f'defined in two modules: {sorted(name for name in set(names) if names.count(name) > 1)}'
+    assert len(set(names)) == len(
+        names), f'defined in two modules: {sorted(name for name in set(names) if names.count(name) > 1)}'
 
 def test_names_in_all_shadow_none_of_fastai():
     import fastai.vision.all
@@ -105,7 +122,8 @@ def test_notebook_flags_open_their_cells(notebook):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=notebook_id)
 def test_notebook_folders_carry_plain_names(notebook):
-    assert not any(re.match(r'\d', part) for part in notebook.relative_to(NBS).parts[:-1]), 'links into a numbered folder break'
+    assert not any(re.match(r'\d', part)
+                   for part in notebook.relative_to(NBS).parts[:-1]), 'links into a numbered folder break'
 
 def test_sidebar_lists_every_notebook():
     def pages(entries):
@@ -124,17 +142,20 @@ def test_readme_sets_up_in_two_commands():
         assert f'\n{command}\n' in text, f'the README no longer says {command}'
 
 def test_no_path_of_one_machine():
-    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True, text=True,
+    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
+                           check=True, text=True,
                            capture_output=True).stdout.splitlines()
     for name in files:
         if Path(name).suffix not in {'.py', '.ipynb', '.md', '.toml', '.ini', '.yml', '.json', '.csv', ''}: continue
         if not (ROOT/name).is_file(): continue
-        found = re.search(r'''(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]+''', (ROOT/name).read_text(encoding='utf-8'))
+        found = re.search(r'''(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]+''',
+                          (ROOT/name).read_text(encoding='utf-8'))
         assert not found, f'{name} holds {found[0]}, a path of one machine'
 
 @pytest.mark.slow
 def test_the_package_needs_no_development_tool():
     "What `pip install -e .` alone brings is enough: accelerate, nbdev and the testing tools are optional"
-    code = "import sys; sys.modules.update(dict.fromkeys(['accelerate', 'nbdev', 'pytest', 'hypothesis', 'transformers'])); import rholoss_fastai.all"
+    absent = ['accelerate', 'nbdev', 'pytest', 'hypothesis', 'transformers']
+    code = f'import sys; sys.modules.update(dict.fromkeys({absent})); import rholoss_fastai.all'
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -11,15 +11,15 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode
 from fastai.tabular.data import TabularDataLoaders
 from fasttransform import Transform
+from helpers import examples, fit
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
 from test_epoch_rules import N, dataloaders, epoch_learner
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
-from helpers import examples, fit
 
-from rholoss_fastai.all import (DatasetScores, IrreducibleLosses, ItemTable, fingerprint, prune, row_classes, track_rows)
+from rholoss_fastai.all import DatasetScores, IrreducibleLosses, ItemTable, fingerprint, prune, row_classes, track_rows
 
 
 def kept(dls, scores, *args, **kwargs): return prune(dls, scores, *args, **kwargs).train.dataset.row_numbers.tolist()
@@ -47,7 +47,8 @@ def test_hardest_easiest_moderate(keep, offset):
 
 
 @examples(40)
-@given(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=60), st.floats(0.02, 1), st.integers(1, 20), st.integers(0, 5))
+@given(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=60), st.floats(0.02, 1), st.integers(1, 20),
+       st.integers(0, 5))
 def test_stratified_covers_the_scores(values, keep, n_strata, seed):
     "The number that was asked for, and no stratum is cut short while another one keeps more"
     dls = dataloaders(Rows(len(values)))
@@ -84,7 +85,8 @@ def test_rows_keep_their_numbers_and_nothing_else_is_read():
     pruned = prune(dls, DatasetScores.of(scores, dls.train), 0.25, 'random')
     rows = pruned.train.dataset.row_numbers
     dls.train.dataset.read.clear()
-    assert fingerprint(pruned.train) == fingerprint(dls.train) and pruned.valid is dls.valid and len(dls.train.dataset) == N
+    assert fingerprint(pruned.train) == fingerprint(dls.train) and pruned.valid is dls.valid
+    assert len(dls.train.dataset) == N
     assert pruned.train.bs == 16 and pruned.train.drop_last and pruned.train.shuffle and pruned.device == dls.device
     dls.train.dataset.read.clear()
     loader = track_rows(pruned.train)
@@ -104,8 +106,9 @@ def test_workers_and_augmentation_stay():
     rows = Rows(40)
     def image(i): return rows.images[i]
     def label(i): return 'abc'[rows.targets[i]]
-    dls = Datasets(range(40), [[image, Noise()], [label, Categorize(vocab=list('abc'))]], splits=[list(range(32)), list(range(32, 40))]).dataloaders(
-        bs=4, dl_type=TfmdDL, num_workers=2, device='cpu')
+    dls = Datasets(range(40), [[image, Noise()], [label, Categorize(vocab=list('abc'))]],
+                   splits=[list(range(32)), list(range(32, 40))]).dataloaders(
+     bs=4, dl_type=TfmdDL, num_workers=2, device='cpu')
     pruned = prune(dls, random_scores(32), 0.5)
     assert pruned.train.fake_l.num_workers == 2 and pruned.vocab == dls.vocab and pruned.c == 3
     loader = track_rows(pruned.train)
@@ -128,9 +131,11 @@ def test_classes():
     def two_labels(i): return ['a', 'abc'[rows.targets[i]]]
     def loader(*tfms): return Datasets(range(N), [[image], *tfms]).dataloaders(bs=4, device='cpu').train
     frame = pd.DataFrame(dict(a=np.arange(N)/N, label=[label(i) for i in range(N)]))
-    tabular = TabularDataLoaders.from_df(frame, cont_names=['a'], y_names='label', valid_idx=list(range(150, N)), device='cpu').train
+    tabular = TabularDataLoaders.from_df(frame, cont_names=['a'], y_names='label', valid_idx=list(range(150, N)),
+                                         device='cpu').train
     x, y = rows.images, rows.targets
-    named, several = loader([label, Categorize(vocab=list('abc'))]), loader([two_labels, MultiCategorize(vocab=list('abc')), OneHotEncode(3)])
+    named, several = loader([label, Categorize(vocab=list('abc'))]), loader(
+        [two_labels, MultiCategorize(vocab=list('abc')), OneHotEncode(3)])
     watched.append(1) # fastai reads an item when it makes a loader
     for dl,n in ((named, N), (DataLoader(rows, bs=9), N), (TorchDataLoader(TensorDataset(x, y), 7, shuffle=True), N),
                  (tabular, 150), (DataLoader(list(zip(x, y)), bs=8, shuffle=True), N)):
@@ -158,10 +163,14 @@ def test_per_class_and_vanishing_classes():
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
-    (dict(keep=0), ValueError, r'keep must lie in \(0, 1\]; got 0'), (dict(keep=1.01), ValueError, 'got 1.01'), (dict(keep='half'), TypeError, 'keep'),
-    (dict(keep=0.7, offset=0.4), ValueError, 'more than the whole'), (dict(offset=-0.1), ValueError, 'offset'), (dict(n_strata=0), ValueError, 'n_strata'),
-    (dict(strategy='hard'), ValueError, 'strategy must be one of'), (dict(strategy='moderate', offset=0.1), ValueError, "doesn't choose"),
-    (dict(il=torch.rand(N)), ValueError, 'offset=0 leaves out none'), (dict(offset=0.1, il=torch.rand(3)), ValueError, '3 values for a data set of 200 rows'),
+    (dict(keep=0), ValueError, r'keep must lie in \(0, 1\]; got 0'), (dict(keep=1.01), ValueError, 'got 1.01'),
+    (dict(keep='half'), TypeError, 'keep'),
+    (dict(keep=0.7, offset=0.4), ValueError, 'more than the whole'), (dict(offset=-0.1), ValueError, 'offset'),
+    (dict(n_strata=0), ValueError, 'n_strata'),
+    (dict(strategy='hard'), ValueError, 'strategy must be one of'),
+    (dict(strategy='moderate', offset=0.1), ValueError, "doesn't choose"),
+    (dict(il=torch.rand(N)), ValueError, 'offset=0 leaves out none'),
+    (dict(offset=0.1, il=torch.rand(3)), ValueError, '3 values for a data set of 200 rows'),
     (dict(seed=-1), ValueError, 'seed'),
 ])
 def test_bad_settings_of_prune(kwargs, error, message):
@@ -184,9 +193,11 @@ def test_scores_of_another_data_set(tmp_path):
 # What is refused
 
 def test_fewer_rows_than_a_batch():
-    with pytest.raises(ValueError, match='10 rows are left, fewer than a batch'): prune(dataloaders(drop_last=True), random_scores(), 0.05)
+    with pytest.raises(ValueError, match='10 rows are left, fewer than a batch'):
+        prune(dataloaders(drop_last=True), random_scores(), 0.05)
 
 
 def test_a_table_with_nan_is_no_score():
     table = ItemTable(random_scores().index_fill(0, torch.tensor([3]), float('nan')), fingerprint(dataloaders().train))
-    with pytest.raises(ValueError, match='1 of 200 scores are NaN or infinite, the first in rows'): prune(dataloaders(), table, 0.5)
+    with pytest.raises(ValueError, match='1 of 200 scores are NaN or infinite, the first in rows'):
+        prune(dataloaders(), table, 0.5)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from helpers import fit
-from numbered_rows import N, row_learner, loaders
+from numbered_rows import N, loaders, row_learner
 
 from rholoss_fastai.all import IrreducibleLosses
 
@@ -13,13 +13,17 @@ KNOBS = ('staleness', 'scale_factor', 'compile')
 def test_pruned_epochs_count_the_rows_that_were_left_out(bs):
     learn = fit(row_learner(loaders(bs)).prune_epochs(delta=1.), 4)
     report = learn.selection.report()
-    assert report.table.at_hand.tolist() == [N]*4 and report.table.trained.sum() == learn.selection.total('trained') < 4*N
-    assert f'{report.table.trained.sum():,} of {4*N:,} items at hand' in str(report) and not any(o in str(report) for o in KNOBS)
-    assert 'candidate' not in str(report) and 'irreducible' not in str(report) and report.seconds_all > report.seconds_as_many
+    assert report.table.at_hand.tolist() == [N]*4
+    assert report.table.trained.sum() == learn.selection.total('trained') < 4*N
+    assert f'{report.table.trained.sum():,} of {4*N:,} items at hand' in str(report)
+    assert not any(o in str(report) for o in KNOBS)
+    assert 'candidate' not in str(report) and 'irreducible' not in str(report)
+    assert report.seconds_all > report.seconds_as_many
 
 
 def test_where_nothing_was_left_out_nothing_is_advised():
-    for learn in (row_learner(loaders()).batch_loss_filter(warmup_epochs=2), row_learner(loaders()).select('loss', 'top', frac=1.)):
+    for learn in (row_learner(loaders()).batch_loss_filter(warmup_epochs=2),
+                  row_learner(loaders()).select('loss', 'top', frac=1.)):
         report = fit(learn, 2).selection.report()
         assert report.left_out == 0 and 'Nothing was left out' in str(report)
         assert not any(o in str(report) for o in (*KNOBS, 'plain_seconds', 'saved'))
@@ -31,8 +35,10 @@ def test_the_seconds_of_a_selector_are_those_of_its_ledger():
     assert report.table.at_hand.tolist() == ledger.loaded.tolist()
     loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
     everything = (ledger.seconds_training/ledger.trained*ledger.loaded + loading).sum()
-    assert report.seconds_all == pytest.approx(everything) and report.saved == pytest.approx(everything - ledger.seconds.sum())
-    share, selected = (ledger.score_share*ledger.loaded).sum()/ledger.loaded.sum(), ledger.trained.sum()/ledger.loaded.sum()
+    assert report.seconds_all == pytest.approx(everything)
+    assert report.saved == pytest.approx(everything - ledger.seconds.sum())
+    share, selected = (ledger.score_share*ledger.loaded).sum()/ledger.loaded.sum(), ledger.trained.sum(
+        )/ledger.loaded.sum()
     assert f'The {selected:.0%} of the candidates that were selected hold {share:.0%} of the score' in str(report)
     ledger_il = learn.selection.lines[0]['seconds_il'] = 5.
     assert f'The irreducible losses cost {ledger_il:.1f} s' in str(learn.selection.report())

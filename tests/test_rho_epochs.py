@@ -5,15 +5,22 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from helpers import examples, fit
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
-from test_epoch_rules import BS, N, STEPS, Watch, dataloaders, epoch_learner, linear
+from test_epoch_rules import BS, STEPS, N, Watch, dataloaders, epoch_learner, linear
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples, fit
 
-from rholoss_fastai.all import EpochInfo, IrreducibleLosses, Reducible, is_log_loss, label_probability, probe_predictions
+from rholoss_fastai.all import (
+    EpochInfo,
+    IrreducibleLosses,
+    Reducible,
+    is_log_loss,
+    label_probability,
+    probe_predictions,
+)
 from rholoss_fastai.learnable import learnable_rows
 
 NOISE = torch.rand(N, generator=torch.Generator().manual_seed(5)) < 0.3
@@ -38,14 +45,16 @@ numbers = st.one_of(st.floats(0, 6, width=32), st.sampled_from([0., 1., 2.]))
 
 
 @examples(80)
-@given(st.lists(st.tuples(numbers, st.one_of(st.floats(0, 1, width=32), st.just(float('nan'))), st.integers(0, 2)), min_size=2, max_size=50),
+@given(st.lists(st.tuples(numbers, st.one_of(st.floats(0, 1, width=32), st.just(float('nan'))), st.integers(0, 2)),
+                min_size=2, max_size=50),
        st.floats(0, 0.9), st.floats(0.05, 0.8), st.floats(0, 0.2))
 def test_the_rule_against_lists(items, drop, keep, explore):
     il, p_last, classes = zip(*items)
     n,rows = len(items),torch.arange(len(items))*2
     rule = Reducible(None, drop, keep, explore)
     rule.table = torch.full((2*n,), 99.).index_copy_(0, rows, torch.tensor(il))
-    chosen = rule(torch.tensor(p_last)[:, None], EpochInfo(rows, classes=torch.tensor(classes)), torch.Generator().manual_seed(0))
+    chosen = rule(torch.tensor(p_last)[:, None], EpochInfo(rows, classes=torch.tensor(classes)),
+                  torch.Generator().manual_seed(0))
     assert len(chosen.unique()) == len(chosen) and set(chosen.tolist()) <= set(rows.tolist())
     # what is left out: the highest il, of no class more than half; ties at the edge may go either way
     edge = sorted(il, reverse=True)[:round(drop*n)]
@@ -55,7 +64,8 @@ def test_the_rule_against_lists(items, drop, keep, explore):
     for c in set(classes):
         own = [i for i in range(n) if classes[i] == c]
         gone = [i for i in own if i not in pool]
-        assert len(gone) <= len(own)//2 and all(il[i] >= max((il[j] for j in own if j in pool), default=0) for i in gone)
+        assert len(gone) <= len(own)//2
+        assert all(il[i] >= max((il[j] for j in own if j in pool), default=0) for i in gone)
     wanted = {i: np.exp(-il[i])*(1 - (0 if np.isnan(p_last[i]) else p_last[i])) for i in pool}
     n_best,n_more = max(1, round(keep*len(pool))),round(explore*len(pool))
     taken = [i for i in pool if 2*i in set(chosen.tolist())]
@@ -67,10 +77,12 @@ def test_the_rule_against_lists(items, drop, keep, explore):
 def test_probability_of_the_label():
     pred, targ = torch.randn(9, 4), torch.randint(0, 4, (9,))
     loss = F.cross_entropy(pred, targ, reduction='none')
-    for t in (targ, targ[:, None], targ.int()): assert torch.allclose(label_probability(5*loss, pred, t), (-loss).exp(), atol=1e-6)
+    for t in (targ, targ[:, None], targ.int()):
+        assert torch.allclose(label_probability(5*loss, pred, t), (-loss).exp(), atol=1e-6)
     assert torch.allclose(label_probability(loss, pred, torch.rand(9, 4)), (-loss).exp()) # several labels, or numbers
     assert torch.allclose(label_probability(loss, pred, torch.rand(9), scale=2.), (-loss/2).exp())
-    assert is_log_loss(CrossEntropyLossFlat()) and is_log_loss(BCEWithLogitsLossFlat()) and is_log_loss(nn.NLLLoss()) and is_log_loss(F.cross_entropy)
+    assert is_log_loss(CrossEntropyLossFlat()) and is_log_loss(BCEWithLogitsLossFlat()) and is_log_loss(nn.NLLLoss())
+    assert is_log_loss(F.cross_entropy)
     assert not is_log_loss(MSELossFlat()) and not is_log_loss(nn.L1Loss()) and not is_log_loss(lambda pred, targ: 0)
 
 
@@ -83,7 +95,8 @@ def test_wrong_labels_are_left_out_and_all_is_billed():
     assert times[NOISE].mean() < 0.5*times[~NOISE].mean()
     assert [len(o) for o in watch.rows] == [STEPS]*6 # as many steps as plain training
     ledger = learn.selection.ledger
-    assert ledger.seconds_il.iloc[0] > 0 and (ledger.seconds_il > 0).sum() == 2 and ledger.scored.sum() == 0 # the second: the refresh
+    # the second: the refresh
+    assert ledger.seconds_il.iloc[0] > 0 and (ledger.seconds_il > 0).sum() == 2 and ledger.scored.sum() == 0
     assert learn.recorder.lrs[-1] < 5e-5 and len(learn.recorder.lrs) == 6*STEPS
     rows = fit(noisy_learner().rho_epochs(features=features, epoch='rows'), 3).selection.ledger
     assert rows.trained.max() < 0.8*N # fewer steps
@@ -114,7 +127,8 @@ def said(learn, n_epoch):
 def test_the_first_line():
     assert 'trains plainly' in said(clean_learner().rho_epochs(features=features), 1)
     line = said(noisy_learner().rho_epochs(features=features), 4)
-    for part in ('labels look wrong', 'leaves out the', 'best 60%', 'irreducible losses took', 'anew once at a quarter', f'{STEPS} steps per epoch, as in plain training'):
+    for part in ('labels look wrong', 'leaves out the', 'best 60%', 'irreducible losses took', 'anew once at a quarter',
+                 f'{STEPS} steps per epoch, as in plain training'):
         assert part in line
     assert line.startswith('rho_epochs: about')
 
@@ -137,7 +151,8 @@ def test_given_irreducible_losses():
     assert learn.epoch_pruner.rule.wrong is None and learn.epoch_pruner.rule.drop == 0.25
     learn = fit(noisy_learner().prune_epochs('reducible', il=il, drop=0.2), 3)
     assert learn.selection.selected[NOISE].float().mean() < 0.5*learn.selection.selected[~NOISE].float().mean()
-    with pytest.raises(ValueError, match='needs irreducible losses.*rho_epochs'): fit(noisy_learner().prune_epochs('reducible'), 1)
+    with pytest.raises(ValueError, match='needs irreducible losses.*rho_epochs'):
+        fit(noisy_learner().prune_epochs('reducible'), 1)
     with pytest.raises(ValueError, match='7 values for a data set of 200'): noisy_learner().rho_epochs(torch.rand(7))
     with pytest.raises(ValueError, match='more than the whole'): noisy_learner().rho_epochs(keep=0.9, explore=0.3)
     with pytest.raises(TypeError): noisy_learner().rho_epochs(share=0.3)
@@ -155,8 +170,11 @@ def test_no_class_starves():
 def test_numbers_and_several_labels():
     "Regression and multi-label targets have a form of their own"
     few = NOISE & (torch.arange(N) % 3 == 0)
-    for loss_func,targets,n_out,noise,options in ((MSELossFlat(), lambda rows: rows.clean.float() + torch.where(few, 8., 0.), 1, few, {}),
-                                                (BCEWithLogitsLossFlat(), lambda rows: F.one_hot(rows.targets, 3).float(), 3, NOISE, dict(gate=False, drop=0.2))):
+    for loss_func,targets,n_out,noise,options in ((MSELossFlat(), lambda rows: rows.clean.float()
+                                                   + torch.where(few, 8., 0.), 1, few, {}),
+                                                (BCEWithLogitsLossFlat(),
+                                                 lambda rows: F.one_hot(rows.targets, 3).float(), 3, NOISE,
+                                                 dict(gate=False, drop=0.2))):
         rows = noisy_rows()
         rows.targets = targets(rows)
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, n_out))
@@ -164,7 +182,8 @@ def test_numbers_and_several_labels():
         dls.loaders = [dls.train, dls.train] # the other has classes
         learn = fit(epoch_learner(dls, model, loss_func=loss_func).rho_epochs(features=features, **options), 3)
         rule,times = learn.epoch_pruner.rule,learn.selection.selected.float()
-        assert not rule.plain and times[noise].mean() < 0.7*times[~noise].mean() and learn.epoch_pruner.remembered.nan_to_num(0.).max() <= 1
+        assert not rule.plain and times[noise].mean() < 0.7*times[~noise].mean()
+        assert learn.epoch_pruner.remembered.nan_to_num(0.).max() <= 1
 
 
 def test_export_and_start_epoch(tmp_path):
@@ -189,7 +208,8 @@ def test_remembering_costs_no_pass():
         order = 20
         def before_fit(self): self.seen = torch.full((N,), torch.nan)
         def after_loss(self):
-            if self.training: self.seen[rows_of(self.x)] = self.pred.detach().softmax(1).gather(1, self.y[:, None])[:, 0]
+            if self.training:
+                self.seen[rows_of(self.x)] = self.pred.detach().softmax(1).gather(1, self.y[:, None])[:, 0]
     expect,calls = Expect(),[]
     model = linear()
     model.register_forward_hook(lambda m, args, out: calls.append(len(out)))
@@ -200,12 +220,16 @@ def test_remembering_costs_no_pass():
 
 
 def test_irreducible_losses_that_are_too_dear_for_the_fit():
-    "The README's promise: never worse for somebody who has read nothing; a fit that is too short trains plainly, and a longer one does not"
+    """The README's promise: never worse for somebody who has read nothing; a fit that is too short trains plainly, and
+    a longer one does not"""
     learn = noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False)
     line = said(learn, 1)
     assert 'of this fit, more than il_budget=0%: trains plainly' in line and 'il=' in line
-    assert learn.selection.total('scored') == 0 and learn.selection.seconds_il < 1 and learn.epoch_pruner.rule.table is None
-    assert 'leaves out' in said(noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False, il=torch.rand(N), drop=0.1), 1) # at hand
+    assert learn.selection.total('scored') == 0 and learn.selection.seconds_il < 1
+    assert learn.epoch_pruner.rule.table is None
+    # at hand
+    assert 'leaves out' in said(noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False,
+                                                           il=torch.rand(N), drop=0.1), 1)
     rule = learn.epoch_pruner.rule
     rule.il_budget = rule.share*0.6 # dear for one epoch, not for two
     assert 'trains plainly' in said(learn, 1)
@@ -223,7 +247,8 @@ def test_too_dear_is_plain_training_bit_for_bit():
 
 
 def test_an_epoch_of_the_same_cost_is_shorter_by_what_the_probe_takes():
-    "Images whose probe costs a known share of the fit, by counts: that many steps fewer, and where they are at hand none"
+    """Images whose probe costs a known share of the fit, by counts: that many steps fewer, and where they are at hand
+    none"""
     from rholoss_fastai.probe import probe_cost
     learn = noisy_learner().rho_epochs(features=features, gate=False, il_budget=10.)
     n = len(learn.dls.train)

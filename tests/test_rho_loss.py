@@ -12,7 +12,7 @@ from fastai.callback.fp16 import MixedPrecision  # noqa: F401  (patches to_fp16)
 from fastai.callback.hook import ActivationStats  # noqa: F401  (patches summary)
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import SchedCos  # noqa: F401  (patches fit_one_cycle, fine_tune, lr_find)
+from fastai.callback.schedule import SchedCos
 from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -28,13 +28,24 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torchvision.models import resnet18
 
-from rholoss_fastai.all import SCORES, Companion, ImportanceSample, RhoLossCallback, Uniform, fit_irreducible, irreducible_losses, learner_precision, small_cnn
+from rholoss_fastai.all import (
+    SCORES,
+    Companion,
+    ImportanceSample,
+    RhoLossCallback,
+    Uniform,
+    fit_irreducible,
+    irreducible_losses,
+    learner_precision,
+    small_cnn,
+)
 
 N, BS, FRAC = 120, 8, 0.25
 
 
 def model():
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
+                         nn.Linear(64, 3))
 
 
 conv_learner = partial(image_learner, model=model, n=N, bs=BS)
@@ -76,7 +87,8 @@ class Algorithm1(Callback):
 @pytest.mark.parametrize('drop_last', [True, False])
 def test_choice_equals_an_independent_one(num_workers, drop_last):
     n = 230
-    learn = conv_learner(num_workers=num_workers, drop_last=drop_last, n=n).rho_loss(il_values(n), frac=FRAC, epoch='candidates')
+    learn = conv_learner(num_workers=num_workers, drop_last=drop_last,
+                         n=n).rho_loss(il_values(n), frac=FRAC, epoch='candidates')
     expected, selected = Algorithm1(il_values(n)), Batches()
     fit(learn, 3, cbs=[expected, selected])
     assert len(selected.rows) == 3*(n//32 + (not drop_last))
@@ -86,8 +98,10 @@ def test_choice_equals_an_independent_one(num_workers, drop_last):
 
 
 COMPANIONS = dict(
-    nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()], accumulation=lambda: [GradientAccumulation(2*BS)],
-    clip=lambda: [GradientClip(0.1)], save=lambda: [SaveModelCallback(monitor='selected', fname='best')], csv=lambda: [CSVLogger()],
+    nothing=lambda: [], mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()],
+    accumulation=lambda: [GradientAccumulation(2*BS)],
+    clip=lambda: [GradientClip(0.1)], save=lambda: [SaveModelCallback(monitor='selected', fname='best')],
+    csv=lambda: [CSVLogger()],
     nan=lambda: [TerminateOnNaNCallback()])
 
 
@@ -103,7 +117,8 @@ def test_beside_other_callbacks(name, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[*COMPANIONS[name](), Interrupt()])
     fit(learn, 2, method='fit_one_cycle', cbs=COMPANIONS[name]())
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
-    assert [o for o in learn.recorder.metric_names if o != 'time'] == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'selected']
+    assert [o for o in learn.recorder.metric_names if o != 'time'] == ['epoch', 'train_loss', 'valid_loss',
+                                                                       'accuracy', 'selected']
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)
     assert learn.dls.bs == BS
     ledger = learn.selection.ledger
@@ -133,7 +148,8 @@ def test_gradients_are_of_the_selected_items_alone():
         order = 44
         def before_fit(self): self.gradient = None
         def after_backward(self):
-            if self.gradient is None: self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
+            if self.gradient is None:
+                self.gradient, self.batch = [p.grad.clone() for p in self.model.parameters()], (self.x, self.y)
     def no_dropout(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     learn = conv_learner()
     learn.model = no_dropout()
@@ -188,7 +204,8 @@ def test_data_changed_in_the_midst_of_a_fit_is_noticed():
     class Change(Callback):
         def before_epoch(self):
             if self.epoch == 1: self.learn.dls = conv_learner(n=100).dls
-    with pytest.raises(ValueError, match='100'): fit(conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 2, cbs=Change())
+    with pytest.raises(ValueError, match='100'):
+        fit(conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates'), 2, cbs=Change())
 
 
 def test_no_last_batch_of_one_item():
@@ -211,8 +228,10 @@ def test_loaders_that_cannot_be_enlarged():
     dataset = Rows(N)
     sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), BS, True)
     learn = conv_learner()
-    learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler), torch.utils.data.DataLoader(Rows(48), batch_size=48))
-    with pytest.raises(ValueError, match='enlarge=False'): fit(learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
+    learn.dls = DataLoaders(torch.utils.data.DataLoader(dataset, batch_sampler=sampler),
+                            torch.utils.data.DataLoader(Rows(48), batch_size=48))
+    with pytest.raises(ValueError, match='enlarge=False'):
+        fit(learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
     learn.no_selection()
     fit(learn.rho_loss(il_values(), frac=FRAC, enlarge=False), 1)
     assert learn.selection.ledger.trained.tolist() == [2*N//BS]
@@ -220,7 +239,8 @@ def test_loaders_that_cannot_be_enlarged():
 
 def test_an_interrupted_lr_find_leaves_selection_on(tmp_path):
     learn = conv_learner(tmp_path).rho_loss(il_values(), frac=FRAC, epoch='candidates')
-    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Interrupt()), learn.no_logging(), learn.no_mbar(): learn.lr_find(show_plot=False)
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Interrupt()), learn.no_logging(), learn.no_mbar():
+        learn.lr_find(show_plot=False)
     fit(learn, 1)
     assert learn.selection.ledger.selected.tolist() == [FRAC]
 
@@ -232,7 +252,8 @@ def test_validate_and_get_preds_never_select():
     with plain.no_mbar(), learn.no_mbar():
         assert learn.validate() == plain.validate()
         for ds_idx in (0, 1):
-            for got, expected in zip(learn.get_preds(ds_idx=ds_idx), plain.get_preds(ds_idx=ds_idx)): assert got.shape == expected.shape
+            for got, expected in zip(learn.get_preds(ds_idx=ds_idx), plain.get_preds(ds_idx=ds_idx)):
+                assert got.shape == expected.shape
     assert len(learn.selection.ledger) == 0
 
     class ValidateWithin(Callback):
@@ -246,7 +267,8 @@ def test_validate_and_get_preds_never_select():
 
 
 def test_fine_tune_warms_up_once():
-    learn = conv_learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(il_values(), frac=FRAC, warmup_epochs=1, epoch='candidates')
+    learn = conv_learner(splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]).rho_loss(
+        il_values(), frac=FRAC, warmup_epochs=1, epoch='candidates')
     fit(learn, 2, method='fine_tune')
     assert learn.selection.ledger.selected.tolist() == [1, FRAC, FRAC]
 
@@ -278,7 +300,8 @@ def test_export_and_load(tmp_path):
 def test_bf16_scores_choose_nearly_the_same():
     chosen = []
     for precision in (None, torch.float32, torch.bfloat16):
-        learn, selected = conv_learner().rho_loss(il_values(), frac=FRAC, precision=precision, epoch='candidates'), Batches()
+        learn, selected = conv_learner().rho_loss(il_values(), frac=FRAC, precision=precision,
+                                                  epoch='candidates'), Batches()
         fit(learn, 1, cbs=selected)
         chosen.append(selected.rows[0])
     assert torch.equal(chosen[0], chosen[1])
@@ -312,7 +335,8 @@ def test_no_trace_when_scoring_raises(mode, fails):
         order = -6
         def before_batch(self): self.before = trace(self.learn)
     def trace(learn):
-        return [*[b.clone() for b in learn.model.buffers()], torch.get_rng_state(), torch.tensor([m.training for m in learn.model.modules()])]
+        return [*[b.clone() for b in learn.model.buffers()], torch.get_rng_state(),
+                torch.tensor([m.training for m in learn.model.modules()])]
     learn, state = conv_learner(), State()
     learn.model, learn.loss_func = Fragile(), loss_func
     learn.rho_loss(il_values(), frac=FRAC, mode=mode, score=score, epoch='candidates')
@@ -328,7 +352,8 @@ def test_frac_1_is_plain_fastai():
         fit(learn, 2)
         return [*learn.model.state_dict().values(), torch.get_rng_state()]
     plain = weights(lambda learn: learn)
-    for select in (lambda learn: learn.rho_loss(il_values(), frac=1, epoch='candidates'), lambda learn: learn.rho_loss(pick=Uniform(1.), epoch='candidates'),
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=1, epoch='candidates'),
+                   lambda learn: learn.rho_loss(pick=Uniform(1.), epoch='candidates'),
                    lambda learn: learn.rho_loss(il_values(), frac=1, enlarge=False)):
         for got, expected in zip(weights(select), plain): assert torch.equal(got, expected)
 
@@ -336,9 +361,11 @@ def test_frac_1_is_plain_fastai():
 def test_cross_fitting_restores_the_random_state_and_leaves_the_learner_alone():
     class First(Callback):
         order = 55
-        def before_train(self): self.seen = [*[v.clone() for v in self.model.state_dict().values()], torch.get_rng_state()]
+        def before_train(self):
+            self.seen = [*[v.clone() for v in self.model.state_dict().values()], torch.get_rng_state()]
     firsts = []
-    for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'), lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1, epoch='candidates')):
+    for select in (lambda learn: learn.rho_loss(il_values(), frac=FRAC, epoch='candidates'),
+                   lambda learn: learn.rho_loss(frac=FRAC, il_epochs=1, epoch='candidates')):
         first = First()
         fit(select(conv_learner()), 1, cbs=first)
         firsts.append(first.seen)
@@ -358,7 +385,8 @@ def test_irreducible_losses_cost_is_booked_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
-    "Irreducible losses are fitted once, by a smaller model on other rows, whatever is trained with them, and however often"
+    """Irreducible losses are fitted once, by a smaller model on other rows, whatever is trained with them, and however
+    often"""
     class Images(Rows):
         def __init__(self, start):
             super().__init__(48)
@@ -383,18 +411,21 @@ def test_update_il_needs_an_optimiser_of_its_own():
     "A ready-made one holds the target's parameters: stepping it for the IL model would train the target"
     learn = conv_learner()
     learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match='update_il=True needs an optimiser'): fit(learn.rho_loss(model(), update_il=True, frac=FRAC, epoch='candidates'), 1)
+    with pytest.raises(ValueError, match='update_il=True needs an optimiser'):
+        fit(learn.rho_loss(model(), update_il=True, frac=FRAC, epoch='candidates'), 1)
 
 
 def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
-    "With importance sampling the proxy's gradient is weighted as the target's; comparing it with the target writes no running statistics"
+    """With importance sampling the proxy's gradient is weighted as the target's; comparing it with the target writes
+    no running statistics"""
     proxy, steps = conv_learner(seed=1), []
     learn = conv_learner().rho_loss(il_values(), pick=ImportanceSample(FRAC), score='loss', proxy=proxy)
     class Updates(Callback):
         "Once a selected batch is trained on, the proxy's batch norm has seen one batch more, and nothing else"
         order = 60
         def after_batch(self):
-            if self.training: steps.append((proxy.model[1].num_batches_tracked.item(), self.learn.selector._fit.weights.clone()))
+            if self.training:
+                steps.append((proxy.model[1].num_batches_tracked.item(), self.learn.selector._fit.weights.clone()))
     fit(learn, 1, cbs=Updates())
     assert [n for n, _ in steps] == list(range(1, len(steps) + 1)) and any((w != 1).any() for _, w in steps)
 
@@ -418,7 +449,8 @@ def test_a_score_asked_for_is_the_score():
     il, batches = il_values()*10, {}
     for name in ('loss', 'reducible'):
         learn = conv_learner().rho_loss(il, score=name, frac=FRAC, epoch='candidates')
-        assert learn.selector.score is SCORES[name] and learn.selector.inputs == (('loss',) if name == 'loss' else ('loss', 'il'))
+        assert learn.selector.score is SCORES[name]
+        assert learn.selector.inputs == (('loss',) if name == 'loss' else ('loss', 'il'))
         batches[name] = fit(learn, 1).selection.selected
     assert not torch.equal(*batches.values())
 
@@ -436,7 +468,8 @@ def test_bad_input(tmp_path):
     whole = (tmp_path/'il.safetensors').read_bytes()
     for broken in (whole[:-5], whole[:20], b'', b'something else altogether'):
         (tmp_path/'broken.safetensors').write_bytes(broken)
-        with pytest.raises(ValueError, match='broken.safetensors'): conv_learner().rho_loss(tmp_path/'broken.safetensors')
+        with pytest.raises(ValueError, match='broken.safetensors'):
+            conv_learner().rho_loss(tmp_path/'broken.safetensors')
 
     def stream():
         yield from ((torch.randn(1, 6, 6), 0) for _ in range(64))
@@ -452,7 +485,8 @@ def test_bad_input(tmp_path):
         def forward(self, x): return self.net(x)[:-1]
     wrong = conv_learner()
     wrong.model = WrongShape()
-    with pytest.raises(ValueError, match='number of items'): fit(wrong.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
+    with pytest.raises(ValueError, match='number of items'):
+        fit(wrong.rho_loss(il_values(), frac=FRAC, epoch='candidates'), 1)
 
     coupled = conv_learner()
     coupled.loss_func = lambda pred, targ: pred.std(0).sum() if len(pred) > 1 else pred[:, :2]
@@ -502,6 +536,7 @@ def test_learner_as_irreducible_model_is_neither_trained_nor_registered():
 
 def test_every_event_of_the_selectors_exists():
     from fastai.callback.core import event
+
     from rholoss_fastai.all import BatchSelector
     names = [o for o in dir(BatchSelector) if o.startswith(('before_', 'after_'))]
     assert names and all(hasattr(event, o) for o in names)
@@ -535,7 +570,8 @@ def test_no_host_sync():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize('settings', [{}, dict(score='gradient_norm'), dict(score='bald'), dict(on_the_fly=True), dict(compile=True),
+@pytest.mark.parametrize('settings', [{}, dict(score='gradient_norm'), dict(score='bald'), dict(on_the_fly=True),
+                                      dict(compile=True),
                                       dict(score_bs=8)], ids=str)
 def test_nothing_is_copied_to_the_host(settings):
     "By a profiler's trace, from a batch's arrival to its training forward"
@@ -551,15 +587,18 @@ def test_nothing_is_copied_to_the_host(settings):
     settings = dict(settings)
     il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
     learn = fit(conv_learner().rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace: fit(learn, 1, cbs=[Enter(), Leave()])
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        fit(learn, 1, cbs=[Enter(), Leave()])
     spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
-    inside = [e for e in trace.events() if e.device_type == DeviceType.CPU and any(o.start <= e.time_range.start <= o.end for o in spans)]
+    inside = [e for e in trace.events() if e.device_type == DeviceType.CPU
+              and any(o.start <= e.time_range.start <= o.end for o in spans)]
     launched = [kernel.name for e in inside for kernel in e.kernels]
     assert len(spans) > 1 and launched and not [name for name in launched if 'DtoH' in name]
 
 
 def test_the_score_follows_the_kind_of_irreducible_losses(tmp_path):
-    "A probe's differences say little, its probabilities much; a model's losses are subtracted, as published. However they are given"
+    """A probe's differences say little, its probabilities much; a model's losses are subtracted, as published. However
+    they are given"""
     from rholoss_fastai.all import IrreducibleLosses, probe_irreducible, reducible_loss, worth_learning
     learn = conv_learner()
     features = torch.randn(len(learn.dls.train.dataset), 4, generator=torch.Generator().manual_seed(0))
@@ -573,7 +612,8 @@ def test_the_score_follows_the_kind_of_irreducible_losses(tmp_path):
 
 
 def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
-    "Rows of highest irreducible loss, as many as labels look wrong, of no class more than half; the score wants them least, the ledger still tells them"
+    """Rows of highest irreducible loss, as many as labels look wrong, of no class more than half; the score wants them
+    least, the ledger still tells them"""
     from rholoss_fastai.all import IrreducibleLosses, il_source, worth_learning
     from rholoss_fastai.candidates import Candidates
     from rholoss_fastai.side_models import score_rows
@@ -600,9 +640,11 @@ def test_what_cannot_be_learnt_is_not_chosen(tmp_path):
     chosen = learn.selection.selected.bool()
     source = il_source(table); source.begin(learn, torch.device('cpu'))
     assert not (chosen & source.hopeless(Candidates((labels,), (), torch.arange(n)))).any() and chosen.any()
-    for bad in (lambda: score_rows(learn, learn.dls.train, worth_learning, il), lambda: learn.prune_epochs(score='worth_learning', il=table)):
+    for bad in (lambda: score_rows(learn, learn.dls.train, worth_learning, il),
+                lambda: learn.prune_epochs(score='worth_learning', il=table)):
         with pytest.raises(ValueError, match='only a selector knows'): bad()
-    with pytest.raises(ValueError, match='needs irreducible losses'): conv_learner().select(lambda hopeless: hopeless.float())
+    with pytest.raises(ValueError, match='needs irreducible losses'):
+        conv_learner().select(lambda hopeless: hopeless.float())
 
 
 def digits(noise, n=1400):
@@ -625,7 +667,8 @@ def digits_learner(noise):
 
 
 def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
-    "Bit for bit, billed, and said before the first step; of another data set it selects again, and by request it always does"
+    """Bit for bit, billed, and said before the first step; of another data set it selects again, and by request it
+    always does"""
     plain,gated = digits_learner(0.),digits_learner(0.).rho_loss(il_budget=99.)
     for learn in (plain, gated):
         set_seed(1)

@@ -1,4 +1,5 @@
-"""Rows that count more: the loss that is trained on, against closed forms, under every loss function and beside other callbacks."""
+"""Rows that count more: the loss that is trained on, against closed forms, under every loss function and beside other
+callbacks."""
 import warnings
 
 import numpy as np
@@ -10,22 +11,39 @@ from fastai.callback.data import WeightedDL
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat,
-                           MSELossFlat)
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    FocalLossFlat,
+    L1LossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from fastai.torch_core import set_seed
-from hypothesis import given, strategies as st
-from numbered_rows import BS, N, VALID, Interrupt, Noted, Rows, item_losses, row_learner, loaders, rows_of
+from helpers import examples, fit
+from hypothesis import given
+from hypothesis import strategies as st
+from numbered_rows import BS, VALID, Interrupt, N, Noted, Rows, item_losses, loaders, row_learner, rows_of
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples, fit
 
-from rholoss_fastai.all import FitCallback, GroupDRO, RowWeights, prune, restrict_rows, track_rows, weigh_loss, weighted_loaders
-
+from rholoss_fastai.all import (
+    FitCallback,
+    GroupDRO,
+    RowWeights,
+    prune,
+    restrict_rows,
+    track_rows,
+    weigh_loss,
+    weighted_loaders,
+)
 
 
 @pytest.mark.parametrize('adjustment', [0., 3.])
 def test_group_dro_follows_its_formula(adjustment):
-    "A model that stands still (lr 0): the weights of the groups, and each batch's loss and gradient, in float64 from the rows in the batch"
+    """A model that stands still (lr 0): the weights of the groups, and each batch's loss and gradient, in float64 from
+    the rows in the batch"""
     codes = torch.arange(N) % 4 % 3 # sizes 120, 60, 60
     codes[7], names = 3, 'abcd' # one row alone: absent from most batches
     groups, noted, eta = [names[i] for i in codes], Noted(), 0.3
@@ -43,7 +61,8 @@ def test_group_dro_follows_its_formula(adjustment):
         if (i + 1) % 8 == 0: history.append(q.tolist())
     np.testing.assert_allclose(dro.table.to_numpy(), history, rtol=1e-5)
     rows, _ = noted.batches[-1]
-    expected = sum(q[g].float()*item_losses(learn.model, rows)[codes[rows] == g].mean() for g in codes[rows].unique().tolist())
+    expected = sum(q[g].float()*item_losses(learn.model, rows)[codes[rows] == g].mean()
+                   for g in codes[rows].unique().tolist())
     gradient, = torch.autograd.grad(expected, learn.model[1].weight)
     torch.testing.assert_close(noted.gradients[-1], gradient, rtol=1e-4, atol=1e-6)
     assert list(dro.table.columns) == list(names) and learn.dls.train.__dict__.get('rows') is None
@@ -52,7 +71,8 @@ def test_group_dro_follows_its_formula(adjustment):
 @examples(15)
 @given(upweight=st.floats(1, 100), share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
 def test_upweighted_rows_weigh_exactly_that_much(upweight, share, seed):
-    "Expected counts of sampling, and the loss's weights: both lambda/(n + (lambda-1)k) for a row of the k in the set, and 1/(...) for the others"
+    """Expected counts of sampling, and the loss's weights: both lambda/(n + (lambda-1)k) for a row of the k in the
+    set, and 1/(...) for the others"""
     chosen = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < share
     weights = torch.where(chosen, upweight, 1.)
     expected = weights.double()/(N + (upweight - 1)*chosen.sum())
@@ -62,8 +82,10 @@ def test_upweighted_rows_weigh_exactly_that_much(upweight, share, seed):
     noted = Noted()
     fit(learn, cbs=[callback, noted])
     losses = item_losses(learn.model).detach()
-    for rows, loss in noted.batches: assert abs(loss - (N*expected[rows]*losses[rows]).mean().item()) < 1e-4*max(1, upweight)
-    assert sorted(torch.cat([rows for rows, _ in noted.batches]).tolist()) == list(range(N)) # an epoch goes through each row once
+    for rows, loss in noted.batches:
+        assert abs(loss - (N*expected[rows]*losses[rows]).mean().item()) < 1e-4*max(1, upweight)
+    # an epoch goes through each row once
+    assert sorted(torch.cat([rows for rows, _ in noted.batches]).tolist()) == list(range(N))
 
 
 def test_weighted_loaders_draw_by_weight_and_know_their_rows():
@@ -98,7 +120,8 @@ def test_lr_find_and_pruned_rows_leave_the_groups_alone():
 
 def test_an_interrupted_lr_find_does_not_switch_it_off():
     learn = row_learner(loaders(), cbs=GroupDRO(['ab'[i % 2] for i in range(N)]))
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt):
+        learn.lr_find(num_it=5, show_plot=False)
     assert len(fit(learn, 1).group_dro.table) == 1
 
 
@@ -125,22 +148,31 @@ def test_group_dro_is_in_float32_under_autocast():
 
 CLASS_WEIGHTS = torch.tensor([0.2, 1., 5.])
 LOSSES = {
-    'cross entropy': (CrossEntropyLossFlat(), 'class'), 'class weights': (CrossEntropyLossFlat(weight=CLASS_WEIGHTS), 'class'),
-    'torch class weights': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), 'class'), 'sum': (CrossEntropyLossFlat(reduction='sum'), 'class'),
-    'weights and sum': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, reduction='sum'), 'class'), 'ignored class': (CrossEntropyLossFlat(ignore_index=1), 'class'),
-    'class weights and ignored': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=1), 'class'), 'focal': (FocalLossFlat(), 'class'),
+    'cross entropy': (CrossEntropyLossFlat(), 'class'),
+    'class weights': (CrossEntropyLossFlat(weight=CLASS_WEIGHTS), 'class'),
+    'torch class weights': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), 'class'),
+    'sum': (CrossEntropyLossFlat(reduction='sum'), 'class'),
+    'weights and sum': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, reduction='sum'), 'class'),
+    'ignored class': (CrossEntropyLossFlat(ignore_index=1), 'class'),
+    'class weights and ignored': (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=1), 'class'),
+    'focal': (FocalLossFlat(), 'class'),
     'smoothing': (LabelSmoothingCrossEntropy(), 'class'), 'smoothing flat': (LabelSmoothingCrossEntropyFlat(), 'class'),
-    'multi margin': (nn.MultiMarginLoss(), 'class'), 'function': (F.cross_entropy, 'class'), 'own': (lambda p, t: F.cross_entropy(p, t)*3, 'class'),
-    'multi-label': (BCEWithLogitsLossFlat(), 'multi'), 'pos_weight': (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 3., 9.])), 'multi'),
-    'multi-label sum': (nn.BCEWithLogitsLoss(reduction='sum'), 'multi'), 'soft margin': (nn.MultiLabelSoftMarginLoss(), 'multi'),
-    'mse': (MSELossFlat(), 'number'), 'mse sum': (nn.MSELoss(reduction='sum'), 'number'), 'l1': (L1LossFlat(), 'number'), 'huber': (nn.HuberLoss(), 'number')}
+    'multi margin': (nn.MultiMarginLoss(), 'class'), 'function': (F.cross_entropy, 'class'),
+    'own': (lambda p, t: F.cross_entropy(p, t)*3, 'class'),
+    'multi-label': (BCEWithLogitsLossFlat(), 'multi'),
+    'pos_weight': (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 3., 9.])), 'multi'),
+    'multi-label sum': (nn.BCEWithLogitsLoss(reduction='sum'), 'multi'),
+    'soft margin': (nn.MultiLabelSoftMarginLoss(), 'multi'),
+    'mse': (MSELossFlat(), 'number'), 'mse sum': (nn.MSELoss(reduction='sum'), 'number'),
+    'l1': (L1LossFlat(), 'number'), 'huber': (nn.HuberLoss(), 'number')}
 
 
 class Targets(Rows):
     "Of every kind"
     def __init__(self, kind, n=N):
         super().__init__(n)
-        self.kinds = dict(multi=(F.one_hot(self.targets, 3) + F.one_hot((self.targets + 1) % 3, 3)).float(), number=torch.randn(n, 3))
+        self.kinds = dict(multi=(F.one_hot(self.targets, 3) + F.one_hot((self.targets + 1) % 3, 3)).float(),
+                          number=torch.randn(n, 3))
         self.targets = self.kinds.get(kind, self.targets)
 
 
@@ -148,14 +180,17 @@ class Trained(Callback):
     "The loss trained on, and what the loss function in force says of the same items"
     order, run_valid = 5, False
     def before_fit(self): self.batches = []
-    def after_loss(self): self.batches.append((rows_of(self.xb[0]), self.learn.loss_grad.double().item(), self.loss_func(self.pred, *self.yb).double().item()))
+    def after_loss(self):
+        self.batches.append((rows_of(self.xb[0]), self.learn.loss_grad.double().item(),
+                             self.loss_func(self.pred, *self.yb).double().item()))
     def ratios(self): return [a/b for _, a, b in self.batches]
 
 
 def losses_of(name, *cbs, shuffle=True, lr=1e-3):
     "Train a model a little on a loss, with callbacks"
     loss_func, kind = LOSSES[name]
-    dls, noted = DataLoaders(DataLoader(Targets(kind), bs=BS, shuffle=shuffle), DataLoader(Targets(kind, 60), bs=25)), Trained()
+    dls, noted = DataLoaders(DataLoader(Targets(kind), bs=BS, shuffle=shuffle),
+                             DataLoader(Targets(kind, 60), bs=25)), Trained()
     torch.manual_seed(0)
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), loss_func, lr=lr)
     fit(learn, cbs=[*cbs, noted])
@@ -169,7 +204,8 @@ def test_rows_that_weigh_the_same_train_on_the_loss_function_itself(name):
     np.testing.assert_allclose(losses_of(name, GroupDRO(halves, eta=1e-9), shuffle=False)[1].ratios(), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['cross entropy', 'class weights', 'sum', 'weights and sum', 'ignored class', 'class weights and ignored', 'mse', 'mse sum'])
+@pytest.mark.parametrize('name', ['cross entropy', 'class weights', 'sum', 'weights and sum', 'ignored class',
+                                  'class weights and ignored', 'mse', 'mse sum'])
 def test_weights_stand_in_the_loss_functions_own_reduction(name):
     "In float64: the weights in the numerator, the loss's own divisor below"
     weights = torch.rand(N, generator=torch.Generator().manual_seed(1)).double() + 0.1
@@ -180,7 +216,8 @@ def test_weights_stand_in_the_loss_functions_own_reduction(name):
         pred, targ, w = model(data.images[rows].double()).detach(), data.targets[rows], scaled[rows]
         if name.startswith('mse'): items, counts = (pred - targ).pow(2).sum(1), torch.full((len(rows),), 3.)
         else:
-            counts = (CLASS_WEIGHTS.double() if 'weights' in name else torch.ones(3).double())[targ]*(targ != 1 if 'ignored' in name else 1)
+            counts = (CLASS_WEIGHTS.double() if 'weights' in name
+                      else torch.ones(3).double())[targ]*(targ != 1 if 'ignored' in name else 1)
             items = -pred.log_softmax(1)[range(len(rows)), targ]*counts
         expected = (w*items).sum()/(1 if 'sum' in name else counts.sum())
         assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -203,8 +240,10 @@ def test_two_makers_of_the_loss_multiply_or_are_refused_in_either_order(order):
             items = F.cross_entropy(learn.model(data.images[rows]), data.targets[rows], reduction='none')
             assert loss == pytest.approx(0.5*(scaled[rows]*items).mean().item(), rel=1e-5)
     groups = (torch.arange(N) % 2).tolist()
-    for cbs in ([GroupDRO(groups), other], [other, GroupDRO(groups)], [RowWeights(weights), GroupDRO(groups)], [GroupDRO(groups), RowWeights(weights)]):
-        with pytest.raises(ValueError, match='GroupDRO makes the training loss, and so does'): losses_of('cross entropy', *cbs)
+    for cbs in ([GroupDRO(groups), other], [other, GroupDRO(groups)], [RowWeights(weights), GroupDRO(groups)],
+                [GroupDRO(groups), RowWeights(weights)]):
+        with pytest.raises(ValueError, match='GroupDRO makes the training loss, and so does'):
+            losses_of('cross entropy', *cbs)
 
 
 class Reweighted(Callback):
@@ -214,12 +253,14 @@ class Reweighted(Callback):
         if self.iter == 3: self.learn.loss_func = CrossEntropyLossFlat(weight=CLASS_WEIGHTS)
 
 
-@pytest.mark.parametrize('weigh', [lambda: RowWeights([1]*N), lambda: GroupDRO((torch.arange(N) % 2).tolist(), eta=1e-9)])
+@pytest.mark.parametrize('weigh',
+                         [lambda: RowWeights([1]*N), lambda: GroupDRO((torch.arange(N) % 2).tolist(), eta=1e-9)])
 def test_a_loss_that_is_replaced_in_training_is_the_one_trained_on(weigh):
     learn, noted = losses_of('cross entropy', weigh(), Reweighted(), shuffle=False)
     np.testing.assert_allclose(noted.ratios(), 1, rtol=1e-6)
     rows, loss, _ = noted.batches[-1]
-    assert loss != pytest.approx(F.cross_entropy(learn.model(Rows().images[rows]), Rows().targets[rows]).item(), rel=1e-2)
+    assert loss != pytest.approx(F.cross_entropy(learn.model(Rows().images[rows]), Rows().targets[rows]).item(),
+                                 rel=1e-2)
 
 
 class Narrow(Callback):
@@ -243,7 +284,8 @@ def test_the_weights_are_those_of_the_rows_that_are_in_the_batch():
     learn, noted = losses_of('cross entropy', RowWeights(weights), Narrow(), lr=0.)
     for rows, loss, _ in noted.batches:
         items = F.cross_entropy(learn.model(data.images[rows]), data.targets[rows], reduction='none')
-        assert len(rows) == len(range(1, len(items)*3, 3)) and loss == pytest.approx(((weights/weights.mean())[rows]*items).mean().item(), rel=1e-5)
+        assert len(rows) == len(range(1, len(items)*3, 3))
+        assert loss == pytest.approx(((weights/weights.mean())[rows]*items).mean().item(), rel=1e-5)
     for weigh in RowWeights(weights), GroupDRO((torch.arange(N) % 2).tolist()):
         with pytest.raises(ValueError, match='31 items, but 32 rows'): losses_of('cross entropy', weigh, Drop())
 
@@ -263,7 +305,8 @@ def test_beside_a_selector_the_weights_are_those_of_what_it_delivers():
 def test_weights_are_taken_by_position():
     weights = torch.rand(N)
     series = pd.Series(weights.numpy(), index=np.arange(N) + 10)
-    given = [callback.scaled for callback in map(RowWeights, (weights, series, weights.tolist(), weights.numpy())) if losses_of('cross entropy', callback)]
+    given = [callback.scaled for callback in map(RowWeights, (weights, series, weights.tolist(), weights.numpy()))
+             if losses_of('cross entropy', callback)]
     for o in given[1:]: torch.testing.assert_close(o, given[0])
     np.testing.assert_allclose(weighted_loaders(loaders(), series).train.wgts, weights.double()/weights.double().sum())
     groups = pd.Series(['ab'[i % 2] for i in range(N)], index=np.arange(N)[::-1])
@@ -272,7 +315,8 @@ def test_weights_are_taken_by_position():
     assert dro.known.codes.tolist() == [0, 1]*(N//2)
 
 
-@pytest.mark.parametrize('weigh', [lambda: RowWeights(torch.linspace(1, 2, N)), lambda: GroupDRO((torch.arange(N) % 2).tolist())])
+@pytest.mark.parametrize('weigh', [lambda: RowWeights(torch.linspace(1, 2, N)),
+                                   lambda: GroupDRO((torch.arange(N) % 2).tolist())])
 def test_an_interrupted_fit_leaves_nothing(weigh, tmp_path):
     learn = row_learner(loaders(), path=tmp_path, cbs=weigh())
     cb = learn.cbs[-1]

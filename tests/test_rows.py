@@ -1,5 +1,9 @@
 "The rows of each batch against data sets whose items are their rows: every kind of loader, with workers"
-import os, pickle, random, subprocess, sys
+import os
+import pickle
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,18 +12,16 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.text.data import LMDataLoader
 from fastai.torch_core import TensorImage, set_seed
+from row_loaders import HalfDL, N, Rows, check_rows, epochs, fastai_loaders, make, rows_in, same, torch_loaders
 from torch import tensor
-from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import IterableDataset, Sampler
 
 from rholoss_fastai.item_table import fingerprint
-
 from rholoss_fastai.loaders import restrict_rows, scoring_loader
-
 from rholoss_fastai.nested import subset_batch
-
 from rholoss_fastai.rows import RowsUnknown, dataset_size, epoch_size, preserve_rng, track_rows
 
-from row_loaders import N, Rows, HalfDL, check_rows, epochs, fastai_loaders, make, rows_in, same, torch_loaders
 
 @pytest.mark.parametrize('kind', fastai_loaders)
 @pytest.mark.parametrize('shuffle,drop_last', [(True, True), (True, False), (False, False)])
@@ -215,7 +217,8 @@ def test_torch_rows():
     loader = make('shuffled')
     tracked = track_rows(loader, bs=20)
     with pytest.raises(ValueError, match='No epoch has begun'): tracked.rows(0)
-    assert check_rows(tracked) == 3 and tracked.batch_size == 20 and loader.batch_size == 8 and tracked.dataset is loader.dataset
+    assert check_rows(tracked) == 3 and tracked.batch_size == 20 and loader.batch_size == 8
+    assert tracked.dataset is loader.dataset
     with pytest.raises(ValueError, match='while batch 2 is the current one'): tracked.rows(0)
     with pytest.raises(ValueError, match='enlarge=False'): track_rows(make('batches'), bs=4)
     assert track_rows(track_rows(loader, bs=20)).batch_size == 20
@@ -234,7 +237,8 @@ def test_torch_loader_as_dls():
 # sizes
 
 def test_epoch_size():
-    assert {k: epoch_size(make(k)) for k in fastai_loaders} == dict(plain=N, tfmd=N, sorted=N, weighted=N, partial=31, tabular=N,
+    assert {k: epoch_size(make(k)) for k in fastai_loaders} == dict(plain=N, tfmd=N, sorted=N, weighted=N,
+                                                                    partial=31, tabular=N,
                                                                      tabular_weighted=N, rank0=27, rank1=27)
     sizes = dict(shuffled=N, seeded=N, sequential=N, torch_weighted=70, batches=N)
     assert {k: epoch_size(track_rows(make(k))) for k in torch_loaders} == sizes
@@ -273,7 +277,8 @@ def test_cuda():
         rows = [tracked.rows(i, x.device) for i in range(len(tracked))]
         small = subset_batch((image, dict(y=y)), idxs)
     finally: torch.cuda.set_sync_debug_mode('default')
-    assert torch.equal(rows[0], x) and rows[0].device == x.device and type(small[0]) is TensorImage and len(small[1]['y']) == 32
+    assert torch.equal(rows[0], x) and rows[0].device == x.device and type(small[0]) is TensorImage
+    assert len(small[1]['y']) == 32
     before = torch.cuda.get_rng_state()
     with preserve_rng(): torch.rand(3, device='cuda')
     assert torch.equal(before, torch.cuda.get_rng_state())

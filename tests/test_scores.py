@@ -5,17 +5,32 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
+from helpers import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
+from torch import nn
 from torch.nn import functional as F
 
-from fastai.losses import BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
-from torch import nn
-from helpers import examples
 from rholoss_fastai.checks import by_name
 from rholoss_fastai.losses import ItemLosses
-from rholoss_fastai.scores import (SCORES, bald, conditional_entropy, entropy, find_score, for_loss, gradient_norm_bound, least_confidence,
-                                   loss_minus_conditional_entropy, loss_plus_conditional_entropy, margin, mc_entropy, score_inputs, training_loss)
+from rholoss_fastai.scores import (
+    SCORES,
+    bald,
+    conditional_entropy,
+    entropy,
+    find_score,
+    for_loss,
+    gradient_norm_bound,
+    least_confidence,
+    loss_minus_conditional_entropy,
+    loss_plus_conditional_entropy,
+    margin,
+    mc_entropy,
+    score_inputs,
+    training_loss,
+)
 
 quick = examples(100)
 
@@ -26,9 +41,12 @@ MC = (mc_entropy, conditional_entropy, bald)
 def inputs(score, n=6, n_classes=4, n_mc=3, dtype=torch.float32, seed=0):
     "What `score` asks for, made up"
     g = torch.Generator().manual_seed(seed)
-    made = dict(loss=torch.rand(n, generator=g), il=torch.rand(n, generator=g), hopeless=torch.arange(n) % 3 == 1, pred=torch.randn(n, n_classes, generator=g),
-                targ=torch.randint(n_classes, (n,), generator=g), log_probs=torch.randn(n_mc, n, n_classes, generator=g).log_softmax(2))
-    return {name: made[name].to(dtype) if made[name].is_floating_point() else made[name] for name in score_inputs(score)}
+    made = dict(loss=torch.rand(n, generator=g), il=torch.rand(n, generator=g), hopeless=torch.arange(n) % 3 == 1,
+                pred=torch.randn(n, n_classes, generator=g),
+                targ=torch.randint(n_classes, (n,), generator=g),
+                log_probs=torch.randn(n_mc, n, n_classes, generator=g).log_softmax(2))
+    return {name: made[name].to(dtype) if made[name].is_floating_point() else made[name]
+            for name in score_inputs(score)}
 
 
 # Against independent results
@@ -65,8 +83,10 @@ def test_mc_dropout_equals_float64(n_mc, n, n_classes, spread, seed):
     log_probs = torch.tensor(log_softmax(logits, 2)).float()
     wanted = {mc_entropy: h(p.mean(0)), conditional_entropy: h(p).mean(0), bald: h(p.mean(0)) - h(p).mean(0)}
     for score, value in wanted.items(): np.testing.assert_allclose(score(log_probs), value, atol=5e-6)
-    disagreement = np.mean([(q*(np.log(np.maximum(q, 1e-300)) - np.log(np.maximum(p.mean(0), 1e-300)))).sum(-1) for q in p], axis=0)
-    np.testing.assert_allclose(bald(log_probs), disagreement, atol=5e-6)  # mean divergence from the mean: another definition
+    disagreement = np.mean([(q*(np.log(np.maximum(q, 1e-300)) - np.log(np.maximum(p.mean(0), 1e-300)))).sum(-1)
+                            for q in p], axis=0)
+    # mean divergence from the mean: another definition
+    np.testing.assert_allclose(bald(log_probs), disagreement, atol=5e-6)
     assert bald(log_probs).min() >= -5e-6 and (bald(log_probs) <= math.log(n_mc) + 5e-6).all()
     loss = torch.rand(n)
     np.testing.assert_allclose(loss_minus_conditional_entropy(loss, log_probs), loss - h(p).mean(0), atol=5e-6)
@@ -75,7 +95,8 @@ def test_mc_dropout_equals_float64(n_mc, n, n_classes, spread, seed):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('score', MC)
 def test_passes_of_half_precision_are_normalised(score, dtype):
-    "The probabilities of a pass no longer sum to one; agreement is still agreement, and no entropy is above the largest"
+    """The probabilities of a pass no longer sum to one; agreement is still agreement, and no entropy is above the
+    largest"""
     log_probs = (2*torch.randn(1, 200, 100)).log_softmax(2).to(dtype)
     assert not torch.allclose(log_probs.double().exp().sum(2), torch.ones(1, 200, dtype=torch.float64), atol=1e-4)
     if score is bald: assert bald(log_probs.expand(10, -1, -1)).abs().max() < 5e-6
@@ -111,7 +132,8 @@ def test_precisions(score, dtype):
     res = score(**inputs(score, dtype=dtype))
     assert res.shape == (6,) and res.is_floating_point()
     exact = score(**inputs(score, dtype=torch.float64))
-    torch.testing.assert_close(res.double(), exact.double(), rtol=0.02, atol=0.03 if dtype in (torch.float16, torch.bfloat16) else 1e-5)
+    torch.testing.assert_close(res.double(), exact.double(), rtol=0.02,
+                               atol=0.03 if dtype in (torch.float16, torch.bfloat16) else 1e-5)
 
 @each_score
 def test_batch_of_one_and_each_item_for_itself(score):
@@ -130,7 +152,8 @@ def test_nan_stays_with_its_item(score):
 
 @each_score
 def test_ties(score):
-    alike = {name: o.select(1, 0).unsqueeze(1).expand(-1, 5, -1) if name == 'log_probs' else o[:1].expand(5, *o.shape[1:]) for name, o in inputs(score).items()}
+    alike = {name: o.select(1, 0).unsqueeze(1).expand(-1, 5, -1) if name == 'log_probs'
+             else o[:1].expand(5, *o.shape[1:]) for name, o in inputs(score).items()}
     assert score(**alike).unique().numel() == 1
 
 @each_score
@@ -138,8 +161,10 @@ def test_a_class_is_missing(score):
     "No target of it, and impossible by the logits: it neither counts nor makes NaN"
     four = inputs(score, n_classes=4)
     if 'targ' in four: four['targ'] = four['targ'] % 3
-    three = {name: o[..., :3] if name == 'pred' else o[..., :3].log_softmax(2) if name == 'log_probs' else o for name, o in four.items()}
-    for name in {'pred', 'log_probs'} & set(four): four[name] = four[name].clone().index_fill_(-1, torch.tensor([3]), -math.inf)
+    three = {name: o[..., :3] if name == 'pred' else o[..., :3].log_softmax(2) if name == 'log_probs' else o for name,
+             o in four.items()}
+    for name in {'pred', 'log_probs'} & set(four):
+        four[name] = four[name].clone().index_fill_(-1, torch.tensor([3]), -math.inf)
     torch.testing.assert_close(score(**four), score(**three), atol=1e-6, rtol=1e-5)
 
 def test_certainty_is_zero_in_every_measure():
@@ -149,7 +174,8 @@ def test_certainty_is_zero_in_every_measure():
 
 def test_outputs_that_hold_logits():
     logits = torch.randn(4, 3)
-    for score in BY_HAND: assert torch.equal(score(dict(hidden=torch.zeros(4, 9), logits=logits)), score((logits, None)))
+    for score in BY_HAND:
+        assert torch.equal(score(dict(hidden=torch.zeros(4, 9), logits=logits)), score((logits, None)))
 
 def test_gradient_norm_is_that_of_cross_entropy():
     pred, targ = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (8,))
@@ -169,15 +195,20 @@ def test_functions_are_handed_back():
     for score in (own, partial(entropy, axis=-1), training_loss, lambda il: -il): assert find_score(score) is score
 
 @pytest.mark.parametrize('score,kind,message', [
-    ('entrpy', ValueError, "score is 'entrpy', expected one of loss, .*, or a score of your own. Did you mean 'entropy'"),
-    ('zzz', ValueError, r"of your own\.$"), (None, TypeError, 'score is None, expected a function'), (0.1, TypeError, 'such as training_loss'),
-    (torch.ones(3), TypeError, 'expected a function'), (lambda loss, index: loss, ValueError, r'\(loss, index\), expected one or more of')])
+    ('entrpy', ValueError,
+     "score is 'entrpy', expected one of loss, .*, or a score of your own. Did you mean 'entropy'"),
+    ('zzz', ValueError, r"of your own\.$"), (None, TypeError, 'score is None, expected a function'),
+    (0.1, TypeError, 'such as training_loss'),
+    (torch.ones(3), TypeError, 'expected a function'),
+    (lambda loss, index: loss, ValueError, r'\(loss, index\), expected one or more of')])
 def test_bad_scores_are_refused(score, kind, message):
     with pytest.raises(kind, match=message): find_score(score)
 
 def test_names_of_anything():
     assert by_name('fruit', 'pear', dict(pear=3)) == 3
-    with pytest.raises(ValueError, match="fruit is 'paer', expected one of apple, pear, or a fruit of your own. Did you mean 'pear'?"):
+    with pytest.raises(ValueError,
+                       match="fruit is 'paer', expected one of apple, pear, or a fruit of your own. Did you "
+                             "mean 'pear'?"):
         by_name('fruit', 'paer', dict(apple=1, pear=2))
 
 
@@ -190,16 +221,20 @@ def test_what_is_no_classifier_is_refused(score, shape, axis):
     with pytest.raises(ValueError, match='such as training_loss|n_mc, bs, n_classes'): score(pred, axis=axis)
 
 def test_passes_must_come_first():
-    with pytest.raises(ValueError, match=r'expected log_probs \(n_mc, bs, n_classes, ...\).*got \(4, 3\)'): bald(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r'expected log_probs \(n_mc, bs, n_classes, ...\).*got \(4, 3\)'):
+        bald(torch.zeros(4, 3))
 
 
 # The form of the task that the loss is for
 
 def binary(pred): return pred.double().sigmoid()
-OF_LABELS = {entropy: lambda p: (-(p*p.log()) - (1-p)*(1-p).log()).flatten(1).mean(1), margin: lambda p: -(2*p - 1).abs().flatten(1).mean(1),
+OF_LABELS = {entropy: lambda p: (-(p*p.log()) - (1-p)*(1-p).log()).flatten(1).mean(1),
+             margin: lambda p: -(2*p - 1).abs().flatten(1).mean(1),
              least_confidence: lambda p: torch.minimum(p, 1-p).flatten(1).mean(1)}
-multilabel_losses = [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), nn.MultiLabelSoftMarginLoss(), F.binary_cross_entropy_with_logits,
-                     partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(4)), lambda p, t: F.binary_cross_entropy_with_logits(p, t.float())]
+multilabel_losses = [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), nn.MultiLabelSoftMarginLoss(),
+                     F.binary_cross_entropy_with_logits,
+                     partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(4)),
+                     lambda p, t: F.binary_cross_entropy_with_logits(p, t.float())]
 
 @pytest.mark.parametrize('loss_func', multilabel_losses)
 @pytest.mark.parametrize('shape', [(6, 4), (6, 1), (6, 4, 3, 2)])
@@ -210,31 +245,41 @@ def test_several_labels_have_a_sigmoid(loss_func, shape):
     leaf = pred.double().requires_grad_()
     grad, = torch.autograd.grad(F.binary_cross_entropy_with_logits(leaf, targ.double(), reduction='sum'), leaf)
     for labels in (targ, targ.float(), targ.bool()):
-        torch.testing.assert_close(for_loss(gradient_norm_bound, losses)(pred, labels).double(), grad.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(for_loss(gradient_norm_bound, losses)(pred, labels).double(),
+                                   grad.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-6)
     if shape == (6, 1): for_loss(gradient_norm_bound, losses)(pred, targ[:,0])
 
 @pytest.mark.parametrize('loss_func', [nn.BCELoss(), BCELossFlat(), F.binary_cross_entropy])
 def test_labels_that_are_probabilities_already(loss_func):
     losses, pred, targ = ItemLosses(loss_func), torch.rand(5, 3), torch.randint(0, 2, (5, 3))
-    for score, by_hand in OF_LABELS.items(): torch.testing.assert_close(for_loss(score, losses)(pred).double(), by_hand(pred.double()), rtol=1e-4, atol=1e-5)
+    for score, by_hand in OF_LABELS.items():
+        torch.testing.assert_close(for_loss(score, losses)(pred).double(), by_hand(pred.double()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(for_loss(gradient_norm_bound, losses)(pred, targ), (pred - targ).norm(dim=1))
 
-all_of_classes = [entropy, margin, least_confidence, gradient_norm_bound, *MC, loss_minus_conditional_entropy, loss_plus_conditional_entropy]
+all_of_classes = [entropy, margin, least_confidence, gradient_norm_bound, *MC, loss_minus_conditional_entropy,
+                  loss_plus_conditional_entropy]
 @pytest.mark.parametrize('score', all_of_classes, ids=lambda o: o.__name__)
-@pytest.mark.parametrize('loss_func,what', [(MSELossFlat(), 'numbers'), (F.l1_loss, 'numbers'), (nn.TripletMarginLoss(), 'no classes'),
-    (lambda pred, a, b: F.cross_entropy(pred, a) + F.cross_entropy(pred, b), 'several targets'), (lambda pred, targ: (pred - targ).square().mean(), 'task=')])
+@pytest.mark.parametrize('loss_func,what',
+                         [(MSELossFlat(), 'numbers'), (F.l1_loss, 'numbers'), (nn.TripletMarginLoss(), 'no classes'),
+ (lambda pred, a, b: F.cross_entropy(pred, a) + F.cross_entropy(pred, b), 'several targets'),
+                          (lambda pred, targ: (pred - targ).square().mean(), 'task=')])
 def test_where_there_are_no_classes(score, loss_func, what):
     "Coordinates and embeddings are no probabilities, however much they look like it"
     odd = inputs(score)
     if 'targ' in odd: odd['targ'] = torch.randn(6, 4)
-    with pytest.raises(ValueError, match=f'{score.__name__} is for the probabilities of classes.*{what}'): for_loss(score, ItemLosses(loss_func))(**odd)
+    with pytest.raises(ValueError, match=f'{score.__name__} is for the probabilities of classes.*{what}'):
+        for_loss(score, ItemLosses(loss_func))(**odd)
 
-@pytest.mark.parametrize('score', [*MC, loss_minus_conditional_entropy, loss_plus_conditional_entropy], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('score', [*MC, loss_minus_conditional_entropy, loss_plus_conditional_entropy],
+                         ids=lambda o: o.__name__)
 def test_passes_of_several_labels_are_refused(score):
-    with pytest.raises(ValueError, match='several labels'): for_loss(score, ItemLosses(nn.BCEWithLogitsLoss()))(**inputs(score))
+    with pytest.raises(ValueError, match='several labels'):
+        for_loss(score, ItemLosses(nn.BCEWithLogitsLoss()))(**inputs(score))
 
-@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), FocalLossFlat(), F.cross_entropy, nn.NLLLoss(),
-                                       lambda p, t: F.cross_entropy(p, t), lambda p, t: -p.log_softmax(1).gather(1, t[:,None]).mean()])
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), FocalLossFlat(), F.cross_entropy,
+                                       nn.NLLLoss(),
+                                       lambda p, t: F.cross_entropy(p, t),
+                                       lambda p, t: -p.log_softmax(1).gather(1, t[:,None]).mean()])
 @each_score
 def test_classes_as_before(score, loss_func):
     assert torch.equal(for_loss(score, ItemLosses(loss_func))(**inputs(score)), score(**inputs(score)))
@@ -244,7 +289,8 @@ def test_the_axis_and_the_void_are_those_of_the_loss(score):
     pred, targ = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6)) # sequences, whose classes come last
     sequences = ItemLosses(CrossEntropyLossFlat(ignore_index=3))
     torch.testing.assert_close(for_loss(score, sequences)(pred), score(pred.transpose(1, 2)))
-    torch.testing.assert_close(for_loss(gradient_norm_bound, sequences)(pred, targ), gradient_norm_bound(pred.transpose(1, 2), targ, ignore_index=3))
+    torch.testing.assert_close(for_loss(gradient_norm_bound, sequences)(pred, targ),
+                               gradient_norm_bound(pred.transpose(1, 2), targ, ignore_index=3))
     masks = ItemLosses(nn.CrossEntropyLoss(ignore_index=255))
     pred, targ = torch.randn(4, 5, 3, 2), torch.randint(0, 5, (4, 3, 2))
     targ[1], targ[0,0] = 255, 255 # one is void all over
@@ -256,7 +302,8 @@ def test_the_axis_and_the_void_are_those_of_the_loss(score):
 
 def test_what_was_given_stays():
     pred = torch.randn(4, 5, 6)
-    assert torch.equal(for_loss(partial(entropy, axis=2), ItemLosses(nn.CrossEntropyLoss()))(pred), entropy(pred, axis=2))
+    assert torch.equal(for_loss(partial(entropy, axis=2), ItemLosses(nn.CrossEntropyLoss()))(pred),
+                       entropy(pred, axis=2))
     numbers = lambda pred, targ: (pred - targ).square().mean()
     assert torch.equal(for_loss(partial(entropy, task='classes'), ItemLosses(numbers))(pred), entropy(pred))
     def own(pred, axis=7): return pred
@@ -265,10 +312,12 @@ def test_what_was_given_stays():
 @pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
 def test_classes_in_a_column(dtype):
     pred, targ = torch.randn(6, 3), torch.randint(0, 3, (6,))
-    for o in (targ.to(dtype), targ.to(dtype)[:,None]): assert torch.equal(gradient_norm_bound(pred, o), gradient_norm_bound(pred, targ))
+    for o in (targ.to(dtype), targ.to(dtype)[:,None]):
+        assert torch.equal(gradient_norm_bound(pred, o), gradient_norm_bound(pred, targ))
 
 def test_several_targets_are_refused():
-    with pytest.raises(ValueError, match='needs one target, and the batch has 2'): gradient_norm_bound(torch.randn(4, 3), (torch.zeros(4).long(), torch.zeros(4)))
+    with pytest.raises(ValueError, match='needs one target, and the batch has 2'):
+        gradient_norm_bound(torch.randn(4, 3), (torch.zeros(4).long(), torch.zeros(4)))
 
 def test_the_argument_is_called_what_it_is():
     with pytest.raises(ValueError, match=r'wrong has the parameters \(a, b\)'): score_inputs(lambda a, b: a, 'wrong')

@@ -10,7 +10,8 @@ cpu = torch.device('cpu')
 
 class Recurrent(nn.Module):
     "Goes on from the hidden state of the batch before"
-    def __init__(self, kind=nn.LSTM, layers=1): super().__init__(); self.rnn, self.hidden = kind(3, 4, layers, batch_first=True), None
+    def __init__(self, kind=nn.LSTM, layers=1):
+        super().__init__(); self.rnn, self.hidden = kind(3, 4, layers, batch_first=True), None
     def reset(self): self.hidden = None
     def forward(self, x):
         out, hidden = self.rnn(x, self.hidden)
@@ -18,13 +19,15 @@ class Recurrent(nn.Module):
         return out
 
 class Awd(nn.Module):
-    def __init__(self, emb=4, hidden=5, layers=2, **kwargs): super().__init__(); self.body = AWD_LSTM(9, emb, hidden, layers, pad_token=0, **kwargs)
+    def __init__(self, emb=4, hidden=5, layers=2, **kwargs):
+        super().__init__(); self.body = AWD_LSTM(9, emb, hidden, layers, pad_token=0, **kwargs)
     def reset(self): self.body.reset()
     def forward(self, x): return self.body(x)
 
 class InPlace(Recurrent):
     "Writes into what it has"
-    def __init__(self): super().__init__(nn.GRU); self.steps, self.seen, self.memory = 0, [], dict(last=torch.zeros(2, 3))
+    def __init__(self):
+        super().__init__(nn.GRU); self.steps, self.seen, self.memory = 0, [], dict(last=torch.zeros(2, 3))
     def forward(self, x):
         self.steps += 1
         self.seen.append(x.sum())
@@ -41,13 +44,16 @@ class Hooked(nn.Sequential):
 
 def numbers(): return torch.randn(4, 5, 3)
 def tokens(): return torch.randint(1, 9, (4, 5))
-models = [(Recurrent, numbers), (lambda: Recurrent(nn.GRU, 2), numbers), (lambda: Recurrent(nn.RNN), numbers), (Awd, tokens), (InPlace, numbers), (Hooked, numbers)]
+models = [(Recurrent, numbers), (lambda: Recurrent(nn.GRU, 2), numbers), (lambda: Recurrent(nn.RNN), numbers),
+          (Awd, tokens), (InPlace, numbers), (Hooked, numbers)]
 
 def snapshot(model):
     def of(o):
         if isinstance(o, torch.Tensor): return o.detach().clone()
         if isinstance(o, dict): return {k: of(v) for k, v in o.items()}
-        return [of(v) for v in o] if isinstance(o, (list, tuple)) else o if isinstance(o, (int, float, str, type(None))) else id(o)
+        return [of(v) for v in o] if isinstance(o,
+                                                (list, tuple)) else o if isinstance(
+            o, (int, float, str, type(None))) else id(o)
     return [{k: of(v) for k, v in vars(m).items() if k != '_modules'} for m in model.modules()]
 
 def same(a, b):
@@ -101,8 +107,10 @@ def test_state_is_told(make_model, make_batch, names):
     with scoring_mode(model, cpu): model(make_batch())
     assert carried_state(model) == names
 
-@pytest.mark.parametrize('rows', [([0], [3], [1]), ([0, 1, 2, 3], [2, 0], [1, 3, 2]), ([3, 1], [0, 1, 2], [0, 1, 2, 3])])
-@pytest.mark.parametrize('make_model, make_batch', models[:4] + [(lambda: Awd(4, 4, 1), tokens), (lambda: Awd(6, 4, 2, bidir=True), tokens)])
+@pytest.mark.parametrize('rows',
+                         [([0], [3], [1]), ([0, 1, 2, 3], [2, 0], [1, 3, 2]), ([3, 1], [0, 1, 2], [0, 1, 2, 3])])
+@pytest.mark.parametrize('make_model, make_batch',
+                         models[:4] + [(lambda: Awd(4, 4, 1), tokens), (lambda: Awd(6, 4, 2, bidir=True), tokens)])
 def test_rows_keep_their_state(make_model, make_batch, rows):
     "Three batches, of each some rows: every row is where it would be had all gone on"
     torch.manual_seed(0)

@@ -14,8 +14,21 @@ from helpers import fit, learner
 from numbered_rows import N, Rows, rows_of
 from torch import nn
 
-from rholoss_fastai.all import (PICKS, SCORES, BatchSelector, Boltzmann, ImportanceSample, PerClass, ThenUniform, TopFraction, Uniform, bald, entropy,
-                                gradient_norm_bound, score_inputs)
+from rholoss_fastai.all import (
+    PICKS,
+    SCORES,
+    BatchSelector,
+    Boltzmann,
+    ImportanceSample,
+    PerClass,
+    ThenUniform,
+    TopFraction,
+    Uniform,
+    bald,
+    entropy,
+    gradient_norm_bound,
+    score_inputs,
+)
 
 BS = 24
 
@@ -41,7 +54,9 @@ BY_HAND = dict(
     loss=lambda logits, y: -logits.double().log_softmax(1)[range(len(y)), y],
     gradient_norm=lambda logits, y: (logits.double().softmax(1) - torch.eye(3)[y]).norm(dim=1),
     entropy=lambda logits, y: torch.distributions.Categorical(logits=logits.double()).entropy(),
-    margin=lambda logits, y: logits.double().softmax(1).sort(1).values[:, 1] - logits.double().softmax(1).sort(1).values[:, 2],
+    margin=lambda logits, y: logits.double().softmax(1).sort(1).values[:,
+                                                                       1] - logits.double().softmax(1).sort(
+    1).values[:, 2],
     least_confidence=lambda logits, y: -logits.double().softmax(1).max(1).values)
 
 @pytest.mark.parametrize('name', BY_HAND)
@@ -69,13 +84,14 @@ def test_every_pick_trains(name):
     sized = name not in ('loss_share', 'percentile')
     learn = fit(dropout_learner().select('gradient_norm', name, **({'frac': 0.25} if sized else {})), 4)
     ledger = learn.selection.ledger
-    assert (ledger.selected == 0.25).all() if sized else ((0 < ledger.selected) & (ledger.selected <= 1)).all()
+    assert (ledger.selected == 0.25).all() if sized else ((ledger.selected > 0) & (ledger.selected <= 1)).all()
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_a_function_and_the_selectors_arguments():
     seen = Trained()
     def least_of_class_0(pred, sharpness=1.): return -sharpness*pred[:, 0]
-    learn = fit(dropout_learner().select(least_of_class_0, Boltzmann(0.25, T=1e-6), enlarge=True, warmup_epochs=1, precision=None), 2, cbs=seen)
+    learn = fit(dropout_learner().select(least_of_class_0, Boltzmann(0.25, T=1e-6), enlarge=True, warmup_epochs=1,
+                                         precision=None), 2, cbs=seen)
     assert learn.selector.pick.T == 1e-6 and learn.selection.ledger.scored.tolist() == [0, N]
     for (rows, logits, _), trained in zip(seen.batches[N//BS:], seen.rows[N//BS:]):
         assert len(trained) == min(BS, len(rows)) # n_b is the loader's batch size
@@ -107,7 +123,8 @@ class Tokens(nn.Module):
                                    partial(nn.MultiheadAttention, 6, 2, dropout=0.3, batch_first=True)],
                          ids=['transformer', 'lstm', 'attention'])
 def test_dropout_inside_fused_layers_counts(layer):
-    "PyTorch's fast path of a transformer layer in eval mode leaves dropout out; recurrent and attention layers have no dropout layer inside"
+    """PyTorch's fast path of a transformer layer in eval mode leaves dropout out; recurrent and attention layers have
+    no dropout layer inside"""
     values = []
     def disagreement(log_probs): values.append(bald(log_probs)); return values[-1]
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -145,7 +162,8 @@ def test_a_batch_that_is_not_selected_from_is_spread_over_its_candidates():
 
 @pytest.mark.slow
 def test_expected_gradient_of_a_fit_is_the_full_one(n_epoch=300):
-    "Importance sampling in the training loop: gradients of many batches of the same candidates, no step taken, average to that of all"
+    """Importance sampling in the training loop: gradients of many batches of the same candidates, no step taken,
+    average to that of all"""
     class Gradients(Callback):
         def __init__(self): self.seen = []
         def before_step(self):
@@ -171,7 +189,8 @@ def test_items_may_stand_in_a_batch_more_than_once():
 
 def test_weights_and_mixup_are_refused():
     for pick in ('importance', ThenUniform(pick=ImportanceSample(0.5))):
-        with pytest.raises(ValueError, match='weights each item'): fit(dropout_learner().select('gradient_norm', pick), 2, cbs=MixUp())
+        with pytest.raises(ValueError, match='weights each item'):
+            fit(dropout_learner().select('gradient_norm', pick), 2, cbs=MixUp())
 
 
 # What the selector asks the pick
@@ -198,7 +217,8 @@ def test_a_stratified_subset_is_not_scored():
 @pytest.mark.parametrize('forward', ['twice', 'reuse'])
 @pytest.mark.parametrize('enlarge', [False, True])
 def test_scoring_ends_where_chance_begins(forward, enlarge):
-    learn = fit(dropout_learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))).select('loss', ThenUniform(0.25, at=0.5), forward=forward, enlarge=enlarge), 4)
+    learn = fit(dropout_learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))).select(
+        'loss', ThenUniform(0.25, at=0.5), forward=forward, enlarge=enlarge), 4)
     ledger = learn.selection.ledger
     assert ledger.forward.tolist() == [forward]*2 + ['none']*2 and (ledger.scored[2:] == 0).all()
     assert ledger.selected.between(0.2, 0.3).all()
@@ -235,17 +255,22 @@ def test_export_and_load(tmp_path):
 
 @pytest.mark.parametrize('score', ['reducible', SCORES['negative_il'], lambda loss, il: loss - 0.5*il])
 def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
-    with pytest.raises(ValueError, match=r'needs irreducible losses \(`il`\): use learn.rho_loss\(score='): dropout_learner().select(score)
+    with pytest.raises(ValueError, match=r'needs irreducible losses \(`il`\): use learn.rho_loss\(score='):
+        dropout_learner().select(score)
     dropout_learner().select(score, 'uniform') # which asks for no score
 
 @pytest.mark.parametrize('args,kwargs,kind,message', [
     (('entrophy',), {}, ValueError, "Did you mean 'entropy'"), ((0.5,), {}, TypeError, 'expected a function'),
     (('loss', 'tip'), {}, ValueError, "Did you mean 'top'"),
-    (('loss', TopFraction), {}, TypeError, 'must be a name'), (('loss', TopFraction(0.5), 0.5), {}, ValueError, 'give one of them'),
-    (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'), (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
-    (('loss',), dict(modes='train'), TypeError, 'modes'), ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
+    (('loss', TopFraction), {}, TypeError, 'must be a name'),
+    (('loss', TopFraction(0.5), 0.5), {}, ValueError, 'give one of them'),
+    (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'),
+    (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
+    (('loss',), dict(modes='train'), TypeError, 'modes'),
+    ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
 def test_bad_input_is_refused_at_once(args, kwargs, kind, message):
     with pytest.raises(kind, match=message): dropout_learner().select(*args, **kwargs)
 
 def test_another_method_is_refused():
-    with pytest.raises(ValueError, match='already selects with BatchLossFilter'): dropout_learner().batch_loss_filter().select('loss')
+    with pytest.raises(ValueError, match='already selects with BatchLossFilter'):
+        dropout_learner().batch_loss_filter().select('loss')

@@ -76,8 +76,10 @@ def test_headings_are_clean(notebook):
 @notebooks
 def test_titles_are_words(notebook):
     "The sidebar lists them: in words, not as modules are called"
-    title = next(line for cell in parsed_cells(notebook) if cell.cell_type == 'markdown' for line in cell.source.splitlines() if line.startswith('# '))
-    assert '_' not in title.replace('rholoss_fastai', '') and (title[2].isupper() or 'rholoss' in title), f'{title!r}: a title in words'
+    title = next(line for cell in parsed_cells(notebook) if cell.cell_type == 'markdown'
+                 for line in cell.source.splitlines() if line.startswith('# '))
+    assert '_' not in title.replace('rholoss_fastai',
+                                    '') and (title[2].isupper() or 'rholoss' in title), f'{title!r}: a title in words'
 
 def quiet_functions(cells):
     "Names of functions, defined in these cells, that return nothing and print nothing"
@@ -117,7 +119,8 @@ def test_figures_have_alt_text_and_a_caption(notebook):
         elif is_shown(cell):
             kinds = [kind for output in cell.get('outputs', []) for kind in output.get('data', {})]
             if not any(kind.startswith('image/') for kind in kinds): continue
-            for flag,what in {'fig-alt': 'what its figure shows', 'fig-cap': 'in a caption what is to be seen in it'}.items():
+            for flag,what in {'fig-alt': 'what its figure shows',
+                              'fig-cap': 'in a caption what is to be seen in it'}.items():
                 assert cell.directives_.get(flag), f'cell {cell.id}: say {what}, with `#| {flag}: "..."`\n{cell.source}'
 
 INSTALL = '! [ -e /content ] && pip install -Uqq git+https://github.com/rholoss-fastai/rholoss_fastai'
@@ -125,10 +128,13 @@ INSTALL = '! [ -e /content ] && pip install -Uqq git+https://github.com/rholoss-
 @notebooks
 def test_notebooks_install_the_package_in_colab(notebook):
     "Where the badge on the page leads, nothing is installed yet"
-    cells = [cell for cell in parsed_cells(notebook) if cell.cell_type == 'code' and 'default_exp' not in cell.directives_]
+    cells = [cell for cell in parsed_cells(notebook) if cell.cell_type == 'code'
+             and 'default_exp' not in cell.directives_]
     if not cells: return
     first = cells[0]
-    assert INSTALL in first.source and {'hide', 'eval'} <= first.directives_.keys(), f'the first cell of code should be\n#| hide\n#| eval: false\n{INSTALL}'
+    assert INSTALL in first.source and {'hide',
+                                        'eval'} <= first.directives_.keys(
+        ), f'the first cell of code should be\n#| hide\n#| eval: false\n{INSTALL}'
 
 def test_measured_outside_a_clone(tmp_path, monkeypatch, capsys):
     "A page that is run in Colab says where the figures are"
@@ -171,7 +177,8 @@ def documented(
 
 def test_parameters_of_every_kind():
     text = ParameterRenderer(documented, name='Learner.documented')._repr_markdown_()
-    rows = [[cell.strip() for cell in row.strip('|').split(' | ')] for row in text.splitlines() if row.startswith('| <code>')]
+    rows = [[cell.strip() for cell in row.strip('|').split(' | ')] for row in text.splitlines()
+            if row.startswith('| <code>')]
     assert 'learn.documented(table, pick=None, *targs, score=max, il=None)' in text
     assert rows == [
         ['<code>table</code>', '`dict[str, int]`', '', 'Rows by name'],
@@ -226,7 +233,8 @@ class Page:
 def processed(tmp_path_factory, copy_repository):
     "The folder of processed notebooks, made from a copy of the repository"
     clone = copy_repository(tmp_path_factory.mktemp('clone'))
-    run = subprocess.run([sys.executable, clone/'tools'/'process_notebooks.py'], cwd=clone, capture_output=True, text=True,
+    run = subprocess.run([sys.executable, clone/'tools'/'process_notebooks.py'], cwd=clone,
+                         capture_output=True, text=True,
                          env=dict(os.environ, PYTHONPATH=str(clone)), timeout=900)
     assert run.returncode == 0, f'{run.stdout[-2000:]}\n{run.stderr[-6000:]}'
     assert 'imports and other code' not in run.stderr, run.stderr[-6000:]

@@ -7,15 +7,16 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import Adam
+from helpers import examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples, fit, learner
 
 from rholoss_fastai.all import TeacherIL
 from rholoss_fastai.il_source import il_values
 from rholoss_fastai.teacher import class_columns, class_log_probs, fit_temperature
+
 
 class Rows(list): classes = ['cat', 'dog', 'car']
 
@@ -24,14 +25,17 @@ def named_rows(n=120, names=True):
     rows = list(zip(x, x[:, :3].argmax(1)))
     return DataLoaders(DataLoader(Rows(rows) if names else rows, bs=24, shuffle=True), DataLoader(rows[:60], bs=30))
 
-def named_learner(**kwargs): return learner(partial(named_rows, **kwargs), lambda: nn.Linear(4, 3), opt_func=Adam, lr=0.1)
+def named_learner(**kwargs):
+    return learner(partial(named_rows, **kwargs), lambda: nn.Linear(4, 3), opt_func=Adam, lr=0.1)
 
 def teacher(x): return 5*torch.stack([x[:, 2], x[:, 3], x[:, 1], x[:, 0]], 1) # car, other, dog, cat
 COLUMNS = [3, 2, 0]
 
-def expected(x, y, temperature): return F.cross_entropy(teacher(x)[:, COLUMNS].log_softmax(1)/temperature, y, reduction='none')
+def expected(x, y, temperature):
+    return F.cross_entropy(teacher(x)[:, COLUMNS].log_softmax(1)/temperature, y, reduction='none')
 
-@pytest.mark.parametrize('classes', [['car', 'other', 'dog', 'cat'], COLUMNS, dict(cat=3, dog=2, car=0), {0: 3, 1: [2], 2: 0}], ids=str)
+@pytest.mark.parametrize('classes', [['car', 'other', 'dog', 'cat'], COLUMNS, dict(cat=3, dog=2, car=0),
+                                     {0: 3, 1: [2], 2: 0}], ids=str)
 def test_classes_by_name_and_number(classes):
     learn = named_learner()
     values = il_values(TeacherIL(teacher, classes, temperature=2.), learn.dls, learn)
@@ -58,7 +62,8 @@ def test_a_module_keeps_its_mode_and_state():
     before = {k: v.clone() for k, v in module.state_dict().items()}
     learn.rho_loss(TeacherIL(module), frac=0.5)
     fit(learn, 1)
-    assert all(m.training for m in module.modules()) and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert all(m.training for m in module.modules())
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
 
 @examples(25)
@@ -76,14 +81,17 @@ def test_columns_add_up():
     p = torch.rand(5, 6).softmax(1)
     columns = [[0, 2], [1], [3, 4]]
     sums = torch.stack([p[:, o].sum(1) for o in columns], 1)
-    for out in (p, p.log() - 7): assert torch.allclose(class_log_probs(out, columns).exp(), sums/sums.sum(1, keepdim=True), atol=1e-6)
+    for out in (p, p.log() - 7):
+        assert torch.allclose(class_log_probs(out, columns).exp(), sums/sums.sum(1, keepdim=True), atol=1e-6)
     assert class_log_probs(torch.tensor([[0., 1.]])).isfinite().all()
 
 @pytest.mark.parametrize('make,kind,message', [
-    (lambda: TeacherIL('clip'), TypeError, 'a module or a function'), (lambda: TeacherIL(teacher, temperature=0.), ValueError, 'temperature must lie'),
+    (lambda: TeacherIL('clip'), TypeError, 'a module or a function'),
+    (lambda: TeacherIL(teacher, temperature=0.), ValueError, 'temperature must lie'),
     (lambda: named_learner().rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class for cat'),
     (lambda: named_learner(names=False).rho_loss(TeacherIL(teacher, ['car', 'dog'])), ValueError, 'no class names'),
-    (lambda: TeacherIL(teacher).values(None), ValueError, 'give learn='), (lambda: class_columns(dict(cat=0), ['cat', 'dog']), ValueError, 'no class for dog')])
+    (lambda: TeacherIL(teacher).values(None), ValueError, 'give learn='),
+    (lambda: class_columns(dict(cat=0), ['cat', 'dog']), ValueError, 'no class for dog')])
 def test_refused(make, kind, message):
     with pytest.raises(kind, match=message): make()
 

@@ -17,15 +17,16 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import awd_lstm_lm_config
 from fastai.text.models.core import AWD_LSTM, get_language_model
 from fastai.torch_core import set_seed
+from helpers import examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples, fit, learner
 
 from rholoss_fastai.all import Boltzmann, ImportanceSample, ItemLosses, TeacherIL, element_losses, top_elements
 
-values = st.lists(st.floats(width=32, allow_infinity=False) | st.sampled_from([math.nan, 0., 1., math.inf]), min_size=1, max_size=40)
+values = st.lists(st.floats(width=32, allow_infinity=False) | st.sampled_from([math.nan, 0., 1., math.inf]), min_size=1,
+                  max_size=40)
 
 def brute_force(keys, counted, frac):
     "Sort in Python: NaN last, the earlier of equal ones first"
@@ -45,13 +46,17 @@ def test_ten_thousand_tokens():
     gen = torch.Generator().manual_seed(0)
     keys, counted = torch.randn(100, 100, generator=gen), torch.rand(100, 100, generator=gen) < 0.9
     chosen = top_elements(keys, counted, 0.6)
-    assert chosen.shape == (100, 100) and chosen.flatten().nonzero().flatten().tolist() == brute_force(keys.flatten().tolist(), counted.flatten().tolist(), 0.6)
+    assert chosen.shape == (100, 100)
+    assert chosen.flatten().nonzero().flatten().tolist() == brute_force(keys.flatten().tolist(),
+                                                                        counted.flatten().tolist(), 0.6)
 
 class Items(list):
     def new_empty(self): return Items()
 
 class LM(nn.Module):
-    def __init__(self, n=9, d=12): super().__init__(); self.emb, self.rnn, self.out = nn.Embedding(n, d), nn.GRU(d, d, batch_first=True), nn.Linear(d, n)
+    def __init__(self, n=9, d=12):
+        super().__init__()
+        self.emb, self.rnn, self.out = nn.Embedding(n, d), nn.GRU(d, d, batch_first=True), nn.Linear(d, n)
     def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
 
 def sequences(padded=True, n=40, bs=10):
@@ -60,7 +65,8 @@ def sequences(padded=True, n=40, bs=10):
     dl = DataLoader(Items(zip(x, y)), bs=bs)
     return DataLoaders(dl, dl)
 
-def sequence_learner(loss=None, padded=True, **kwargs): return learner(partial(sequences, padded), LM, loss, lr=0.1, **kwargs)
+def sequence_learner(loss=None, padded=True, **kwargs):
+    return learner(partial(sequences, padded), LM, loss, lr=0.1, **kwargs)
 
 class Watch(Callback):
     "Gradient, loss and choice of each step, and what they would be by brute force"
@@ -72,7 +78,8 @@ class Watch(Callback):
         losses = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten(), reduction='none')
         scores = losses.detach()
         if self.il is not None:
-            with torch.no_grad(): scores = scores - F.cross_entropy(self.il(x).flatten(0, 1), y.flatten(), reduction='none')
+            with torch.no_grad():
+                scores = scores - F.cross_entropy(self.il(x).flatten(0, 1), y.flatten(), reduction='none')
         chosen = brute_force(scores.tolist(), (y.flatten() != -100).tolist(), self.frac)
         expected = losses[chosen].mean()
         assert self.learn.token_selector.mask.flatten().nonzero().flatten().tolist() == chosen
@@ -94,17 +101,20 @@ def test_trains_on_the_mean_of_the_chosen(padded, il):
     assert watch.n == 8 and learn.selection is learn.token_selector.record
     counted = sum(int((y != -100).sum()) for _, y in learn.dls.train.dataset)
     ledger = learn.selection.ledger
-    assert ledger.elements_loaded.tolist() == [counted]*2 and ledger.loaded.tolist() == [40]*2 and (ledger.elements_trained/counted == ledger.selected).all()
+    assert ledger.elements_loaded.tolist() == [counted]*2 and ledger.loaded.tolist() == [40]*2
+    assert (ledger.elements_trained/counted == ledger.selected).all()
     assert (ledger.selected - 0.5).abs().max() < 0.02 and (ledger.forward == 'reuse').all()
     assert (ledger.loss_share > 0.5).all() if not il else True
     assert reference is None or reference.training and all(p.grad is None for p in reference.parameters())
 
 def test_all_tokens_are_plain_training():
-    plain, whole, weighted = (list(fit(o, 2).model.parameters()) for o in (sequence_learner(), token_learner(frac=1.), token_learner(frac=1 - 1e-9)))
+    plain, whole, weighted = (list(fit(o, 2).model.parameters())
+                              for o in (sequence_learner(), token_learner(frac=1.), token_learner(frac=1 - 1e-9)))
     for a, b, c in zip(plain, whole, weighted): assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-6)
 
 def test_a_loss_that_sums():
-    learn = fit(token_learner(loss=CrossEntropyLossFlat(reduction='sum'), frac=1 - 1e-9), 1, lr=1e-4) # all of them, by weights
+    # all of them, by weights
+    learn = fit(token_learner(loss=CrossEntropyLossFlat(reduction='sum'), frac=1 - 1e-9), 1, lr=1e-4)
     other = fit(sequence_learner(CrossEntropyLossFlat(reduction='sum')), 1, lr=1e-4)
     for a, b in zip(learn.model.parameters(), other.model.parameters()): assert torch.allclose(a, b, atol=1e-6)
 
@@ -112,7 +122,8 @@ def test_start_every_and_warmup():
     learn = fit(tokens(sequence_learner(), frac=0.5, warmup_epochs=1, every=2), 3)
     kept = learn.selection.ledger.selected
     assert kept[0] == 1 and 0.7 < kept[1] < 0.8 and kept[1] == kept[2]
-    assert (fit(tokens(sequence_learner(), frac=0.5, start=0.5), 2).selection.ledger.selected < 1).tolist() == [False, True]
+    assert (fit(tokens(sequence_learner(), frac=0.5, start=0.5), 2).selection.ledger.selected
+            < 1).tolist() == [False, True]
 
 def test_undone_and_in_the_table():
     learn = sequence_learner()
@@ -138,7 +149,8 @@ def test_interrupted():
     learn = token_learner()
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Stop())
     fit(learn, 1)
-    assert len(learn.selection.ledger) == 2 and learn.selection.ledger.elements_loaded[0] < learn.selection.ledger.elements_loaded[1]
+    assert len(learn.selection.ledger) == 2
+    assert learn.selection.ledger.elements_loaded[0] < learn.selection.ledger.elements_loaded[1]
     assert len(learn.metrics) == 0
 
 def test_gradient_accumulation_divides_it():
@@ -150,21 +162,26 @@ def test_pixels_and_labels():
     set_seed(0)
     x = torch.randn(12, 3, 4, 4)
     for y, loss, model in ((x[:, 0] > 0).long(), CrossEntropyLossFlat(axis=1), nn.Conv2d(3, 2, 1)), \
-                          ((x.mean((2, 3)) > 0).float(), BCEWithLogitsLossFlat(), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))):
+                          ((x.mean((2, 3)) > 0).float(), BCEWithLogitsLossFlat(),
+                           nn.Sequential(nn.Flatten(), nn.Linear(48, 3))):
         dl = DataLoader(list(zip(x, y)), bs=6)
         learn = fit(tokens(Learner(DataLoaders(dl, dl), model, loss_func=loss, lr=0.1), frac=0.25), 1)
-        assert learn.selection.ledger.elements_loaded[0] == y.numel() and learn.selection.ledger.selected[0] == pytest.approx(0.25, abs=0.03)
+        assert learn.selection.ledger.elements_loaded[0] == y.numel()
+        assert learn.selection.ledger.selected[0] == pytest.approx(0.25, abs=0.03)
 
 def test_awd_lstm_carries_its_state():
     set_seed(0)
     lines = [torch.randint(0, 20, (30,)) for _ in range(20)]
     def make():
         dls = DataLoaders(*[LMDataLoader([(o,) for o in lines], bs=4, seq_len=8, num_workers=0) for _ in range(2)])
-        config = dict(awd_lstm_lm_config, emb_sz=12, n_hid=14, n_layers=1, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=0.2)
-        return Learner(dls, get_language_model(AWD_LSTM, 20, config=config), loss_func=CrossEntropyLossFlat(), cbs=rnn_cbs(), lr=0.01)
+        config = dict(awd_lstm_lm_config, emb_sz=12, n_hid=14, n_layers=1, output_p=0., hidden_p=0., input_p=0.,
+                      embed_p=0., weight_p=0.2)
+        return Learner(dls, get_language_model(AWD_LSTM, 20, config=config), loss_func=CrossEntropyLossFlat(),
+                       cbs=rnn_cbs(), lr=0.01)
     learn, reference, other = make(), make(), make()
     other.model.load_state_dict(learn.model.state_dict())
-    for o in (tokens(learn, reference, frac=1 - 1e-9), other): set_seed(1), fit(o, 2) # all of them, by weights; the reference draws no random number
+    # all of them, by weights; the reference draws no random number
+    for o in (tokens(learn, reference, frac=1 - 1e-9), other): set_seed(1), fit(o, 2)
     for p, q in zip(learn.model.parameters(), other.model.parameters()): assert torch.allclose(p, q, atol=1e-5)
     assert (fit(tokens(learn, reference, frac=0.5), 1).selection.ledger.selected - 0.5).abs().max() < 0.02
 
@@ -178,10 +195,14 @@ def test_export(tmp_path):
 def own(pred, targ): return F.cross_entropy(pred.flatten(0, 1), targ.flatten())
 
 @pytest.mark.parametrize('make,kind,message', [
-    (lambda: tokens(sequence_learner(), score='entropy'), ValueError, 'wants pred'), (lambda: tokens(sequence_learner(), score='reducible'), ValueError, 'il=model'),
-    (lambda: tokens(sequence_learner(), pick=ImportanceSample(0.5)), TypeError, 'one that ranks'), (lambda: sequence_learner().rho_loss(unit='token'), TypeError, 'element_losses'),
-    (lambda: fit(token_learner(loss=own), 2), ValueError, "reduction='none'"), (lambda: fit(token_learner(cbs=MixUp()), 2), ValueError, 'MixUp'),
-    (lambda: tokens(sequence_learner().select('loss')), ValueError, 'no_selection'), (lambda: tokens(sequence_learner(), frac=0), ValueError, 'frac must lie')])
+    (lambda: tokens(sequence_learner(), score='entropy'), ValueError, 'wants pred'),
+    (lambda: tokens(sequence_learner(), score='reducible'), ValueError, 'il=model'),
+    (lambda: tokens(sequence_learner(), pick=ImportanceSample(0.5)), TypeError, 'one that ranks'),
+    (lambda: sequence_learner().rho_loss(unit='token'), TypeError, 'element_losses'),
+    (lambda: fit(token_learner(loss=own), 2), ValueError, "reduction='none'"),
+    (lambda: fit(token_learner(cbs=MixUp()), 2), ValueError, 'MixUp'),
+    (lambda: tokens(sequence_learner().select('loss')), ValueError, 'no_selection'),
+    (lambda: tokens(sequence_learner(), frac=0), ValueError, 'frac must lie')])
 def test_refused(make, kind, message):
     with pytest.raises(kind, match=message): make()
 
@@ -199,7 +220,8 @@ class Block(nn.Module):
     def __init__(self, d, heads=2):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(d, 3*d), nn.Linear(d, d)
-        self.mlp, self.norms = nn.Sequential(nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d)), nn.ModuleList([nn.LayerNorm(d) for _ in range(2)])
+        self.mlp, self.norms = nn.Sequential(nn.Linear(d, 2*d), nn.GELU(),
+                                             nn.Linear(2*d, d)), nn.ModuleList([nn.LayerNorm(d) for _ in range(2)])
     def forward(self, h):
         q, k, v = (o.unflatten(-1, (self.heads, -1)).transpose(1, 2) for o in self.qkv(self.norms[0](h)).chunk(3, -1))
         h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
@@ -223,8 +245,12 @@ def lm_loss(out, targ, reduction='mean', ignore_index=-100):
 class WatchCausal(Watch):
     def after_backward(self):
         chosen = self.learn.token_selector.mask
-        with torch.no_grad(): excess = [F.cross_entropy(m(self.x).logits.flatten(0, 1), self.y.flatten(), reduction='none') for m in (self.model, self.il)]
-        assert chosen.flatten().nonzero().flatten().tolist() == brute_force((excess[0] - excess[1]).tolist(), (self.y != -100).flatten().tolist(), self.frac)
+        with torch.no_grad():
+            excess = [F.cross_entropy(m(self.x).logits.flatten(0, 1), self.y.flatten(), reduction='none')
+                      for m in (self.model, self.il)]
+        assert chosen.flatten().nonzero().flatten().tolist() == brute_force((excess[0] - excess[1]).tolist(),
+                                                                            (self.y != -100).flatten().tolist(),
+                                                                            self.frac)
         self.n += 1
 
 def test_a_causal_model_with_an_output_object():
@@ -248,7 +274,8 @@ class Sentences(Items):
     def __init__(self, n=40, seed=0):
         gen = torch.Generator().manual_seed(seed)
         sizes = torch.randint(2, 9, (n,), generator=gen).tolist()
-        super().__init__([(torch.randint(0, 9, (k,), generator=gen), torch.randint(0, 9, (k,), generator=gen)) for k in sizes])
+        super().__init__([(torch.randint(0, 9, (k,), generator=gen), torch.randint(0, 9, (k,), generator=gen))
+                          for k in sizes])
 
 def padded_batch(items, first=False):
     "To the longest of the batch, on either side; what the loss ignores is not only padding"
@@ -269,7 +296,8 @@ class PerToken(nn.Module):
 
 def tagger(first=False, seed=0, bs=10, shuffle=True):
     set_seed(seed)
-    dls = DataLoaders(*[DataLoader(Sentences(), bs=bs, shuffle=shuffle, create_batch=partial(padded_batch, first=first)) for _ in range(2)])
+    dls = DataLoaders(*[DataLoader(Sentences(), bs=bs, shuffle=shuffle, create_batch=partial(padded_batch, first=first))
+                        for _ in range(2)])
     return Learner(dls, PerToken(seed), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.1)
 
 def test_table_of_a_reference_says_what_it_says():
@@ -299,7 +327,8 @@ def test_elements_are_where_the_targets_are(shape):
     y[:, 0] = 255
     item_losses = ItemLosses(CrossEntropyLossFlat(axis=1, ignore_index=255))
     losses, counted = item_losses.elements(pred, y)
-    assert torch.equal(counted, y != 255) and torch.allclose(losses, F.cross_entropy(pred, y, reduction='none', ignore_index=255), atol=1e-6)
+    assert torch.equal(counted, y != 255)
+    assert torch.allclose(losses, F.cross_entropy(pred, y, reduction='none', ignore_index=255), atol=1e-6)
     weights = torch.rand(y.shape)*(y != 255)
     expected = (weights*F.cross_entropy(pred, y, reduction='none', ignore_index=255)).sum()/(y != 255).sum()
     assert torch.allclose(item_losses.weighted(weights, pred, y), expected, atol=1e-6)
@@ -347,13 +376,17 @@ class Longer(Callback):
         if self.training and self.iter == 1: self.learn.yb = (self.y.masked_fill(self.y == 3, -100),)
 
 def lm_table():
-    dls = DataLoaders(*[LMDataLoader([(torch.randint(0, 9, (30,)),) for _ in range(9)], bs=4, seq_len=8, shuffle=True, num_workers=0) for _ in range(2)])
+    dls = DataLoaders(*[LMDataLoader([(torch.randint(0, 9, (30,)),) for _ in range(9)], bs=4, seq_len=8, shuffle=True,
+                                     num_workers=0) for _ in range(2)])
     return Learner(dls, LM(), loss_func=CrossEntropyLossFlat()).rho_loss([torch.ones(30)]*9, unit='token')
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: tokens(tagger(), [torch.ones(2)]*7), 'of 7 rows, but the training set has 40'), (lambda: fit(tokens(tagger(shuffle=False), wrong_line()), 2), '1 of 10 rows have another'),
-    (lambda: fit(tokens(tagger(), element_losses(tagger(), tagger().dls.train)), 2, cbs=Longer()), 'of 40 rows have another number of elements'),
-    (lambda: tokens(tagger(), [torch.tensor([math.inf])]*40), 'infinite'), (lm_table, 'a reference model, which needs no rows')])
+    (lambda: tokens(tagger(), [torch.ones(2)]*7), 'of 7 rows, but the training set has 40'),
+    (lambda: fit(tokens(tagger(shuffle=False), wrong_line()), 2), '1 of 10 rows have another'),
+    (lambda: fit(tokens(tagger(), element_losses(tagger(), tagger().dls.train)), 2, cbs=Longer()),
+     'of 40 rows have another number of elements'),
+    (lambda: tokens(tagger(), [torch.tensor([math.inf])]*40), 'infinite'),
+    (lm_table, 'a reference model, which needs no rows')])
 def test_tables_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message): make()
 
@@ -361,27 +394,35 @@ def test_tables_that_do_not_fit(make, message):
 
 @pytest.mark.parametrize('method', ['select', 'rho_loss'])
 @pytest.mark.parametrize('argument,why', [
-    (dict(forward='twice'), 'forward that training makes'), (dict(staleness=2), 'forward that training makes'), (dict(scale_factor=0.5), 'forward that training makes'),
-    (dict(proxy=object()), 'forward that training makes'), (dict(enlarge=True), 'no item leaves the batch'), (dict(min_items=4), 'no item leaves the batch'),
-    (dict(track=dict(a=torch.ones(40).bool())), 'counts elements'), (dict(fallback='uniform'), 'counts elements'), (dict(il_budget=0.5), 'made beforehand')],
+    (dict(forward='twice'), 'forward that training makes'), (dict(staleness=2), 'forward that training makes'),
+    (dict(scale_factor=0.5), 'forward that training makes'),
+    (dict(proxy=object()), 'forward that training makes'), (dict(enlarge=True), 'no item leaves the batch'),
+    (dict(min_items=4), 'no item leaves the batch'),
+    (dict(track=dict(a=torch.ones(40).bool())), 'counts elements'), (dict(fallback='uniform'), 'counts elements'),
+    (dict(il_budget=0.5), 'made beforehand')],
     ids=lambda o: o if isinstance(o, str) else next(iter(o)))
 def test_arguments_that_say_nothing_of_tokens(method, argument, why):
     kwargs = dict(il=LM(), **(dict(score='reducible') if method == 'select' else {}))
-    with pytest.raises(ValueError, match=f"says nothing of tokens: .*{why}.* Leave it out"): getattr(sequence_learner(), method)(unit='token', **kwargs, **argument)
+    with pytest.raises(ValueError, match=f"says nothing of tokens: .*{why}.* Leave it out"):
+        getattr(sequence_learner(), method)(unit='token', **kwargs, **argument)
 
 def test_arguments_that_are_as_they_are_anyway():
-    fit(sequence_learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False, epoch='candidates'), 1)
+    fit(sequence_learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False,
+                                    epoch='candidates'), 1)
     for argument in (dict(update_il=True), dict(il_epochs=3), dict(il_folds=2)):
-        with pytest.raises(ValueError, match='made beforehand'): sequence_learner().rho_loss(LM(), unit='token', **argument)
+        with pytest.raises(ValueError, match='made beforehand'):
+            sequence_learner().rho_loss(LM(), unit='token', **argument)
     with pytest.raises(TypeError, match='fracs'): sequence_learner().select(unit='token', fracs=0.2)
 
 @pytest.mark.parametrize('make,kind,message', [
-    (lambda: sequence_learner().select(unit='tokens'), ValueError, "Did you mean 'token'"), (lambda: sequence_learner().rho_loss(LM(), unit=None), ValueError, "'item', 'token'"),
+    (lambda: sequence_learner().select(unit='tokens'), ValueError, "Did you mean 'token'"),
+    (lambda: sequence_learner().rho_loss(LM(), unit=None), ValueError, "'item', 'token'"),
     (lambda: sequence_learner().select(unit='token', il=LM()), ValueError, "don't look at it: use score='reducible'"),
     (lambda: sequence_learner().rho_loss(LM(), unit='token', pick='uniform'), ValueError, "don't look at it"),
     (lambda: sequence_learner().rho_loss('probe', unit='token'), TypeError, "il='probe' stands for losses of items"),
     (lambda: sequence_learner().rho_loss(TeacherIL(lambda x: x), unit='token'), TypeError, 'losses of items'),
-    (lambda: token_learner().select('loss'), ValueError, 'no_selection'), (lambda: token_learner().prune_epochs('random'), ValueError, 'no_selection')])
+    (lambda: token_learner().select('loss'), ValueError, 'no_selection'),
+    (lambda: token_learner().prune_epochs('random'), ValueError, 'no_selection')])
 def test_units_that_do_not_go(make, kind, message):
     with pytest.raises(kind, match=message): make()
 

@@ -1,4 +1,5 @@
-"""LossHistory: readings against lists, what is noted against forwards of its own, and its use by `prune` and as an epoch rule."""
+"""LossHistory: readings against lists, what is noted against forwards of its own, and its use by `prune` and as an
+epoch rule."""
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 from fastai.losses import MSELossFlat
+from helpers import examples, fit
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows
@@ -15,21 +17,35 @@ from test_epoch_rules import BS, N, Watch, dataloaders, epoch_learner
 from test_rho_epochs import NOISE, noisy_learner
 from torch import nn
 from torch.nn import functional as F
-from helpers import examples, fit
 
-from rholoss_fastai.all import (IES, ByHistory, DatasetScores, InfoBatch, RandomSubset, LossHistory, alignment, first_learnt, forgetting_events, label_margins, loss_variance,
-                                mean_margin, prune)
+from rholoss_fastai.all import (
+    IES,
+    ByHistory,
+    DatasetScores,
+    InfoBatch,
+    LossHistory,
+    RandomSubset,
+    alignment,
+    first_learnt,
+    forgetting_events,
+    label_margins,
+    loss_variance,
+    mean_margin,
+    prune,
+)
 
 value = st.one_of(st.floats(-5, 5, width=16), st.just(float('nan')))
 
 
 @examples(80)
-@given(st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(value, min_size=k, max_size=k), min_size=1, max_size=12)), st.integers(0, 99))
+@given(st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(value, min_size=k, max_size=k), min_size=1, max_size=12)),
+       st.integers(0, 99))
 def test_readings_against_lists(rows, seed):
     "Each row's trajectory alone, with lists"
     table,k = torch.tensor(rows).T,len(rows[0])
     reference = torch.rand(k, generator=torch.Generator().manual_seed(seed))
-    aum, variance, first, forgotten, aligned = mean_margin(table), loss_variance(table), first_learnt(table), forgetting_events(table), alignment(table, reference)
+    aum, variance, first, forgotten, aligned = mean_margin(table), loss_variance(table), first_learnt(
+        table), forgetting_events(table), alignment(table, reference)
     for i,row in enumerate(rows):
         known = [o for o in row if not math.isnan(o)]
         if not known:
@@ -54,7 +70,8 @@ def test_what_is_noted():
             if not self.training: return
             from numbered_rows import rows_of
             pred = self.pred.detach()
-            self.kept[-1][rows_of(self.x)] = torch.stack([p[y] - max(o for c,o in enumerate(p) if c != y) for p,y in zip(pred, self.y)])
+            self.kept[-1][rows_of(self.x)] = torch.stack([p[y] - max(o for c,o in enumerate(p) if c != y) for p,
+                                                          y in zip(pred, self.y)])
     history, watch, margins = LossHistory(k=3), Watch(), Margins()
     learn = fit(epoch_learner().prune_epochs(delta=1.), 5, cbs=[history, watch, margins])
     assert history.losses.shape == history.margins.shape == (3, N) and history.kept[0].dtype == torch.float16
@@ -71,10 +88,13 @@ def test_scores_prune_and_suspects(tmp_path):
     learn = noisy_learner(cbs=history, path=tmp_path)
     fit(learn, 5)
     table = history.scores('aum')
-    assert isinstance(table, DatasetScores) and NOISE[prune(learn.dls, table, 0.7).train.dataset.row_numbers].float().mean() < 0.5*NOISE.float().mean()
+    assert isinstance(table, DatasetScores)
+    assert NOISE[prune(learn.dls, table, 0.7).train.dataset.row_numbers].float().mean() < 0.5*NOISE.float().mean()
     suspects = history.suspects(30)
-    assert len(suspects) == 30 and NOISE[suspects.row.tolist()].float().mean() > 0.7 and suspects.aum.is_monotonic_increasing
-    for reading in ('variance', 'first_learnt', 'forgetting', 'alignment'): assert history.scores(reading).values.isfinite().all()
+    assert len(suspects) == 30 and NOISE[suspects.row.tolist()].float().mean() > 0.7
+    assert suspects.aum.is_monotonic_increasing
+    for reading in ('variance', 'first_learnt', 'forgetting', 'alignment'):
+        assert history.scores(reading).values.isfinite().all()
     assert torch.equal(history.read(lambda losses: losses.amax(0)), history.losses.amax(0))
     with pytest.raises(ValueError, match="Did you mean 'variance'"): history.read('varience')
     learn.export('learner.pkl')
@@ -92,8 +112,10 @@ def test_a_reading_is_a_rules_score():
     times = learn.selection.selected.float()
     assert learn.selection.ledger.trained.iloc[:2].tolist() == [N]*2 and times[NOISE].mean() < 0.8*times[~NOISE].mean()
     for rule,last in ((IES(), 5), (RandomSubset(), 0)):
-        with pytest.raises(ValueError, match=f'goes by {last}: use a rule that goes by the last loss alone'): ByHistory(history, 'aum', rule)
-    with pytest.raises(ValueError, match='must be a callback of this Learner'): fit(noisy_learner().prune_epochs(ByHistory(history)), 1)
+        with pytest.raises(ValueError, match=f'goes by {last}: use a rule that goes by the last loss alone'):
+            ByHistory(history, 'aum', rule)
+    with pytest.raises(ValueError, match='must be a callback of this Learner'):
+        fit(noisy_learner().prune_epochs(ByHistory(history)), 1)
 
 
 def test_memory_is_said_in_advance():
@@ -111,15 +133,18 @@ def test_regression_selection_and_refusals():
     rows = Rows(N)
     rows.targets = rows.targets.float()
     history = LossHistory()
-    fit(epoch_learner(dataloaders(rows), nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=MSELossFlat(), cbs=history), 2)
+    fit(epoch_learner(dataloaders(rows), nn.Sequential(nn.Flatten(), nn.Linear(36, 1)), loss_func=MSELossFlat(),
+                      cbs=history), 2)
     assert history.margins.isnan().all() and history.scores('variance').values.isfinite().all()
     with pytest.raises(ValueError, match="needs margins"): history.scores('aum')
     selected = LossHistory()
-    learn = fit(epoch_learner(cbs=selected).select(pick='uniform', frac=0.5, enlarge=False), 2) # what a selector has narrowed
+    # what a selector has narrowed
+    learn = fit(epoch_learner(cbs=selected).select(pick='uniform', frac=0.5, enlarge=False), 2)
     assert (~selected.losses.isnan()).sum() == learn.selection.total('trained')
     with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner(cbs=[LossHistory(), MixUp()]), 1)
     with pytest.raises(ValueError, match='Nothing was trained yet'): LossHistory().scores()
-    with pytest.raises(ValueError, match='were never scored'): fit(epoch_learner(cbs=history), 0) and selected.scores('variance')
+    with pytest.raises(ValueError, match='were never scored'):
+        fit(epoch_learner(cbs=history), 0) and selected.scores('variance')
 
 
 def test_margins():

@@ -5,7 +5,9 @@ from write_readme import readme
 
 DOCS = 'https://rholoss-fastai.github.io/rholoss_fastai'
 
-def output(**data): return dict(output_type='display_data', metadata={}, data={kind.replace('_', '/'): text for kind, text in data.items()})
+def output(**data):
+    return dict(output_type='display_data', metadata={},
+                data={kind.replace('_', '/'): text for kind, text in data.items()})
 
 def readme_of(tmp_path, *cells):
     nb = new_nb([mk_cell('# A title\n\n> A blurb', 'markdown'), *cells])
@@ -14,9 +16,11 @@ def readme_of(tmp_path, *cells):
 
 def test_title_code_and_outputs(tmp_path):
     table = '<style>td {color: red}</style><table><tr><td>1</td></tr></table>'
-    text = readme_of(tmp_path, mk_cell('#| hide\nhidden()'), mk_cell('#| echo: false\nquiet()', outputs=[output(text_plain='42')]),
+    text = readme_of(tmp_path, mk_cell('#| hide\nhidden()'),
+                     mk_cell('#| echo: false\nquiet()', outputs=[output(text_plain='42')]),
                      mk_cell('#| output: false\nmute()', outputs=[output(image_png='iVBO')]),
-                     mk_cell('shown()', outputs=[dict(output_type='stream', name='stdout', text='printed\n'), output(text_html=table)]))
+                     mk_cell('shown()', outputs=[dict(output_type='stream', name='stdout', text='printed\n'),
+                                                 output(text_html=table)]))
     assert text.startswith('# A title\n\n<!--') and '\n\n> A blurb\n\n' in text
     assert 'hidden' not in text and 'quiet' not in text and '#|' not in text
     for block in ('```\n42\n```', '```python\nmute()\n```', '```python\nshown()\n```\n\n```\nprinted\n```',
@@ -36,4 +40,5 @@ def test_title_code_and_outputs(tmp_path):
 def test_links(tmp_path, link, expected): assert f'\n\n{expected}\n' in readme_of(tmp_path, mk_cell(link, 'markdown'))
 
 def test_image_among_outputs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='nbs/images'): readme_of(tmp_path, mk_cell('plot()', outputs=[output(image_png='iVBO')]))
+    with pytest.raises(ValueError, match='nbs/images'):
+        readme_of(tmp_path, mk_cell('plot()', outputs=[output(image_png='iVBO')]))
