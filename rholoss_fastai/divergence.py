@@ -83,6 +83,11 @@ class DivergenceGuard:
                                     step=step, hypers=hypers.copies())
         self.in_a_row = 0
 
+    @property
+    def has_begun(self)->bool:
+        "Was a step taken, after a first look?"
+        return self.reference[0] is not None and (self.reference[1] is not None or self.first is not None)
+
     def restore(self,
         learn:Learner, # Its model and optimiser
         hypers # As in `remember`

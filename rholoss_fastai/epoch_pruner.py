@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .checks import by_name, check_choice, check_count, short_name
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
-from .fit_callback import FitCallback, batch_rows, weigh_loss
+from .fit_callback import FitCallback, batch_rows, set_record_aside, weigh_loss
 from .il_source import il_source, il_values
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
-from .record import SelectionRecord, set_record_aside
+from .record import SelectionRecord
 from .rows import dataset_size, is_distributed, loader_batch_size, own_rows, reader, track_rows
 from .scores import check_known_outside, find_score, for_loss, score_inputs
 from .selector import AnySelector

@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/hypergradient.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'Update', 'hypergradient', 'twice_differentiable', 'values_in_place', 'untouched', 'ExtraPass',
-           'first_items', 'curved', 'Scale', 'HyperParams', 'WeightRates']
+           'first_items', 'curved', 'Scale', 'HyperParams', 'check_start', 'WholeStep', 'WeightRates']
 
 # %% ../nbs/40_hypergradient.ipynb #b3983153
 import math
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from fastai.optimizer import Optimizer, adam_step, average_sqr_grad, momentum_step, rms_prop_step, sgd_step, step_stat
+from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
@@ -27,8 +28,7 @@ from .nested import batch_size, plain, prediction, subset_batch, tensors
 from .rows import preserve_rng
 
 # %% ../nbs/40_hypergradient.ipynb #d948e888
-# fastai's steppers change weights and state in place; these are the same formulas as functions: what they return is
-# updated
+# fastai's steppers change weights and state in place; these are the same formulas, which return what is new
 def _sgd_step(w, g, lr, **_): return dict(w=w - lr*g)
 def _momentum_step(w, lr, grad_avg, **_): return dict(w=w - lr*grad_avg)
 def _weight_decay(w, lr, wd, do_wd=True, **_): return dict(w=w*(1 - lr*wd)) if do_wd else {}
@@ -89,8 +89,7 @@ class Update:
         name:str # 'lr', 'wd' or 'mom'
     )->bool:
         "Does the step depend on this hyper-parameter?"
-        return any(f in self.functions
-                   for f in dict(lr=self.functions, wd=(weight_decay, l2_reg), mom=(average_grad,))[name])
+        return name == 'lr' or any(f in self.functions for f in dict(wd=(weight_decay, l2_reg), mom=(average_grad,))[name])
 
     def _state(self, p):
         if not isinstance(self.opt, OptimWrapper): return self.opt.state.get(p, {})
@@ -250,6 +249,10 @@ class HyperParams:
         values = iter(torch.stack(largest).tolist())
         return {name: [next(values) for _ in groups] for name,groups in self.theta.items()}
 
+    def by_group(self)->dict: # Name, or 'name_group' where there are several groups -> number
+        "`values` as a line of a table"
+        return {name if len(v)==1 else f'{name}_{k}': o for name,v in self.values().items() for k,o in enumerate(v)}
+
     def begin(self,
         opt # Optimiser
     ):
@@ -349,6 +352,49 @@ class HyperParams:
     def before_step(self, opt): "For subclasses"
     def after_step(self, opt): "For subclasses"
     def pool(self, opt): "For subclasses"
+
+# %% ../nbs/40_hypergradient.ipynb #3fa04896
+_mends = dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
+
+def check_start(
+    tune:tuple, # What to learn
+    update:Update, # The optimiser's step
+    opt, # The optimiser, or one like it
+    wd=None # Weight decay that the next fit will set, if any
+):
+    "Raise where the optimiser lacks what is to be learnt, or begins off its scale"
+    for name in tune:
+        if not update.has(name):
+            raise ValueError(f"tune={tune!r}, but the optimiser has no "
+                             f"{dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, or begin "
+                             f"with some, for example {_mends[name]}.")
+        values = [hyper[name] for hyper in opt.hypers]
+        if name=='wd' and wd is not None: values = [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
+        for value in values:
+            if not 0 < value < (1 if name=='mom' else math.inf):
+                raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < "
+                                 f"{name}{' < 1' if name=='mom' else ''}: begin elsewhere, for example {_mends[name]}, "
+                                 f"or leave {name!r} out of tune.")
+
+# %% ../nbs/40_hypergradient.ipynb #39a6c26c
+class WholeStep:
+    "The step of all weights that have a gradient, as a function of their gradients and of the hyper-parameters"
+    def __init__(self,
+        update:Update, # The step of one weight
+        hypers:HyperParams # What is learnt
+    ):
+        opt,self.update,self.hypers = update.opt,update,hypers
+        self.places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers))
+                       for i,p in enumerate(group) if p.grad is not None and p.requires_grad]
+        self.weights,self.grads = [p for p,*_ in self.places],[p.grad for p,*_ in self.places]
+
+    def __call__(self,
+        grads:list # Perhaps functions of the weights
+    )->list: # The weights after the step
+        "A function of the hyper-parameters' leaves"
+        values = self.hypers.outward()
+        def own(k, i): return {name: self.hypers.of_weight(groups, k, i) for name,groups in values.items()}
+        return [self.update(p, g, {**hyper, **own(k, i)}) for g,(p,k,i,hyper) in zip(grads, self.places)]
 
 # %% ../nbs/40_hypergradient.ipynb #aafbe40d
 class WeightRates(HyperParams):

@@ -28,32 +28,17 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader as TorchDataLoader
 
 from .checks import check_count, check_number
 from .divergence import DivergenceGuard
 from .fit_callback import FitCallback
 from .hypergradient import SCALES, ExtraPass, HyperParams, Update, WeightRates, curved, first_items, values_in_place
-from .loaders import restrict_rows, scoring_loader
+from .loaders import restrict_rows, shuffled_loader
 from .nested import plain
 from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
 from .selector import BatchSelector
 
 # %% ../nbs/41_one_pass.ipynb #d082a2ec
-def _shuffled(dl, rows, bs, seed):
-    "A copy of `dl` over `rows` (None: all) in random order by its own generator, with the transforms of validation"
-    generator = torch.Generator().manual_seed(seed)
-    try: res = scoring_loader(dl, rows, bs)
-    except ValueError: # an iterable data set, or batches of its own: in its own order
-        if rows is None: return dl
-        raise
-    if isinstance(res, TorchDataLoader):
-        return TorchDataLoader(res.dataset, res.batch_size, shuffle=True, generator=generator,
-                               collate_fn=res.collate_fn)
-    if hasattr(res, 'seq_len'): return res # a `LMDataLoader`'s batches go on where the last one ended
-    res.get_idxs = lambda: torch.randperm(res.n, generator=generator).tolist()
-    return res
-
 def _split(dl, share, bs, split_seed, seed):
     "Loaders of the training rows that are left, and of a share of them to validate on"
     try:
@@ -61,7 +46,7 @@ def _split(dl, share, bs, split_seed, seed):
         n,order = round(share*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(split_seed))
         with preserve_rng():
             return (restrict_rows(dl, rows[order[n:].sort().values]),
-                    _shuffled(dl, rows[order[:n].sort().values], bs, seed))
+                    shuffled_loader(dl, rows[order[:n].sort().values], bs, seed))
     except ValueError as e:
         raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: "
                          "pass valid_dl= in its place.") from e
@@ -69,7 +54,7 @@ def _split(dl, share, bs, split_seed, seed):
 def _shuffled_validation(dls, bs, seed):
     "`dls.valid` in random order, in batches as large as in training"
     sizes = [o for o in map(loader_batch_size, (dls.train, dls.valid)) if o]
-    with preserve_rng(): res = _shuffled(dls.valid, None, bs or min(sizes, default=None), seed)
+    with preserve_rng(): res = shuffled_loader(dls.valid, None, bs or min(sizes, default=None), seed)
     if bs and res is dls.valid:
         raise ValueError(f"valid_bs={bs}, but {type(res).__name__} can't be read in batches of another size: leave "
                          "valid_bs out, or pass valid_dl=.")
@@ -140,23 +125,6 @@ def _check_arguments(tune, every, n_terms, hyper_lr, valid_dl, valid_pct, valid_
                          "batches, so leave these out.")
 
 # %% ../nbs/41_one_pass.ipynb #90bbb315
-_mends = dict(wd='Learner(wd=1e-4)', mom='opt_func=partial(SGD, mom=0.9)', lr='Learner(lr=1e-3)')
-
-def _check_start(tune, update, opt, wd):
-    "Raise where the optimiser lacks what is to be learnt, or begins off its scale"
-    for name in tune:
-        if not update.has(name):
-            raise ValueError(f"tune={tune!r}, but the optimiser has no "
-                             f"{dict(mom='momentum', wd='weight decay')[name]}: leave {name!r} out of tune, or begin "
-                             f"with some, for example {_mends[name]}.")
-        values = [hyper[name] for hyper in opt.hypers]
-        if name=='wd' and wd is not None: values = [wd.start or wd.stop/10, wd.stop] if isinstance(wd, slice) else L(wd)
-        for value in values:
-            if not 0 < value < (1 if name=='mom' else math.inf):
-                raise ValueError(f"{name} begins at {value}, but it is learnt on a scale that needs 0 < "
-                                 f"{name}{' < 1' if name=='mom' else ''}: begin elsewhere, for example {_mends[name]}, "
-                                 f"or leave {name!r} out of tune.")
-
 def _check_learner(learn, tune):
     "Raise where something in the Learner can't go with this"
     if any(isinstance(m, torch.jit.ScriptModule) for m in learn.model.modules()):
@@ -191,7 +159,7 @@ def _check_validation(dls, valid_dl, valid_pct):
                          "set.")
 
 # %% ../nbs/41_one_pass.ipynb #d3e81c0e
-from .hypergradient import hypergradient
+from .hypergradient import WholeStep, check_start, hypergradient
 
 class OnePassTuner(FitCallback):
     "Learns the optimiser's own hyper-parameters while it trains (Clarke et al. 2022, algorithm 1)"
@@ -217,8 +185,7 @@ class OnePassTuner(FitCallback):
         self.hessian_share,self.diverged,self.seed = hessian_share,diverged,seed
         self.valid_dl,self.valid_pct,self.valid_bs,self.per = valid_dl,valid_pct,valid_bs,per
         self.hypers = (WeightRates if per == 'parameter' else HyperParams)(tune, hyper_lr, hyper_clip)
-        # training steps, first losses, a line for each step of the hyper-parameters
-        self.steps_done,self.reference,self.lines = 0,[None, None],[]
+        self.steps_done,self.reference,self.lines = 0,[None, None],[] # first losses; a line per step of these
 
     def check(self,
         learn:Learner, # The Learner to tune
@@ -227,7 +194,7 @@ class OnePassTuner(FitCallback):
     )->Update: # Its step
         "Raise what would go wrong later"
         update = Update(opt)
-        _check_start(self.tune, update, opt, wd)
+        check_start(self.tune, update, opt, wd)
         _check_learner(learn, self.tune)
         _check_validation(learn.dls, self.valid_dl, self.valid_pct)
         return update
@@ -311,8 +278,7 @@ class OnePassTuner(FitCallback):
     def after_train(self):
         "Steps after the last step of the hyper-parameters may have diverged, too"
         guard = self._fit.guard
-        # no step was taken yet
-        if guard is None or guard.reference[0] is None or guard.reference[1] is None and guard.first is None: return
+        if guard is None or not guard.has_begun: return
         if self._has_diverged(self._fit.valid()[0]): self._roll_back()
 
     def _tidy(self):
@@ -326,30 +292,23 @@ class OnePassTuner(FitCallback):
 
     def _tune(self):
         "The hypergradient of the step that is about to be taken; Adam's step by it follows that step"
-        fit,opt,hypers = self._fit,self.learn.opt,self.hypers
-        places = [(p, k, i, hyper) for k,(group,hyper) in enumerate(zip(opt.param_lists, opt.hypers))
-                  for i,p in enumerate(group)
-                  if p.grad is not None and p.requires_grad]
-        weights,used = [p for p,*_ in places],[p.grad for p,*_ in places]
-        def stepped(grads):
-            values = hypers.outward()
-            def own(k, i): return {name: hypers.of_weight(groups, k, i) for name,groups in values.items()}
-            return [fit.update(p, g, {**hyper, **own(k, i)}) for g,(p,k,i,hyper) in zip(grads, places)]
-        with torch.no_grad(): new = stepped(used)
-        loss,v = fit.valid(weights, new)
+        fit,step = self._fit,WholeStep(self._fit.update, self.hypers)
+        used = step.grads
+        with torch.no_grad(): new = step(used)
+        loss,v = fit.valid(step.weights, new)
         del new # before the graph that takes the most memory
         try:
             if self.n_terms > 1:
                 part = first_items(plain(self.learn.xb), plain(self.learn.yb), self.hessian_share)
-                used = curved(fit.loss_pass(*part), weights, used, fit.size)
-            slopes = hypergradient(stepped(used), weights, hypers.leaves, v, self.n_terms)
+                used = curved(fit.loss_pass(*part), step.weights, used, fit.size)
+            slopes = hypergradient(step(used), step.weights, self.hypers.leaves, v, self.n_terms)
         except RuntimeError as e:
             if not any(o in str(e) for o in ('derivative', 'double backward', 'create_graph')): raise
             raise RuntimeError(f"The model's backward pass can't be differentiated ({e}). one_pass(n_terms=1) needs no "
                                "second derivative.") from e
         finite = torch.stack([o.isfinite().all() for o in slopes]).all()
         if self._has_diverged(loss): fit.verdict = 'diverged'
-        elif finite: fit.verdict = slopes,[(k, i) for _,k,i,_ in places]
+        elif finite: fit.verdict = slopes,[(k, i) for _,k,i,_ in step.places]
         elif not fit.skipped:
             fit.skipped = True
             warnings.warn(f"The hypergradient at step {self.steps_done+1} is not finite: lr, wd and mom stay what they "
@@ -360,8 +319,7 @@ class OnePassTuner(FitCallback):
         fit = self._fit
         fit.loss = loss.item()
         if fit.guard is None: return False
-        res = fit.guard.has_diverged(fit.loss, fit.valid.look)
-        fit.loss = fit.guard.loss
+        res,fit.loss = fit.guard.has_diverged(fit.loss, fit.valid.look),fit.guard.loss
         return res
 
     def _roll_back(self, stopped=False):
@@ -380,14 +338,8 @@ class OnePassTuner(FitCallback):
     def _value(self, name): return self.learn.opt.hypers[-1][name]
 
     def _note(self, rolled_back=False):
-        values = {name if len(v)==1 else f'{name}_{k}': o for name,v in self.hypers.values().items()
-                  for k,o in enumerate(v)}
-        self.lines.append(dict(step=self.steps_done, valid_loss=self._fit.loss, **values, rolled_back=rolled_back))
-
-    @property
-    def history(self)->pd.DataFrame: # `step`, `valid_loss`, the values after it (by group, of several), `rolled_back`
-        "A line for each step of the hyper-parameters; between two lines they are constant"
-        return pd.DataFrame(self.lines)
+        self.lines.append(dict(step=self.steps_done, valid_loss=self._fit.loss, **self.hypers.by_group(),
+                               rolled_back=rolled_back))
 
     def state_dict(self)->dict: # Tensors and numbers
         "What was learnt so far, to go on from in another process; weights and moments are `learn.save`'s"
@@ -417,6 +369,11 @@ def _keep(learn, values):
         setattr(learn, name, values[name] if len(values[name]) > 1 else values[name][0])
 
 # %% ../nbs/41_one_pass.ipynb #096bed86
+@patch(as_prop=True)
+def history(self:OnePassTuner)->pd.DataFrame: # `step`, `valid_loss`, values (by group, of several), `rolled_back`
+    "A line for each step of the hyper-parameters; between two lines they are constant"
+    return pd.DataFrame(self.lines)
+
 @patch
 def plot_hypers(self:OnePassTuner,
     figsize:tuple=(12, 3.2), # Width and height, inches

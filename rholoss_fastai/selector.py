@@ -23,11 +23,11 @@ from .beside import FallBack, TrackSubsets, TrainBeside
 from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_choice, check_count, short_name
 from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
-from .fit_callback import FitCallback, weigh_loss
+from .fit_callback import FitCallback, set_record_aside, weigh_loss
 from .il_source import il_source
 from .nested import plain, subset_batch, tensors
 from .picks import Pick, Selection, TopFraction, find_pick, top_items
-from .record import SelectionRecord, set_record_aside
+from .record import SelectionRecord
 from .rows import dataset_size
 from .scorers import Scorer, find_scorer
 from .scores import find_score, for_loss, score_inputs, training_loss
@@ -38,6 +38,11 @@ from .selection_checks import check_epoch, check_first_batch, check_inputs_uncha
 class AnySelector(FitCallback):
     "Chooses, of each batch, what is trained on: `learn.no_selection()` removes it"
     asked,il_source,epochs_done = (),None,0
+
+    @property
+    def delivered_rows(self): # `(bs,)`
+        "Rows of the items in the batch"
+        return getattr(self._fit, 'rows', None)
 
 def selectors(
     learn:Learner # A Learner
@@ -50,8 +55,7 @@ from .selection_checks import check_sentence, check_state, explained, rows_of_ca
 
 class BatchSelector(AnySelector):
     "Train on the items of each batch that `pick` takes by their `score`"
-    # after the mode is set, before MixUp and CutMix (0): what is mixed is what was selected
-    order = TrainEvalCallback.order + 5
+    order = TrainEvalCallback.order + 5 # the mode is set; MixUp and CutMix (0) mix what was selected
     name = 'selector' # whatever the class: fastai's default would shadow the patched methods of the same name
     columns = dict(selected='selected') # name in the training table -> column of the ledger
 
@@ -82,11 +86,6 @@ class BatchSelector(AnySelector):
     def il(self): # `IrreducibleLosses`, a module, or None while there are none
         "The irreducible losses"
         return self.il_source and (self.il_source.module or self.il_source.table)
-
-    @property
-    def delivered_rows(self): # `(bs,)`
-        "Rows of the items in the batch"
-        return getattr(self._fit, 'rows', None)
 
     @property
     def makes_loss(self): return 'weights' if self.pick.weighted else None
@@ -122,17 +121,16 @@ class BatchSelector(AnySelector):
 
     def before_train(self):
         "Put a row-tracking copy of the training loader, enlarged if asked, in its place; `learn.dls` stays as it is"
-        learn,fit,source = self.learn,self._fit,self.learn.dl
+        learn,fit,source,pct_train = self.learn,self._fit,self.learn.dl,self.learn.pct_train
         fit.warm,fit.selecting = self.off or self.when.warm(learn, self.epochs_done),False
-        kept = self.record.kept if self.epochs_selected else self.pick.fraction(learn.pct_train)
+        kept = self.record.kept if self.epochs_selected else self.pick.fraction(pct_train)
         if self.delivery.waits: kept = None # what waits is trained on by a forward of its own
         fit.scorer = self.scorer.begin_epoch(learn, fit.device, kept)
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules())
         fit.min_items = self.delivery.min_items(self.min_items or (2 if batch_norm else 1))
-        fit.loader,fit.n_b,fit.n_candidates = candidate_loader(source, None if fit.warm else self.enlarge,
-                                                               self.needs_rows, pick=self.pick,
-                                                               pct_train=learn.pct_train, min_items=fit.min_items,
-                                                               scoring_cost=fit.scorer.relative_cost)
+        fit.loader,fit.n_b,fit.n_candidates = candidate_loader(
+            source, None if fit.warm else self.enlarge, self.needs_rows, pick=self.pick, pct_train=pct_train,
+            min_items=fit.min_items, scoring_cost=fit.scorer.relative_cost)
         if fit.loader is not None: self.learn.dl = fit.loader
         check_epoch(learn.dl)
         if fit.first: say_what_will_happen(self, learn, source)
@@ -141,8 +139,7 @@ class BatchSelector(AnySelector):
             fit.il_of = learn.dls.train
         n_rows = dataset_size(source) if fit.loader is not None else None
         if self.memory is not None: self.memory.begin_epoch(learn.dls.train, n_rows, fit.device)
-        scores = (self.pick.now(learn.pct_train).needs_scores
-                  and not (fit.warm or self.memory is not None and self.memory.stale))
+        scores = self.pick.now(pct_train).needs_scores and not (fit.warm or self.memory and self.memory.stale)
         self.record.start_epoch(fit.device, n_rows, fit.scorer.forward if scores else 'none', fit.scorer.relative_cost)
 
     # A batch
@@ -201,16 +198,14 @@ class BatchSelector(AnySelector):
         # between a forward and its backward no buffer may be written, and the scores run nothing forward then
         with explained(self, 'scored'), fit.scorer.context():
             if pick.needs_scores:
-                candidates.scores = check_scores(self._score_in_force(candidates.item_losses)(*[candidates[o]
-                                                                                                for o in self.inputs]),
-                                                 n, self.score)
+                scores = self._score_in_force(candidates.item_losses)(*[candidates[o] for o in self.inputs])
+                candidates.scores = check_scores(scores, n, self.score)
             needed = {o: candidates[o] for o in pick.needs}
             if fit.scorer.forward != 'reuse': fit.state.note(candidates)
         scores = candidates.scores if pick.needs_scores else torch.empty(n, device=fit.device)
         idxs,weights = pick(scores, pct_train, size, **needed)
         if idxs.numel() < fit.min_items <= n:
-            idxs = top_items(scores, fit.min_items)
-            weights = None if weights is None else torch.ones(fit.min_items, device=fit.device)
+            idxs,weights = top_items(scores, fit.min_items),None if weights is None else weights.new_ones(fit.min_items)
         return None if idxs.numel() == n and weights is None else Selection(idxs, weights)
 
     def _score_in_force(self, item_losses):
@@ -244,20 +239,17 @@ class BatchSelector(AnySelector):
 
     def after_batch(self):
         "Count the time of the training step"
-        # a batch that is cancelled has no step to time
-        self.record.watch.stop('training' if len(self.learn.yb) else None)
+        self.record.watch.stop('training' if len(self.learn.yb) else None) # a cancelled batch has no step to time
 
     def after_train(self):
         "Close the epoch's line in the ledger"
         self.record.end_epoch()
         self.epochs_done += 1
-        # an epoch before `start` has scored nothing that a later one could remember
-        self.epochs_selected += self._fit.selecting
+        self.epochs_selected += self._fit.selecting # before `start` nothing is scored that could be remembered
         if self.memory is not None: self.memory.end_epoch(self._fit.selecting)
 
     def _tidy(self):
-        if self._fit is not None:
-            self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
+        if self._fit is not None: self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
         super()._tidy()
 
     def __repr__(self): return f"{type(self).__name__}(score={short_name(self.score)}, pick={self.pick!r})"

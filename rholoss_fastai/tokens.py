@@ -272,7 +272,7 @@ class TokenSelector(AnySelector):
 
     def _tidy(self):
         if self._fit is not None: self.record.end_epoch(interrupted=True)
-        self.record.figures = None
+        self.record.figures = dict
         super()._tidy()
 
     def __repr__(self): return f"TokenSelector(score={short_name(self.score)}, pick={self.pick!r})"
