@@ -57,8 +57,8 @@ class DivergenceGuard:
         "Is this loss, or the mean training loss of 512 items, NaN or `limit` times the first? Waits for the device"
         reference = self.reference
         if self.count and not self.rebased: # a fit's first training loss
-            reference[1],self.rebased = (max(reference[0], reference[1] or 0.,
-                                             float(self.first.nan_to_num(0., 0., 0.))),True)
+            reference[1] = max(reference[0], reference[1] or 0., float(self.first.nan_to_num(0., 0., 0.)))
+            self.rebased = True
         trained,self.whole = float(self.total)/max(self.count, 1),self.count >= self.n_train
         if self.whole: self.total,self.count = 0.,0
         if math.isfinite(loss) and loss > self.limit*reference[0]: loss = look() # a single batch is no measure

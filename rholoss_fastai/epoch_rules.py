@@ -97,8 +97,7 @@ class InfoBatch(EpochRule):
     ):
         check_number('ratio', ratio, schedule=False); check_number('delta', delta, schedule=False)
         if ratio == 1:
-            raise ValueError("ratio must lie in [0, 1); got 1, which leaves no row below the mean to stand for the "
-                             "others.")
+            raise ValueError("ratio must lie in [0, 1); got 1, which leaves no row below the mean to stand for others.")
         self.ratio,self.delta,self.score,self.il = ratio,delta,score,il
         self.weighs = score != 'reducible' if weighted is None else weighted
 
@@ -111,8 +110,7 @@ class InfoBatch(EpochRule):
         n_stay = epoch.fits(n_above + max(1, round((1 - self.ratio)*len(below)))) - n_above
         if n_stay >= len(below): return
         below = below[torch.randperm(len(below), generator=generator)]
-        weights = torch.ones(len(scores))
-        # 1/(1-ratio), made exact for a whole number of rows
+        weights = torch.ones(len(scores)) # 1/(1-ratio), made exact for a whole number of rows
         weights[below[:n_stay]],weights[below[n_stay:]] = len(below)/n_stay,0
         rows,weights = epoch.rows[weights > 0],weights[weights > 0]
         return (rows, weights) if self.weighs else rows
@@ -241,9 +239,9 @@ class SeTa(EpochRule):
         return epoch.rows[kept[inside]]
 
     def says(self, epoch):
-        if epoch.n_epoch*self.delta < 2:
-            return (f"does next to nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by; fit for more "
-                    "epochs")
+        n = epoch.n_epoch
+        if n*self.delta < 2:
+            return f"does next to nothing in {n} epoch(s): the first has no losses to go by; fit for more epochs"
         return (f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss per epoch, from "
                 "easy to hard and again")
 

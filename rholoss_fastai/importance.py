@@ -251,8 +251,8 @@ class ForgettingTracker(NotSaved, Callback):
             raise ValueError(f"{len(unseen)} of {len(self.own)} rows were never in a batch, the first of them "
                              f"{unseen[:5]}, so nothing is known of them: train for more epochs, or with "
                              "drop_last=False.")
-        values,info = (torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs)),
-                       dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1))
+        values = torch.where(self.learnt, self.forgotten.float(), float(self.n_epochs))
+        info = dict(score='forgetting', n_epoch=self.n_epochs, n_runs=1)
         if len(self.own) < len(values):
             foreign = torch.ones_like(values, dtype=torch.bool).index_fill_(0, self.own.to(values.device), False)
             values,info = values.masked_fill(foreign, float('nan')),dict(info, n_known=len(self.own))

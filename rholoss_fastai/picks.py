@@ -327,8 +327,8 @@ class PerClass(Pick):
             got = f"a tensor of shape {tuple(targ.shape)}" if isinstance(targ, Tensor) else type(targ).__name__
             raise ValueError(f"PerClass needs one class per item as the target, shape ({n},); got {got}. For other "
                              "targets use another pick.")
-        targ,keys = ((targ.float() if targ.is_floating_point() else targ.long()).flatten(),
-                     rank_key(self.pick.keys(scores, pct_train)))
+        targ = (targ.float() if targ.is_floating_point() else targ.long()).flatten()
+        keys = rank_key(self.pick.keys(scores, pct_train))
         order = keys.argsort(descending=True)
         by_class = order[targ[order].argsort(stable=True)] # one class after the other, the most wanted of each first
         classes = targ[by_class]

@@ -121,8 +121,8 @@ class HeldOutRidge(_Ridge):
     )->Tensor: # `(m, k)`, each row's by a fit to all the other rows
         "Leave-one-out predictions"
         inverse = 1/(self.squares + self.penalty(alpha))
-        weights,inverse,mean = ((self.cross*inverse[:,None]).to(self.dtype),inverse.to(self.dtype),
-                                self.mean.to(self.dtype))
+        weights = (self.cross*inverse[:,None]).to(self.dtype)
+        inverse,mean = inverse.to(self.dtype),self.mean.to(self.dtype)
         idxs,res = torch.arange(self.n, device=self.x.device)[rows],[]
         for part in _blocks(len(idxs), self.block):
             x,y = _wide(self.x[idxs[part]]),self.targets(idxs[part]) - mean
