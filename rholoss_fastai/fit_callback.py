@@ -63,8 +63,9 @@ class FitCallback(NotSaved, Callback):
     learn = property(attrgetter('_learn'), _set_learn) # read dozens of times per step
 
     def __call__(self, event_name):
-        "Events outside a fit that it acts in pass by"
-        if self._fit is not None or event_name in ('before_fit', 'after_fit'): return super().__call__(event_name)
+        "Events outside a fit that it acts in pass by, and those that its class has nothing to do in"
+        if self._fit is None and event_name not in ('before_fit', 'after_fit'): return
+        if hasattr(type(self), event_name): return super().__call__(event_name)
 
     def before_fit(self):
         "Where a fit begins, `begin_fit`; anything else finds the Learner as if this weren't there"

@@ -89,7 +89,7 @@ class Update:
         name:str # 'lr', 'wd' or 'mom'
     )->bool:
         "Does the step depend on this hyper-parameter?"
-        return name == 'lr' or any(f in self.functions for f in dict(wd=(weight_decay, l2_reg), mom=(average_grad,))[name])
+        return name == 'lr' or bool({*self.functions} & dict(wd={weight_decay, l2_reg}, mom={average_grad})[name])
 
     def _state(self, p):
         if not isinstance(self.opt, OptimWrapper): return self.opt.state.get(p, {})
