@@ -105,6 +105,7 @@ class LabelGate(FitCallback):
         "Once in a fit: how many labels look wrong?"
         if getattr(self._fit, 'looked', False): return
         selector,was,self._fit.looked = self.learn.selector,self.plain,True
+        if 'il' not in selector.asked: return # a pick that looks at no score
         self.wrong = self._estimate(selector.il_source, selector.record)
         self.plain = self.wrong is not None and self.wrong < self.threshold
         if self.plain or was: selector.off = self.plain

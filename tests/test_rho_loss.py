@@ -686,6 +686,9 @@ def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
         learn = digits_learner(0.).rho_loss(il, **kwargs)
         learn.fit(1)
         assert learn.selection.ledger.selected.tolist() == [0.5], kwargs
+    learn = digits_learner(0.).rho_loss(pick=Uniform(0.5), epoch='candidates') # needs no irreducible losses
+    learn.fit(1)
+    assert learn.selector.il is None and learn.selection.ledger.selected.tolist() == [0.5]
     learn = digits_learner(0.).rho_loss(il) # a table knows how many labels look wrong
     learn.fit(1)
     assert learn.selection.ledger.selected.tolist() == [1.]
