@@ -122,9 +122,10 @@ class LabelGate(FitCallback):
         n = len(own_rows(dl))
         n_look = rows_to_look_at(n, learn.n_epoch, self.look)
         if source.table is None and n_look < n:
-            wrong = probe_predictions(learn, dl, source.features, n_rows=n_look, progress=False, verbose=False).wrong
+            found = probe_predictions(learn, dl, getattr(source, 'features', 'auto'), n_rows=n_look, progress=False,
+                                      verbose=False)
             record.seconds_il += time.perf_counter() - began
-            if wrong < self.threshold: return wrong
+            if found.wrong < self.threshold: return found.wrong
         record.seconds_il += source.begin(learn, self._fit.device)
         return source.table.info.get('wrong')
 

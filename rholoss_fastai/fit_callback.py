@@ -176,9 +176,10 @@ def batch_rows(
                          "after selection (order above -5).")
     return rows
 
-# %% ../nbs/09_fit_callback.ipynb #4e7d5abe
+# %% ../nbs/09_fit_callback.ipynb #567405c8
 from weakref import WeakKeyDictionary
 
+# %% ../nbs/09_fit_callback.ipynb #4e7d5abe
 _aside = WeakKeyDictionary() # records of Learners that select no more
 
 class _LastRecord:

@@ -44,9 +44,10 @@ def _rms_prop_step(w, g, lr, sqr_avg, eps, grad_avg=None, **_):
 def _adam_step(w, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, **_):
     return dict(w=w - lr/(1 - mom**step)*grad_avg/(_root(sqr_avg/(1 - sqr_mom**step)) + eps))
 
-# %% ../nbs/40_hypergradient.ipynb #df3eca40
+# %% ../nbs/40_hypergradient.ipynb #29091b20
 from fastai.optimizer import OptimWrapper, average_grad, l2_reg, weight_decay
 
+# %% ../nbs/40_hypergradient.ipynb #df3eca40
 _functional = {sgd_step: _sgd_step, momentum_step: _momentum_step, weight_decay: _weight_decay, l2_reg: _l2_reg,
                average_grad: _average_grad, average_sqr_grad: _average_sqr_grad, step_stat: _step_stat,
                rms_prop_step: _rms_prop_step, adam_step: _adam_step}

@@ -39,7 +39,6 @@ class ILSource:
     module = None # the model that computes them on the fly
     # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
     by_probe = False
-    features = 'auto' # of the probe, where it is by one
 
     def check(self,
         learn:Learner # The target
