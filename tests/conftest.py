@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
@@ -15,7 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
-    "`-m 'not slow'` is for between two edits: hypothesis tries fewer examples too (see `helpers.examples`)"
+    "`-m 'not slow'` is for between two edits: fewer examples and draws too (see `helpers`)"
     if 'not slow' in config.option.markexpr: os.environ['RHOLOSS_QUICK'] = '1'
     else: os.environ.pop('RHOLOSS_QUICK', None)
 
@@ -34,8 +35,15 @@ def seed_only_what_is_there():
         if device is not None and not device.is_available():
             device.manual_seed_all = device.manual_seed = lambda seed: None
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Long tests first, so that no process is left with one at the end; skip what needs CUDA where there is none"
+    """Of many cases all but every n-th count as slow; long tests first, so that no process is left with one at the end;
+    skip what needs CUDA where there is none"""
+    n_seen = Counter()
+    for item in items:
+        mark, name = item.get_closest_marker('many'), item.nodeid.split('[')[0]
+        if mark and n_seen[name] % mark.args[0]: item.add_marker('slow')
+        n_seen[name] += 1
     items.sort(key=lambda item: 'slow' not in item.keywords)
     cuda = [item for item in items if 'cuda' in item.keywords]
     if not cuda: return

@@ -303,6 +303,7 @@ def knowledge(epochs, n, seed=0): return torch.rand(epochs, n, generator=torch.G
 
 @pytest.mark.parametrize('online', [True, False])
 @pytest.mark.parametrize('kind', LOADERS)
+@pytest.mark.many(3)
 def test_forgetting_of_every_row(kind, online):
     table = knowledge(4, 96)
     table[:, :5] = False

@@ -363,6 +363,7 @@ COMPANIONS = dict(
 
 @pytest.mark.parametrize('queue', [False, True])
 @pytest.mark.parametrize('name', COMPANIONS)
+@pytest.mark.many(3)
 def test_beside_other_callbacks(name, queue, tmp_path):
     "From the first batch, twice in a row, and after an interrupted fit"
     learn = conv_learner(tmp_path).selective_backprop(1., queue=queue, warmup_epochs=0)

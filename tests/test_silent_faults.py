@@ -247,6 +247,7 @@ class Ratio(Callback):
                                   CrossEntropyLossFlat(weight=CLASS_WEIGHTS), nn.CrossEntropyLoss(label_smoothing=0.2)],
                          ids=['mean', 'sum', 'class weights', 'smoothed'])
 @methods({k: v for k, v in ONES.items() if k != 'group_dro'}) # whose groups differ in a batch that is shuffled
+@pytest.mark.many(5)
 def test_weights_of_one_train_on_the_loss_in_force(method, loss, order):
     "3, 4: also with class weights, `reduction='sum'` and smoothing"
     learn, ratio = learner(loss_func=loss), Ratio()
@@ -268,6 +269,7 @@ class TrainedOn(Callback):
 
 @pytest.mark.filterwarnings('ignore') # PyTorch's on KL divergence's mean and on broadcasting
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
+@pytest.mark.many(3)
 def test_weights_of_one_of_every_loss(make_loss, make_batch):
     "4: to 1e-6, by every route; train twice by='loss' is by row weights"
     torch.manual_seed(3)
@@ -343,6 +345,7 @@ class Changed(Toy):
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('change', INPUTS)
 @methods({k: METHODS[k] for k in ('top', 'enlarged', 'filter', 'rho', 'backprop', 'queue', 'importance')})
+@pytest.mark.many(4)
 def test_inputs_that_a_callback_changes(change, order, method):
     "Before selection: what is trained on is truly the hardest; after it: refused, with the order that mends it"
     data, how = INPUTS[change]
@@ -787,6 +790,7 @@ def test_the_hardest_of_every_task(task, method):
 
 @pytest.mark.parametrize('task', TASKS)
 @methods(ONES)
+@pytest.mark.many(3)
 def test_weights_of_one_of_every_task(task, method):
     learn, trained = task_learner(task, shuffle=False), TrainedOn()
     method(learn)
@@ -797,6 +801,7 @@ def test_weights_of_one_of_every_task(task, method):
 
 @pytest.mark.parametrize('task', TASKS)
 @methods({k: METHODS[k] for k in ('filter', 'rho', 'backprop', 'queue', 'importance', 'infobatch', 'group_dro')})
+@pytest.mark.many(3)
 def test_every_method_trains_on_every_task(task, method):
     learn = task_learner(task)
     method(learn)
