@@ -103,6 +103,7 @@ def costs(learn):
     lambda learn: learn.prune_epochs(0.8),
     lambda learn: learn.selective_backprop(beta=2, queue=True),
     lambda learn: learn.rho_loss(torch.zeros(N), frac=0.1, epoch='candidates')])
+@pytest.mark.many(2)
 def test_cost_is_that_of_plain_training_and_the_rate_decays(method):
     watch = Watch()
     learn = method(noisy_learner(cbs=watch))

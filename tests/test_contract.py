@@ -135,6 +135,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('models')
 
 @METHOD
 @pytest.mark.parametrize('beside', BESIDE)
+@pytest.mark.many(2)
 def test_on_everything_is_plain_fastai(method, beside, folder):
     "Weights, buffers and random state after three epochs, bit for bit; a weighted loss to its last digits"
     if method.whole is None or not getattr(method, beside, True): pytest.skip('refused, or never on everything')
@@ -145,6 +146,7 @@ def test_on_everything_is_plain_fastai(method, beside, folder):
 
 @METHOD
 @pytest.mark.parametrize('beside', BESIDE)
+@pytest.mark.many(2)
 def test_beside_other_callbacks(method, beside, folder):
     "Trains otherwise than plain fastai does, on finite numbers; or refuses, by name, before the first step"
     learn = with_method(method, model=mlp, path=folder)

@@ -50,6 +50,7 @@ def test_cross_fitting(dls):
 
 
 @pytest.mark.parametrize('score', ['el2n', 'forgetting', 'loss_variance'])
+@pytest.mark.many(2)
 def test_scores_of_a_data_set(dls, score, tmp_path):
     fit = partial(score_dataset, make_learner, dls, score, epochs=2, n_runs=3, **quiet)
     here = fit()

@@ -22,7 +22,8 @@ from rholoss_fastai.all import Groups, WorstGroup, restrict_rows, row_groups
 @pytest.mark.parametrize('ordered', [True, False], ids=['in order', 'sorted'])
 def test_worst_group_is_that_of_a_loop(metric, worst, brute, ordered, tmp_path):
     dls, names = loaders(), np.array(list('abcab'*12))
-    if not ordered: dls.loaders = [dls.train, SortedDL(VALID, sort_func=lambda o: float(o[0][0, 3, 3]), bs=25)]
+    if not ordered:
+        dls.loaders = [dls.train, SortedDL(VALID, sort_func=lambda o: float(o[0][0, 3, 3]), bs=25, num_workers=0)]
     measure = WorstGroup(metric, pd.Series(names), worst=worst)
     save = SaveModelCallback(monitor='worst_group', fname=tmp_path/'best', comp=np.less if worst is max else None)
     learn = fit(row_learner(dls, metrics=[accuracy, measure]), 3, cbs=save)

@@ -32,6 +32,7 @@ def test_order_is_that_without_tracking(kind, shuffle, drop_last):
     assert check_rows(tracked) == len(list(plain)) > 0
 
 @pytest.mark.parametrize('kind', ['plain', 'tfmd', 'sorted', 'weighted', 'partial', 'tabular', 'rank1'])
+@pytest.mark.many(2)
 def test_workers(kind):
     plain,twin = (make(kind, shuffle=True, drop_last=kind!='tfmd', num_workers=2) for _ in range(2))
     tracked = track_rows(twin)

@@ -230,6 +230,7 @@ class Hardest(Callback):
 
 @pytest.mark.parametrize('order', ORDERS)
 @methods({k: SELECT[k] for k in ('top', 'enlarged', 'filter', 'rho')})
+@pytest.mark.many(3)
 def test_selection_goes_by_the_loss_in_force(method, order):
     learn, hardest = learner(), Hardest()
     method(learn)
@@ -518,6 +519,7 @@ def test_scores_of_probabilities_refuse_numbers(score, loss):
 
 @pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
 @pytest.mark.parametrize('score', ['loss', *PROBABLE])
+@pytest.mark.many(3)
 def test_class_targets_in_a_column_of_any_type(score, dtype):
     "14: as fastai's tabular targets come; the same rows are trained on as with `(n,)` long"
     def run(targets):
@@ -779,6 +781,7 @@ class Candidate(Callback):
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('method', [SELECT['top'], lambda l: l.select('loss', 'top', frac=0.25, forward='reuse')],
                          ids=['own forward', 'shared'])
+@pytest.mark.many(3)
 def test_the_hardest_of_every_task(task, method):
     "By one call of the loss function for each item alone"
     # a shared forward is in training mode, by the user's choice
