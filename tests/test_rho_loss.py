@@ -26,7 +26,6 @@ from numbered_rows import Rows, image_learner, rows_of
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from torchvision.models import resnet18
 
 from rholoss_fastai.all import (
     SCORES,
@@ -396,6 +395,7 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     def learner_of(arch, start=0): return Learner(dls(start), arch, loss_func=CrossEntropyLossFlat())
     il = fit_irreducible(learner_of(small_cnn(3), start=1), learner_of(small_cnn(3)).dls.train, 1, progress=False)
     booked = []
+    from torchvision.models import resnet18 # which brings the compiler, for seconds
     for seed, arch in enumerate((partial(resnet18, num_classes=3), partial(small_cnn, 3), partial(small_cnn, 3))):
         set_seed(seed)
         learn = fit(learner_of(arch()).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
