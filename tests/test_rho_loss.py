@@ -395,7 +395,7 @@ def test_a_small_cnn_serves_a_resnet_and_two_more_targets(tmp_path):
     def learner_of(arch, start=0): return Learner(dls(start), arch, loss_func=CrossEntropyLossFlat())
     il = fit_irreducible(learner_of(small_cnn(3), start=1), learner_of(small_cnn(3)).dls.train, 1, progress=False)
     booked = []
-    from torchvision.models import resnet18 # which brings the compiler, for seconds
+    from torchvision.models import resnet18  # which brings the compiler, for seconds
     for seed, arch in enumerate((partial(resnet18, num_classes=3), partial(small_cnn, 3), partial(small_cnn, 3))):
         set_seed(seed)
         learn = fit(learner_of(arch()).rho_loss(il, frac=FRAC, epoch='candidates'), 1)
