@@ -2,11 +2,12 @@
 
 from importlib import import_module
 
-_modules = '''checks nested loss_tasks losses scores picks rows loaders item_table candidates fit_callback scoring
-record executors side_models noise irreducible ridge features learnable probe label_noise il_source teacher scorers
-delivery selection_checks beside selector batch_loss_filter selective_backprop rho_loss tokens diverse_batch reducr
-importance pruning epoch_rules epoch_pruner rho_epochs trajectories groups row_weights just_train_twice divergence
-hypergradient one_pass budget interpret report comparison compare'''.split()
+_modules = '''checks nested loss_tasks loss_checks losses scores picks rows loaders item_table candidates
+fit_callback scoring record executors side_models noise irreducible ridge features learnable held_out probe
+label_noise il_source teacher scorers delivery selection_checks beside selector batch_loss_filter
+selective_backprop rho_loss tokens diverse_batch reducr importance pruning epoch_rules epoch_pruner rho_epochs
+trajectories groups row_weights just_train_twice divergence hypergradient one_pass budget interpret report
+comparison compare'''.split()
 _loaded = [import_module(f'.{_name}', __package__) for _name in _modules] # each patches its one-liners onto `Learner`
 
 __all__ = '''ItemLosses item_losses SCORES PICKS Pick RankedPick Selection TopFraction Uniform LossShare

@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .loss_checks import check_item_losses, dividing, own_loss_mend, random_state_kept
 from .loss_tasks import call_parameters, from_library, function_types, known_loss, loss_name, loss_task
-from .nested import check_no_item_lists, describe, map_tensors, plain, prediction, tensors
+from .nested import check_no_item_lists, describe, describe_batch, map_tensors, plain, prediction, tensors
 
 # %% ../nbs/02_losses.ipynb #36738d2f
 def _shallow(o):
@@ -59,13 +60,9 @@ def _unreduced(loss_func):
     else: res.reduction = 'none'
     return res
 
-# %% ../nbs/02_losses.ipynb #9b878d7f
-def _full(t):
-    "Half precision to float32"
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
 # %% ../nbs/02_losses.ipynb #a9598aba
 from .loss_tasks import takes_probabilities
+from .nested import full_precision, has_rows
 
 class ItemLosses:
     "A function of `(pred, *targs)` that gives the loss of each item, found out once for `loss_func`"
@@ -121,9 +118,9 @@ class ItemLosses:
         *targs, # Targets, as in `learn.yb`, `bs` rows each
     ) -> Tensor: # `(bs,)` float32, on the device of `pred`
         "The loss of each item"
-        pred,targs,bs = self._prepared(pred, targs)
+        pred,targs,bs = self.prepared(pred, targs)
         # one's own may draw random numbers
-        with nullcontext() if self.one_tensor else _random_state_kept(prediction(pred).device):
+        with nullcontext() if self.one_tensor else random_state_kept(prediction(pred).device):
             elements = self._elements(pred, targs, bs)
             return (self._one_by_one(pred, targs, bs) if elements is None
                     else self._reduced(elements, targs, bs)).float()
@@ -133,7 +130,7 @@ class ItemLosses:
         *targs, # Targets, `bs` rows each
     )->tuple[Tensor,Tensor]: # Losses `(bs, ...)`, and which of them count, of the same shape, bool
         "The losses of the elements of each item: its tokens, pixels or labels"
-        pred,targs,bs = self._prepared(pred, targs)
+        pred,targs,bs = self.prepared(pred, targs)
         elements = self._elements(pred, targs, bs)
         if elements is None:
             raise ValueError(f"{loss_name(self.loss_func)} has no losses of single elements (tokens, pixels, labels): "
@@ -144,10 +141,13 @@ class ItemLosses:
         return (elements.float(), torch.ones_like(elements, dtype=torch.bool) if counted is None
                 else counted.reshape(elements.shape))
 
-    def _prepared(self, pred, targs):
+    def prepared(self,
+        pred, # Prediction as the model returned it, `bs` rows
+        targs:tuple # Targets, `bs` rows each
+    )->tuple: # Prediction, targets, and `bs`
         "What the loss function gets, in float32 at least, and the number of items"
         if self.one_tensor: pred,targs = plain(prediction(pred)),plain(targs)
-        pred,targs = map_tensors(_full, pred),map_tensors(_full, targs)
+        pred,targs = map_tensors(full_precision, pred),map_tensors(full_precision, targs)
         return pred,targs,self._batch_size(pred, targs)
 
     def _batch_size(self, pred, targs):
@@ -156,14 +156,14 @@ class ItemLosses:
         if not sizes:
             raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}. Check that "
                              "the DataLoaders give targets, and their n_inp.")
-        if 0 in sizes: raise ValueError(f"The batch is empty: {self._shapes(pred, targs)}. Give at least one item.")
+        if 0 in sizes: raise ValueError(f"The batch is empty: {describe_batch(pred, targs)}. Give at least one item.")
         check_no_item_lists(targs)
         in_pred = [t.shape[0] for t in tensors(pred) if t.ndim]
         if not in_pred:
             raise ValueError(f"The model returned no prediction of each item, only {describe(pred)}: a loss of the "
-                             f"whole batch can't be told apart into its items. {_own_loss_mend}")
+                             f"whole batch can't be told apart into its items. {own_loss_mend}")
         if len(set(sizes)) > 1 or sizes[0] not in in_pred:
-            raise ValueError(f"Prediction and targets differ in their number of items: {self._shapes(pred, targs)}. "
+            raise ValueError(f"Prediction and targets differ in their number of items: {describe_batch(pred, targs)}. "
                              "Both need one row an item in their first dimension: check the model's output and the "
                              "DataLoaders' targets.")
         return sizes[0]
@@ -188,8 +188,8 @@ class ItemLosses:
         shapes = [t.shape for t in tensors((pred, targs))]
         if elements.numel() > max(s.numel() for s in shapes) and len({len(s) for s in shapes}) > 1:
             raise ValueError(f"{loss_name(self.loss_func)} combined every item's prediction with every item's target: "
-                             f"{self._shapes(pred, targs)}. Give both the same shape: a missing or an extra dimension "
-                             "in the model's output or in the targets makes PyTorch broadcast them.")
+                             f"{describe_batch(pred, targs)}. Give both the same shape: a missing or an extra "
+                             "dimension in the model's output or in the targets makes PyTorch broadcast them.")
         return (elements.shape[0] == bs
                 or (elements.ndim == 1 and elements.numel() in [s.numel() for s in shapes if s and s[0] == bs]))
 
@@ -223,7 +223,7 @@ class ItemLosses:
         "Item losses from one call per item, all at once by `vmap` or, where that is impossible, in a loop"
         items = pred,targs
         def scalar(pred, targs):
-            res = self._whole(pred, targs) # each item from the same state
+            res = self.whole(pred, targs) # each item from the same state
             if not isinstance(res, Tensor) or res.numel() != 1:
                 raise ValueError(f"expected one number, got {describe(res)}")
             return res.reshape(())
@@ -231,9 +231,9 @@ class ItemLosses:
             flat = [plain(t) for t in tensors(items)]
             def one(*rows):
                 rows = iter(rows)
-                return scalar(*map_tensors(lambda t: next(rows)[None] if _has_rows(t, bs) else next(rows), items))
+                return scalar(*map_tensors(lambda t: next(rows)[None] if has_rows(t, bs) else next(rows), items))
             try:
-                res = torch.func.vmap(one, in_dims=tuple(0 if _has_rows(t, bs) else None for t in flat),
+                res = torch.func.vmap(one, in_dims=tuple(0 if has_rows(t, bs) else None for t in flat),
                                       randomness='different')(*flat)
                 self.route = 'vmap'
                 return res
@@ -244,31 +244,30 @@ class ItemLosses:
         except Exception as e:
             self._whole_batch(pred, targs, e)
             raise ValueError(f"{loss_name(self.loss_func)} has no loss for each item: it does not give one number for "
-                             f"an item alone ({self._shapes(pred, targs)}; {type(e).__name__}: {e}). Give a loss that "
-                             "takes reduction='none', or a function of (pred, targ) that works on a batch of one "
+                             f"an item alone ({describe_batch(pred, targs)}; {type(e).__name__}: {e}). Give a loss "
+                             "that takes reduction='none', or a function of (pred, targ) that works on a batch of one "
                              "item.") from e
         self.route = 'loop'
         return res
 
-    def _whole(self, pred, targs):
-        "What the loss function says of them, which is not to outlive this"
+    def whole(self,
+        pred, # As `prepared`
+        targs:tuple # As `prepared`
+    )->Tensor: # Scalar, if the loss function reduces
+        "What the loss function says of the batch; what it notes meanwhile does not outlive this"
         return plain(_shallow(self.loss_func)(pred, *targs))
 
     def _whole_batch(self, pred, targs, error):
         "Raise where the loss fails as it is, for then the fault is not in asking for items"
-        try: self._whole(pred, targs)
+        try: self.whole(pred, targs)
         except Exception:
-            raise ValueError(f"{loss_name(self.loss_func)} failed on {self._shapes(pred, targs)} "
+            raise ValueError(f"{loss_name(self.loss_func)} failed on {describe_batch(pred, targs)} "
                              f"({type(error).__name__}: {error}). Check that the model's output and the targets have "
                              "the shapes and types that this loss expects.") from error
 
-    def _shapes(self, pred, targs): return f"prediction {describe(pred)}, target {', '.join(map(describe, targs))}"
     def __repr__(self): return f'ItemLosses({loss_name(self.loss_func)}, by {self.route})'
 
 # %% ../nbs/02_losses.ipynb #2ff8bd7b
-_own_loss_mend = ("Where the model computes its loss itself, give the Learner a loss_func of its logits: "
-                  "loss_func=lambda out, y: F.cross_entropy(out['logits'], y), say.")
-
 def _laid_out(func, elements, targs, bs):
     "Elements in the shape of the targets, where the loss function flattened them"
     if elements.shape[0] == bs: return elements
@@ -279,10 +278,7 @@ def _laid_out(func, elements, targs, bs):
     order = torch.empty(shape, device='meta').transpose(func.axis, -1)
     return elements.reshape(order.shape).transpose(func.axis, -1)
 
-def _random_state_kept(device):
-    return torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda')
-def _has_rows(t, bs): return t.ndim > 0 and t.shape[0] == bs
-def _rows_of(items, rows, bs): return map_tensors(lambda t: t[rows] if _has_rows(t, bs) else t, items)
+def _rows_of(items, rows, bs): return map_tensors(lambda t: t[rows] if has_rows(t, bs) else t, items)
 
 # %% ../nbs/02_losses.ipynb #93707b80
 def item_losses(
@@ -295,7 +291,12 @@ def item_losses(
 
 # %% ../nbs/02_losses.ipynb #b3325779
 @patch
-def _sums(self:ItemLosses, weights, pred, targs, bs):
+def sums(self:ItemLosses,
+    weights:Tensor, # `(bs,)`, or one an element
+    pred, # As `prepared`
+    targs:tuple, # As `prepared`
+    bs:int # Number of items
+)->tuple: # Two scalars, and name -> number
     "Sums of the element losses and of the weighted ones, and what the batch's loss may be the sum divided by"
     elements = self._elements(pred, targs, bs)
     if elements is None:
@@ -334,118 +335,20 @@ def weighted(self:ItemLosses,
 )->Tensor: # Scalar; with weights of 1, `loss_func(pred, *targs)`
     "What the loss function would have computed, with weights of the items in it; the first time, `check` is made"
     if not self.checked: self.check(None, pred, *targs, weighting=True)
-    pred,targs,bs = self._prepared(pred, targs)
-    total,weighted,divisors = self._sums(weights, pred, targs, bs)
+    pred,targs,bs = self.prepared(pred, targs)
+    total,weighted,divisors = self.sums(weights, pred, targs, bs)
     how = self._own('reduction'),len(divisors)
     # one's own divides by what is not void, say
     name = 'mean' if how[0] == 'none' else self.divisors.get(how) if self.one_tensor else 'ratio'
     if name in divisors: return weighted/divisors[name]
-    whole = self._whole(pred, targs).reshape(())
+    whole = self.whole(pred, targs).reshape(())
     if name is None: # the one time that the host waits for the device
-        found = _dividing(total, whole, divisors)
+        found = dividing(total, whole, divisors)
         if len(found) == 1: self.divisors[how] = found[0]
         if found: return weighted/divisors[found[0]]
         if whole.isfinite() and total.isfinite(): self.divisors[how] = 'ratio'
     share = (whole/total).detach()
     return whole + (weighted - total)*share.nan_to_num(1/bs, 1/bs, 1/bs)
-
-def _dividing(total, whole, divisors):
-    "Names of the `divisors` by which `total` gives `whole`"
-    total,whole = total.detach().double(),whole.detach().double()
-    return [name for name,divisor in divisors.items() if (total - whole*divisor).abs() <= 1e-5*(total.abs() + 1e-6)]
-
-# %% ../nbs/02_losses.ipynb #22e3e080
-@patch
-def _derivatives(self:ItemLosses, pred, targs, bs):
-    "Derivatives of the item losses' sum and of the batch's loss by the predictions, `(bs, k)`; None: there are none"
-    if self.one_tensor: pred = prediction(pred)
-    leaves = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() and _has_rows(t, bs)
-                         else t.detach(), pred)
-    inputs = [t for t in tensors(leaves) if t.requires_grad]
-    if not inputs: raise TypeError('an output whose tensors are not to be found')
-    def of(loss):
-        if not isinstance(loss, Tensor) or not loss.requires_grad: return None
-        grads = [g.reshape(bs, -1).float()
-                 for g in torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)]
-        return torch.cat(grads, 1)
-    items = self(leaves, *targs)
-    return of(items), of(self._whole(map_tensors(_full, leaves), map_tensors(_full, targs)))
-
-def _adds_up(whole, losses, of_items, of_batch):
-    "Is the batch's loss a mean of the item losses, or a sum of such means, going by the derivatives `(bs, k)`?"
-    # of a mean with the shares d_i, row i of the batch's derivative is d_i times that of the item
-    finite,length = losses.isfinite() & of_items.isfinite().all(1),of_items.norm(dim=1)
-    known = finite & (length > 0)
-    if not known.any(): return True # nothing is left to be learnt
-    along = (of_items*of_batch).sum(1)[known]
-    alike = along > 0.7*length[known]*of_batch.norm(dim=1)[known] # of several means with shares of their own, not quite
-    shares,rest = along/length[known].square(),finite & ~known
-    left = (1 - shares.sum())/rest.sum().clamp(min=1)
-    expected = (shares*losses[known]).sum() + left*losses[rest].sum()
-    near = (whole - expected).abs() <= 0.15*(whole.abs() + losses[finite].abs().mean())
-    return bool(near & (alike.float().mean() >= 0.9) & (shares.sum() > 0.5) & (shares.sum() < 2))
-
-def _with_others(pred, bs, generator):
-    "`pred` with other predictions for every item, for a random half of them, and for the other half"
-    def other(t):
-        by = torch.rand(t.shape, generator=generator).to(t)*0.8 + 0.1
-        return t*by/t.abs().max().clamp(max=1) if t.any() else -by # probabilities stay probabilities
-    both = map_tensors(lambda t: other(t) if t.is_floating_point() and _has_rows(t, bs) else t, pred)
-    half = torch.randperm(bs, generator=generator) < bs//2
-    for chosen in (half | ~half, half, ~half):
-        others = iter(tensors(both))
-        def mixed(t):
-            new = next(others)
-            return new if new is t else torch.where(chosen.to(t.device).view(-1, *[1]*(t.ndim - 1)), new, t)
-        yield map_tensors(mixed, pred)
-
-@patch
-def _separates(self:ItemLosses, pred, targs, bs):
-    "Does an item add as much to the batch's loss, whatever the model predicts for the others?"
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        whole,both,first,second = (self._whole(o, targs).reshape(())
-                                   for o in (pred, *_with_others(pred, bs, generator)))
-        # a part of it may be in single precision
-        values,eps = torch.stack([whole, both, first, second]),max(torch.finfo(whole.dtype).eps, 1e-9)
-        slack = eps**0.5*(values - whole).abs().sum() + 100*eps*values.abs().sum()
-        if (first + second - whole - both).abs() > slack: return False # not so where one is NaN
-    return True
-
-@patch
-def _reproduced(self:ItemLosses, losses, pred, targs, bs, derivatives):
-    "Is the batch's loss made of the item losses: their sum, a mean of them, or as PyTorch reduces?"
-    whole,again = (self._whole(pred, targs) for _ in range(2))
-    # not to be told: diverged, or random
-    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again) or self.one_tensor: return True
-    # in double precision, unless the loss has class weights, say, in single
-    for to in (torch.Tensor.double, torch.Tensor.float):
-        try:
-            separates = self._separates(*map_tensors(lambda t: to(t) if t.is_floating_point() else t, (pred, targs)),
-                                        bs)
-        except torch.cuda.OutOfMemoryError: raise
-        except Exception: continue
-        if not separates: return False
-        break
-    total,_,divisors = self._sums(torch.ones_like(losses), pred, targs, bs)
-    if _dividing(total, whole, divisors): return True
-    if derivatives is None or any(o is None for o in derivatives): return bool(losses.amin() <= whole <= losses.amax())
-    if not _adds_up(whole, losses, *derivatives): return False
-    # far from all targets, what these are compared with hardly shows
-    others = next(_with_others(pred, bs, torch.Generator().manual_seed(1)))
-    return all(self._adds_up_for(map_tensors(lambda t: t*size if t.is_floating_point() and _has_rows(t, bs) else t,
-                                             others), targs, bs) for size in (1., 0.05))
-
-@patch
-def _adds_up_for(self:ItemLosses, pred, targs, bs):
-    "`_adds_up`, had the model predicted `pred`"
-    try:
-        with torch.enable_grad(): derivatives = self._derivatives(pred, targs, bs)
-        whole,losses = self._whole(pred, targs).reshape(()),self(pred, *targs)
-    except torch.cuda.OutOfMemoryError: raise
-    except Exception: return True # predictions that it doesn't take
-    if any(o is None for o in derivatives) or not whole.isfinite(): return True
-    return _adds_up(whole, losses, *derivatives)
 
 # %% ../nbs/02_losses.ipynb #997b277c
 @patch
@@ -456,43 +359,6 @@ def check(self:ItemLosses,
     weighting:bool=False # Is the model to be trained on the item losses themselves? Then each must be a number
 )->Tensor: # `losses`
     "Raise unless the item losses mean something: for the first batch, since it waits for the device"
-    if losses is None: losses = self(pred, *targs)
-    bs,device,name = len(losses),losses.device,loss_name(self.loss_func)
-    if bs == 1: return losses
-    mend = (_own_loss_mend if not isinstance(pred, Tensor)
-            else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
-                  "learn.select(pick='uniform')."))
-    with _random_state_kept(device), torch.enable_grad():
-        try: derivatives = self._derivatives(pred, targs, bs)
-        except torch.cuda.OutOfMemoryError: raise
-        except Exception: derivatives = None # it can't be differentiated, for example since it leaves PyTorch
-        if derivatives is not None:
-            if all(o is None for o in derivatives):
-                raise ValueError(f"{name} does not depend on the predictions of the items "
-                                 f"({self._shapes(pred, targs)}), so an item's loss means nothing: it is "
-                                 f"{losses[0].item():.4g} whatever the model says. {_own_loss_mend}")
-            steepest = [0. if o is None else o.abs().max().item() for o in derivatives]
-            if steepest[1] > 0 and steepest[0] <= 1e-6*steepest[1]:
-                raise ValueError(f"{name} of an item alone is {_say(losses)}, whatever the model predicts for it: the "
-                                 "loss compares the items of a batch with one another, so an item's own loss means "
-                                 f"nothing. {mend}")
-    with _random_state_kept(device), torch.no_grad():
-        prepared,prepared_targs,_ = self._prepared(pred, targs)
-        finite = losses.isfinite()
-        if (not finite.all() and (weighting or not finite.any())
-            and self._whole(prepared, prepared_targs).isfinite().all()):
-            raise ValueError(f"{name} is a number for the batch, but not for {int((~finite).sum())} of its {bs} items "
-                             f"alone: {_say(losses)}. Where an item can have nothing that counts, let the loss know: "
-                             f"partial(F.cross_entropy, ignore_index=...). {mend}")
-        if not self._reproduced(losses, prepared, prepared_targs, bs, derivatives):
-            whole = self._whole(prepared, prepared_targs).item()
-            raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' "
-                             f"losses ({_say(losses)}): the loss is not made of the items' own losses, so these mean "
-                             f"nothing ({self._shapes(pred, targs)}). {mend}")
-    self.checked = self.checked or weighting
+    losses = check_item_losses(self, losses, pred, *targs, weighting=weighting)
+    self.checked = self.checked or weighting and len(losses) > 1
     return losses
-
-def _say(losses):
-    "Item losses in few words"
-    low,high = losses.min().item(),losses.max().item()
-    return f'{low:.4g} for each' if low == high or low != low else f'{low:.4g} to {high:.4g}'
