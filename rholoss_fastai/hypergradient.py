@@ -53,7 +53,6 @@ _functional = {sgd_step: _sgd_step, momentum_step: _momentum_step, weight_decay:
                rms_prop_step: _rms_prop_step, adam_step: _adam_step}
 _torch_names = dict(momentum_buffer='grad_avg', exp_avg='grad_avg', exp_avg_sq='sqr_avg', step='step')
 
-# %% ../nbs/40_hypergradient.ipynb #525290b3
 def _torch_steppers(opt):
     "The fastai steppers that do what a PyTorch optimiser does"
     groups = opt.param_groups

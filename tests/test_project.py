@@ -77,6 +77,13 @@ def test_module_names_its_imports_and_never_pickles(module):
         assert not banned, f'{module} uses {banned} in line {node.lineno}: files are safetensors'
 
 @pytest.mark.parametrize('module', SOURCES)
+def test_module_and_its_classes_can_be_read_at_a_sitting(module):
+    assert len((PACKAGE/f'{module}.py').read_text(encoding='utf-8').splitlines()) <= 420
+    long = [(node.name, lines) for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef)
+            and (lines := node.end_lineno - node.lineno + 1) > 200]
+    assert not long, f'longer than two screens: {long}'
+
+@pytest.mark.parametrize('module', SOURCES)
 def test_module_has_all(module):
     assert hasattr(importlib.import_module(f'rholoss_fastai.{module}'), '__all__')
 
