@@ -21,9 +21,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loss_checks import check_item_losses, dividing, own_loss_mend, random_state_kept
+from .loss_checks import check_item_losses, dividing, item_count, random_state_kept
 from .loss_tasks import call_parameters, from_library, function_types, known_loss, loss_name, loss_task
-from .nested import check_no_item_lists, describe, describe_batch, map_tensors, plain, prediction, tensors
+from .nested import describe, describe_batch, map_tensors, plain, prediction, tensors
 
 # %% ../nbs/02_losses.ipynb #36738d2f
 def _shallow(o):
@@ -60,10 +60,11 @@ def _unreduced(loss_func):
     else: res.reduction = 'none'
     return res
 
-# %% ../nbs/02_losses.ipynb #a9598aba
+# %% ../nbs/02_losses.ipynb #91fb48ef
 from .loss_tasks import takes_probabilities
 from .nested import full_precision, has_rows
 
+# %% ../nbs/02_losses.ipynb #a9598aba
 class ItemLosses:
     "A function of `(pred, *targs)` that gives the loss of each item, found out once for `loss_func`"
     def __init__(self,
@@ -148,25 +149,7 @@ class ItemLosses:
         "What the loss function gets, in float32 at least, and the number of items"
         if self.one_tensor: pred,targs = plain(prediction(pred)),plain(targs)
         pred,targs = map_tensors(full_precision, pred),map_tensors(full_precision, targs)
-        return pred,targs,self._batch_size(pred, targs)
-
-    def _batch_size(self, pred, targs):
-        "The number of items, where prediction and targets agree on it"
-        sizes = [t.shape[0] for t in tensors(targs) if t.ndim]
-        if not sizes:
-            raise ValueError(f"The batch is unlabelled: no target with a batch dimension in {targs!r:.100}. Check that "
-                             "the DataLoaders give targets, and their n_inp.")
-        if 0 in sizes: raise ValueError(f"The batch is empty: {describe_batch(pred, targs)}. Give at least one item.")
-        check_no_item_lists(targs)
-        in_pred = [t.shape[0] for t in tensors(pred) if t.ndim]
-        if not in_pred:
-            raise ValueError(f"The model returned no prediction of each item, only {describe(pred)}: a loss of the "
-                             f"whole batch can't be told apart into its items. {own_loss_mend}")
-        if len(set(sizes)) > 1 or sizes[0] not in in_pred:
-            raise ValueError(f"Prediction and targets differ in their number of items: {describe_batch(pred, targs)}. "
-                             "Both need one row an item in their first dimension: check the model's output and the "
-                             "DataLoaders' targets.")
-        return sizes[0]
+        return pred,targs,item_count(pred, targs)
 
     def _elements(self, pred, targs, bs):
         "Losses without the loss function's reduction, `(bs, ...)` or flattened; None where it has no such form"
