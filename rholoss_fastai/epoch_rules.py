@@ -103,25 +103,22 @@ class InfoBatch(EpochRule):
 
     def __call__(self, remembered, epoch, generator):
         if epoch.in_last(self.delta): return
-        scores = remembered[:,0]
-        known = scores.isfinite()
+        scores,known = remembered[:,0],remembered[:,0].isfinite()
         below = (known & (scores < scores[known].mean())).nonzero().flatten()
-        n_above = len(scores) - len(below)
+        below,n_above = below[torch.randperm(len(below), generator=generator)],len(scores) - len(below)
         n_stay = epoch.fits(n_above + max(1, round((1 - self.ratio)*len(below)))) - n_above
         if n_stay >= len(below): return
-        below = below[torch.randperm(len(below), generator=generator)]
         weights = torch.ones(len(scores)) # 1/(1-ratio), made exact for a whole number of rows
         weights[below[:n_stay]],weights[below[n_stay:]] = len(below)/n_stay,0
         rows,weights = epoch.rows[weights > 0],weights[weights > 0]
         return (rows, weights) if self.weighs else rows
 
     def says(self, epoch):
-        n_pruned = max(int(self.delta*epoch.n_epoch + 1e-6) - 1, 0)
+        n_pruned,of = max(int(self.delta*epoch.n_epoch + 1e-6) - 1, 0),short_name(self.score)
         if not n_pruned or not self.ratio:
-            return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and after "
-                    f"delta={self.delta:g} of them all rows have their turn; fit for more epochs, or use rule='random'")
-        return (f"{n_pruned} of {epoch.n_epoch} epochs without {self.ratio:.0%} of the rows whose "
-                f"{short_name(self.score)} was below the mean")
+            return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and those after delta="
+                    f"{self.delta:g} of the fit are on all rows; fit for more epochs, or use rule='random'")
+        return f"{n_pruned} of {epoch.n_epoch} epochs without {self.ratio:.0%} of the rows of {of} below the mean"
 
 # %% ../nbs/31_epoch_rules.ipynb #de4c66f9
 class RandomSubset(EpochRule):
@@ -207,6 +204,13 @@ def loss_groups(
     groups = torch.bucketize(losses.double(), (centres[1:] + centres[:-1])/2)
     return groups.unique(return_inverse=True)[1] # without those that became empty
 
+def _in_window(groups, share, place):
+    "Which lie in a window of that `share` of the groups, after so many moves by one, over and over"
+    n = int(groups.max()) + 1 # fewer than asked for where many losses are equal
+    size = max(1, round(share*n))
+    first = place % (n - size + 1)
+    return (groups >= first) & (groups < first + size)
+
 class SeTa(EpochRule):
     "A window of groups of rows of like loss slides from easy to hard, over and over (Zhou et al. 2025)"
     def __init__(self,
@@ -229,13 +233,9 @@ class SeTa(EpochRule):
         losses = remembered[kept,0]
         if epoch.in_last(self.delta) or not losses.isfinite().any():
             return epoch.rows[kept] if n < len(epoch.rows) else None
-        known = losses.isfinite()
-        groups = loss_groups(losses[known], self.n_groups)
-        n_groups = int(groups.max()) + 1 # fewer where many losses are equal
-        size = max(1, round(self.window*n_groups))
-        first,self._place = self._place % (n_groups - size + 1),self._place + 1
+        known,self._place = losses.isfinite(),self._place + 1
         inside = torch.ones(len(kept), dtype=torch.bool) # rows of which nothing is known stay
-        inside[known] = (groups >= first) & (groups < first + size)
+        inside[known] = _in_window(loss_groups(losses[known], self.n_groups), self.window, self._place - 1)
         return epoch.rows[kept[inside]]
 
     def says(self, epoch):

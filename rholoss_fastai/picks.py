@@ -6,7 +6,8 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/picks.html.md"""
 
 # %% auto #0
 __all__ = ['PICKS', 'Selection', 'rank_key', 'top_items', 'Pick', 'RankedPick', 'TopFraction', 'Uniform', 'LossShare',
-           'PercentileSample', 'RankSample', 'Boltzmann', 'ImportanceSample', 'PerClass', 'ThenUniform', 'find_pick']
+           'PercentileSample', 'RankSample', 'Boltzmann', 'ImportanceSample', 'PerClass', 'inner_pick', 'ThenUniform',
+           'find_pick']
 
 # %% ../nbs/04_picks.ipynb #f88f26f5
 import math
@@ -307,11 +308,11 @@ class PerClass(Pick):
     "A quota of each class of the candidate batch, and within it the most wanted"
     needs = ('targ',)
     def __init__(self,
-        frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
+        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
         equal:bool=False, # The same number of every class? False: in proportion to the number of candidates
         pick:RankedPick=None # Which items of a class; default `TopFraction(frac)`
     ):
-        self.equal,self.pick = equal,_inner_pick(frac, pick)
+        self.equal,self.pick = equal,inner_pick(frac, pick)
         if not isinstance(self.pick, RankedPick):
             raise TypeError("pick must be one that ranks the items, such as TopFraction, Boltzmann, RankSample or "
                             f"Uniform; got {pick!r}.")
@@ -340,22 +341,25 @@ class PerClass(Pick):
         by_priority = order[priority[order].argsort(stable=True)] # the more wanted first where priorities are equal
         return Selection(by_priority[:size or self.size(n, pct_train)].sort().values)
 
-def _inner_pick(frac, pick):
-    "`pick`, or the highest scores"
-    if pick is not None and frac != 0.1:
+def inner_pick(
+    frac, # n_b / n_B in (0, 1], or a schedule; None: 0.1
+    pick:Pick # None: `TopFraction(frac)`
+)->Pick:
+    "What a pick that wraps another one picks with; `frac` and `pick` both are refused"
+    if pick is not None and frac is not None:
         raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of them.")
-    return TopFraction(frac) if pick is None else pick
+    return TopFraction(0.1 if frac is None else frac) if pick is None else pick
 
 # %% ../nbs/04_picks.ipynb #086c6db2
 class ThenUniform(Pick):
     "A pick of fixed size until a point in training, then as many items at random, without scoring"
     def __init__(self,
-        frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
+        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
         at:float=0.25, # Share of training after which items are drawn at random; epoch 25 of 100 is 25/100
         pick:Pick=None, # What is picked with until then; default `TopFraction(frac)`
         seed:int=0 # Seed of its own random generator
     ):
-        self.at,self.pick,self.seed = check_number('at', at, schedule=False),_inner_pick(frac, pick),seed
+        self.at,self.pick,self.seed = check_number('at', at, schedule=False),inner_pick(frac, pick),seed
         if not isinstance(self.pick, Pick) or self.pick.fraction() is None:
             raise TypeError("pick must be one of fixed size, such as TopFraction(0.1), so that as many can be drawn; "
                             f"got {pick!r}.")

@@ -25,7 +25,7 @@ from .checks import by_name, check_count, check_number
 from .fit_callback import FitCallback
 from .il_source import ILSource
 from .nested import as_tensor, class_targets, plain
-from .picks import Pick, TopFraction, find_pick
+from .picks import Pick, find_pick, inner_pick
 from .probe import probe_features
 from .ridge import check_features, class_logits, fit_scale, smoothed_shares, standardise
 from .rows import dataset_size, preserve_rng
@@ -132,16 +132,12 @@ class ClassWeights(Pick):
     needs = ('loss', 'class_il')
     _not_saved = dict(_sums=0., _held_out=0.)
     def __init__(self,
-        frac:float=0.1, # n_b / n_B in (0, 1], or a schedule
+        frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.1
         eta:float=1., # How fast the weights change
         pick:Pick=None # What takes items by these scores; default `TopFraction(frac)`
     ):
-        if pick is not None and frac != 0.1:
-            raise ValueError(f"frac={frac} belongs to the default pick, but pick={pick!r} is given too: give one of "
-                             "them.")
         self.eta = check_number('eta', eta, high=1e6, schedule=False)
-        self.pick = TopFraction(frac) if pick is None else find_pick(pick)
-        self._sums,self._held_out = 0.,0.
+        self.pick,self._sums,self._held_out = find_pick(inner_pick(frac, pick)),0.,0.
 
     weighted = property(lambda self: self.pick.weighted)
     def fraction(self, pct_train=0.): return self.pick.fraction(pct_train)
