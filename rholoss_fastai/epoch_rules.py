@@ -116,8 +116,8 @@ class InfoBatch(EpochRule):
     def says(self, epoch):
         n_pruned,of = max(int(self.delta*epoch.n_epoch + 1e-6) - 1, 0),short_name(self.score)
         if not n_pruned or not self.ratio:
-            return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and those after delta="
-                    f"{self.delta:g} of the fit are on all rows; fit for more epochs, or use rule='random'")
+            return (f"does nothing in {epoch.n_epoch} epoch(s): the first has no losses to go by, and those after "
+                    f"delta={self.delta:g} of the fit are on all rows; fit for more epochs, or use rule='random'")
         return f"{n_pruned} of {epoch.n_epoch} epochs without {self.ratio:.0%} of the rows of {of} below the mean"
 
 # %% ../nbs/31_epoch_rules.ipynb #de4c66f9
