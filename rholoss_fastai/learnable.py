@@ -115,10 +115,11 @@ def rows_to_look_at(
     return n if some >= n/3 else some
 
 def share_to_leave_out(
-    wrong:float # Estimated share of wrong labels
+    wrong:float, # Estimated share of wrong labels
+    chosen:bool=True # Is it chosen among the others besides? Then those that look wrong come last all the same
 )->float:
-    "How many rows to leave out: less than look wrong, since the last of these are more often right than wrong"
-    return max(0., wrong - 0.03)
+    "How many rows to leave out: as many as look wrong, or less, since the last of these are as often right as wrong"
+    return max(0., wrong - 0.03*chosen)
 
 def ranked(
     values:Tensor, # `(n,)`

@@ -137,7 +137,7 @@ class RhoEpochs(Reducible):
     long = 4 # a fit from scratch of so many epochs refreshes the irreducible losses
     def __init__(self,
         il='auto', # Irreducible losses: 'auto', by a probe; or `IrreducibleLosses`, a file, or a number per row
-        drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
+        drop:float=None, # Share of the rows left out; None: as many as look wrong, less 0.03 if others are chosen
         keep:float=0.6, explore:float=0.1,
         by_memory:bool=None, # Choose among the others? None: unless this is a fine-tune of fewer than 8 epochs
         refresh:bool=None, # Irreducible losses anew, by the model's features, at a quarter? None: in long fits
@@ -166,6 +166,7 @@ class RhoEpochs(Reducible):
         asked = self.asked
         self.by_memory = (not fine_tune or learn.n_epoch >= self.short if asked['by_memory'] is None
                           else asked['by_memory'])
+        self.drop = share_to_leave_out(self.wrong, self.by_memory) if asked['drop'] is None else asked['drop']
         self.will_refresh = (self.by_memory and not fine_tune and learn.n_epoch >= self.long if asked['refresh'] is None
                              else asked['refresh'])
         made = self.share if self._made_now and self.il is None else 0.
@@ -192,9 +193,7 @@ class RhoEpochs(Reducible):
                 self.wrong,found = self._estimate(learn, dl, None)
                 self.table = found.irreducible(learn.loss_func)
         if self._clean(): self.plain,self.drop = True,0.
-        else:
-            self.drop = share_to_leave_out(self.wrong) if self.asked['drop'] is None else self.asked['drop']
-            self.set_scale(learn)
+        else: self.set_scale(learn)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
 
     def _dear(self, learn, dl):
@@ -251,7 +250,7 @@ class RhoEpochs(Reducible):
 @patch
 def rho_epochs(self:Learner,
     il='auto', # Irreducible losses: 'auto', by a probe as the fit begins; or a table, a file, a number per row
-    drop:float=None, # Share of the rows that is left out; None: the estimated share of wrong labels, less 0.03
+    drop:float=None, # Share of the rows left out; None: as many as look wrong, less 0.03 if others are chosen
     keep:float=0.6, # Share of the others that are chosen by `p_IL (1 - p_last)`
     explore:float=0.1, # Share of the others that are drawn at random besides
     epoch:str='cost', # As many steps as have a plain epoch's 'cost', all billed; as many 'steps'; or a pass over 'rows'
