@@ -217,7 +217,7 @@ def variants(model, method, frac, device):
             return seconds
         return run
 
-    def rho_loss(learn): learn.rho_loss(il, frac=frac)
+    def rho_loss(learn): learn.rho_loss(il, frac=frac, epoch='candidates') # `STEPS` steps, as of all
     # as many as `frac` says, whatever their losses
     def batch_loss_filter(learn): learn.batch_loss_filter(0.01, frac, warmup_epochs=0)
     def selective_backprop(learn): learn.selective_backprop(pick=RankSample(frac), warmup_epochs=0)

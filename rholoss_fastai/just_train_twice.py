@@ -79,6 +79,8 @@ def _seeded(dls, seed):
     return with_loaders(dls, [restrict_rows(dls.train, own_rows(dls.train), seed=seed)])
 
 # %% ../nbs/37_just_train_twice.ipynb #29a8b5b2
+from rholoss_fastai.side_models import on_its_own
+
 class _AtEpochs(Callback):
     "Keeps what `find` says of the Learner after some epochs"
     order,run_valid = 100,False # last: other callbacks have done their part at the end of training
@@ -154,8 +156,6 @@ def just_train_twice(
     return learn
 
 # %% ../nbs/37_just_train_twice.ipynb #bfc62245
-from .side_models import on_its_own
-
 def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, groups, metric, worst, n_epoch, lr,
                  one_cycle, earlier, step):
     "The line of a pair in the table"

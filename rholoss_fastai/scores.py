@@ -75,7 +75,7 @@ def gradient_norm_bound(
     targ:Tensor, # Classes, whole numbers in the shape of `pred` without `axis`, or probabilities, as `pred`
     axis:int=1, # Class axis of `pred`
     ignore_index:int=-100, # Class that does not count
-    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    task:str=None, # What the loss has the model predict, the `task` of its `ItemLosses`; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)`
     "Norm of the gradient by logits, `||softmax(pred) - onehot(targ)||_2`; multi-label, `||sigmoid(pred) - targ||_2`"
@@ -145,7 +145,7 @@ def _positions(values): return values.reshape(len(values), -1).mean(1).float() #
 def entropy(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
-    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    task:str=None, # What the loss has the model predict, the `task` of its `ItemLosses`; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` nats, between 0 and the logarithm of `n_classes`, of labels `log(2)`
     "Entropy of the predicted classes, `-sum(p * log(p))`; multi-label, the mean of the labels' own"
@@ -157,7 +157,7 @@ def entropy(
 def margin(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
-    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    task:str=None, # What the loss has the model predict, the `task` of its `ItemLosses`; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between -1 and 0
     "Minus the distance of the two most probable classes; multi-label, the mean over labels of that of yes and no"
@@ -167,7 +167,7 @@ def margin(
 def least_confidence(
     pred, # Logits or log-probabilities `(bs, n_classes, ...)`, or an output that holds them
     axis:int=1, # Class axis of `pred`
-    task:str=None, # What the loss has the model predict, as `ItemLosses.task` says; None: classes
+    task:str=None, # What the loss has the model predict, the `task` of its `ItemLosses`; None: classes
     activated:bool=False # Of a multi-label task: is `pred` probabilities already?
 ) -> Tensor: # `(bs,)` between 0 and `1 - 1/n_classes`
     "One minus the probability of the most probable class; multi-label, the mean over labels of the less probable's"
@@ -239,7 +239,7 @@ FIGURES = dict.fromkeys(('loss', 'il', 'hopeless', 'pred', 'targ', 'log_probs'))
 
 # %% ../nbs/03_scores.ipynb #cd7b913f
 def score_inputs(
-    score:Callable, # A function whose parameters without a default are among `loss`, `il`, `pred`, `targ`, `log_probs`
+    score:Callable, # A function of one or more of `loss`, `il`, `hopeless`, `pred`, `targ`, `log_probs`, so named
     name:str='score' # What the argument is called in the error
 ) -> tuple[str, ...]: # The names of those parameters, in order
     "What `score` needs"

@@ -42,6 +42,7 @@ if hasattr(_processes, 'set_forkserver_preload'):
                                        'fastai.distributed', 'nbdev.test', 'rholoss_fastai.all'])
 
 def _run(code, args, env, out):
+    multiprocessing.set_start_method(None, force=True) # Python's own for what the code starts, as in a fresh process
     os.environ.update(env)
     log = os.open(out, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2): os.dup2(log, stream)
