@@ -215,6 +215,11 @@ class BatchStream(GetAttr):
         self._batches,self._at = iter(self.loader),0
         return next(self._batches)
 
+    def close(self):
+        "Let the worker processes of a pass that isn't used up end; garbage collection would wait for them"
+        batches,self._batches = self._batches,None
+        if hasattr(batches, 'close'): batches.close()
+
     def rows(self, i, device=None):
         "Rows of the batch that was delivered last"
         return self.loader.rows(self._at, device)
@@ -264,6 +269,11 @@ class Enlarge(NotSaved):
         if self.stream is None or self.stream[0] != key: self.stream = key,BatchStream(loader, n_batches)
         self.stream[1].n_batches = n_batches
         return self.stream[1],n_b,n_candidates
+
+    def close(self):
+        "The fit has ended: the next begins a pass of its own"
+        if self.stream is not None: self.stream[1].close()
+        self.stream = None
 
     def __repr__(self): return f"Enlarge({self.epoch!r})"
 

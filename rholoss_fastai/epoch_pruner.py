@@ -99,6 +99,12 @@ class Rounds(GetAttr):
     def __iter__(self):
         if self._batches is None: self._batches = self._stream()
         return islice(self._batches, self.n_batches)
+
+    def close(self):
+        "Let the worker processes of a round that isn't used up end; garbage collection would wait for them"
+        if self._batches is not None: self._batches.close()
+        self._batches = None
+
     def rows(self, i, device=None): return self.loader.rows(self._i, device) # of the current batch
 
 # %% ../nbs/32_epoch_pruner.ipynb #d6650304
@@ -312,6 +318,7 @@ class EpochPruner(FitCallback):
             # an export would take the epoch's loader along
             if getattr(self._fit, 'loader', None) is not None and vars(self.learn).get('dl') is self._fit.loader:
                 self.learn.dl = self.learn.dls.train
+            if getattr(self._fit, 'rounds', None) is not None: self._fit.rounds.close()
         super()._tidy()
 
     def _figures(self): return dict(selected=self.share) # of the whole training set: the rest isn't even loaded

@@ -250,6 +250,7 @@ class BatchSelector(AnySelector):
 
     def _tidy(self):
         if self._fit is not None: self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
+        if self.enlarge: self.enlarge.close()
         super()._tidy()
 
     def __repr__(self): return f"{type(self).__name__}(score={short_name(self.score)}, pick={self.pick!r})"

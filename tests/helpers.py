@@ -35,11 +35,12 @@ def draws(n):
 
 # Processes of their own: forked from one that has imported all that takes seconds, and has done nothing else
 
-_processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
+processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
                                          else 'spawn')
-if hasattr(_processes, 'set_forkserver_preload'):
-    _processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all',
-                                       'fastai.distributed', 'nbdev.test', 'rholoss_fastai.all'])
+if hasattr(processes, 'set_forkserver_preload'):
+    processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all',
+                                       'fastai.distributed', 'matplotlib.pyplot', 'nbdev.test', 'sklearn.datasets',
+                                       'torch._dynamo', 'rholoss_fastai.all']) # PyTorch's optimisers import `_dynamo`
 
 def _run(code, args, env, out):
     multiprocessing.set_start_method(None, force=True) # Python's own for what the code starts, as in a fresh process
@@ -50,11 +51,16 @@ def _run(code, args, env, out):
     if os.path.exists(code): runpy.run_path(code, run_name='__main__')
     else: exec(compile(code, '<code>', 'exec'), {'__name__': '__main__'})
 
+def start_process(code, *args, out, env=None):
+    "A process of its own that runs code, or a file, and prints to the file `out`"
+    run = processes.Process(target=_run, args=(str(code), [code, *args], env or {}, out))
+    run.start()
+    return run
+
 def run_in_process(code, *args, out, timeout=600, env=({},)):
     "Run code, or a file, in a process of its own for each of `env`; what they printed, if all end well"
     logs = [f'{out}{i}.log' for i in range(len(env))]
-    runs = [_processes.Process(target=_run, args=(str(code), [code, *args], o, log)) for o, log in zip(env, logs)]
-    for run in runs: run.start()
+    runs = [start_process(code, *args, out=log, env=o) for o, log in zip(env, logs)]
     try:
         for run in runs: run.join(timeout)
     finally:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from fastai.metrics import F1Score, Perplexity, RocAucBinary, accuracy, error_ra
 from fastai.optimizer import Adam
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.torch_core import set_seed
-from helpers import learner
+from helpers import learner, processes, start_process
 from scipy import stats
 from torch import nn
 
@@ -239,7 +238,7 @@ def test_executors_of_all_kinds():
 @pytest.mark.slow
 def test_processes_and_here_agree_to_the_last_bit():
     here = quick(SOME, noisy=data()[1])
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool: pooled = quick(SOME, noisy=data()[1], executor=pool)
+    with ProcessPoolExecutor(2, processes) as pool: pooled = quick(SOME, noisy=data()[1], executor=pool)
     for other in (pooled, quick(SOME, noisy=data()[1], executor=2)):
         pd.testing.assert_frame_equal(without_seconds(here.table), without_seconds(other.table), rtol=0, atol=0)
         assert [[o['value'] for o in run['history']] for run in here.runs] == [[o['value'] for o in run['history']]
@@ -330,11 +329,11 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(int(os.environ.get('RHOLOSS_KILLS', 4))):
         n_before = len(list((tmp_path/'runs').glob('*.json')))
-        process = subprocess.Popen([sys.executable, script])
-        while process.poll() is None and len(list((tmp_path/'runs').glob('*.json'))) <= n_before: time.sleep(0.02)
+        process = start_process(script, out=tmp_path/'log')
+        while process.is_alive() and len(list((tmp_path/'runs').glob('*.json'))) <= n_before: time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        process.wait()
+        process.join()
         assert all(json.loads(o.read_text()) for o in (tmp_path/'runs').glob('*.json'))
     resumed,whole = (quick(SOME, folder=o, noisy=data()[1], n_epoch=4) for o in (tmp_path/'runs', None))
     pd.testing.assert_frame_equal(without_seconds(resumed.table), without_seconds(whole.table), rtol=0, atol=0)

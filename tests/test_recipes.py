@@ -191,7 +191,7 @@ def test_prune(folder, tmp_path):
 
 @pytest.mark.slow
 def test_quickstart(tmp_path, capsys):
-    run('quickstart', seeds=1, epochs=5, out=tmp_path)
+    run('quickstart', seeds=1, epochs=3, out=tmp_path)
     compared(tmp_path, 'rho_epochs', 'rho_loss')
     assert 'with one seed: no interval' in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """learn.select: what is trained on against an independent computation, for scores and picks by name and as objects."""
 from collections import Counter
 from functools import partial
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastai.learner import load_learner
 from helpers import fit, learner
 from numbered_rows import N, Rows, rows_of
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from rholoss_fastai.all import (
     PICKS,
@@ -274,3 +276,14 @@ def test_bad_input_is_refused_at_once(args, kwargs, kind, message):
 def test_another_method_is_refused():
     with pytest.raises(ValueError, match='already selects with BatchLossFilter'):
         dropout_learner().batch_loss_filter().select('loss')
+
+@pytest.mark.parametrize('kind', [DataLoader, TorchDataLoader])
+def test_no_worker_outlives_the_fit(kind):
+    "A pass that isn't used up is let go: garbage collection would wait for its workers, five seconds for each"
+    train = kind(Rows(), 8, shuffle=True, num_workers=2)
+    learn,others = learner(lambda: DataLoaders(train, DataLoader(Rows(), bs=N)), net), set(active_children())
+    learn.select('loss', 'top', frac=0.3, enlarge=True, epoch='steps', warmup_epochs=0)
+    for _ in range(2):
+        fit(learn, 1)
+        assert set(active_children()) <= others
+    assert learn.selection.ledger.trained.tolist() == [len(train)*8]*2
