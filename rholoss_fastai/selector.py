@@ -244,9 +244,8 @@ class BatchSelector(AnySelector):
     def after_train(self):
         "Close the epoch's line in the ledger"
         self.record.end_epoch()
-        self.epochs_done += 1
-        self.epochs_selected += self._fit.selecting # before `start` nothing is scored that could be remembered
-        if self.memory is not None: self.memory.end_epoch(self._fit.selecting)
+        self.epochs_done,self.epochs_selected = self.epochs_done + 1,self.epochs_selected + self._fit.selecting
+        if self.memory is not None: self.memory.end_epoch(self._fit.selecting) # before `start` nothing is scored
 
     def _tidy(self):
         if self._fit is not None: self.record.end_epoch(interrupted=True) # the line of an epoch that was cancelled
