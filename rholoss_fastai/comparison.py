@@ -197,12 +197,12 @@ class Verdict:
 
     def __str__(self):
         lines = [self.head(), *[self.of(o) for o in self.table.index if o != 'plain']]
-        il = [o for o in self.table.index if self.table.cost_il[o] > 0]
+        il = [o for o in self.table.index if self.table.cost_il[o] >= 0.005] # what shows in two digits
         if il:
             bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs "
                      f"({self.table.seconds_il[o]:.1f} s)" for o in il]
             lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would "
-                         "have been so much more to train with.")
+                         "have been so much more to train on.")
         lines += [f"Not in it: {name}, {why}" for name,why in self.comparison.errors.items()]
         return '\n'.join(lines)
 
