@@ -202,7 +202,7 @@ class Verdict:
             bills = [f"`{o}` {self.table.cost_il[o]:.2f} of {self.table.cost[o]:.2f} plain epochs "
                      f"({self.table.seconds_il[o]:.1f} s)" for o in il]
             lines.append(f"Irreducible losses are in what each run spent: {_joined(bills)}; without them there would "
-                         "have been so much more to train on.")
+                         "have been so much more to train with.")
         lines += [f"Not in it: {name}, {why}" for name,why in self.comparison.errors.items()]
         return '\n'.join(lines)
 
