@@ -15,6 +15,7 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
+from .checks import known_arguments
 from .fit_callback import FitCallback
 from .picks import LossShare
 from .scores import reducible_part, training_loss
@@ -93,6 +94,7 @@ class BatchLossFilter(BatchSelector):
 
 # %% ../nbs/21_batch_loss_filter.ipynb #83070892
 @patch
+@known_arguments
 @delegates(BatchLossFilter.__init__)
 def batch_loss_filter(self:Learner,
     min_loss_perc:float=0.9, # Share of the batch's summed loss to reach, in [0, 1], or a schedule; 1: all but 0

@@ -9,6 +9,7 @@ __all__ = ['IL_NAMES', 'ILSource', 'hopeless_rows', 'TableIL', 'ModelIL', 'MadeI
            'il_source', 'il_values']
 
 # %% ../nbs/16_il_source.ipynb #29048d2b
+import math
 import os
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from .side_models import changers_in_training
 class ILSource:
     "Where irreducible losses come from: subclass it and define `begin` and `__call__`"
     needs_rows = True # must the data set's row of each item be known?
+    way_out = None # what to give where they can't be, a sentence; None: such a DataLoader
     table = None # the `IrreducibleLosses`, once there are some
     module = None # the model that computes them on the fly
     # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
@@ -95,6 +97,7 @@ def hopeless_rows(
 class TableIL(ILSource):
     "One number per row of the training set"
     exported = False
+    way_out = 'Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner as il=.'
     def __init__(self,
         il=None # `IrreducibleLosses`, a file of them, or one number per row
     ):
@@ -112,9 +115,7 @@ class TableIL(ILSource):
         if self.table is None:
             raise ValueError("Irreducible losses are not exported with a Learner: give them again, il=..., to the "
                              "method that selects.")
-        # raises where rows can't be known
-        track_rows(dl, way_out='Way out: irreducible losses on the fly, which need no rows: pass a module or a Learner '
-                               'as il=.')
+        track_rows(dl, way_out=self.way_out) # raises where rows can't be known
         table = self.table if isinstance(self.table, ItemTable) else IrreducibleLosses.of(self.table, dl)
         table.check(dl)
         if not table.values[own_rows(dl)].isfinite().all():
@@ -323,8 +324,10 @@ class AutoIL(MadeIL):
 
     def _refuse(self, share):
         raise ValueError(f"Irreducible losses would cost {share:.0%} of this fit, more than "
-                         f"il_budget={self.budget:.0%}. Train for longer, give a larger il_budget, give some that are "
-                         "made already (il=path), or ask for them whatever they cost: il='probe' or il='crossfit'.")
+                         f"il_budget={self.budget:.0%}. Train for longer (the frozen epochs of fine_tune are a fit of "
+                         f"their own: freeze_epochs=...), allow for it, il_budget={math.ceil(20*share)/20:g}, give some "
+                         "that are made already (il=path), or ask for them whatever they cost: il='probe' or "
+                         "il='crossfit'.")
 
 # %% ../nbs/16_il_source.ipynb #64122b7b
 IL_NAMES = dict(auto=AutoIL, probe=ProbeIL, crossfit=CrossFitIL) # name -> class

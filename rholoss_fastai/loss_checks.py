@@ -150,6 +150,19 @@ def _adds_up_for(of, pred, targs, bs):
     if any(o is None for o in derivatives) or not whole.isfinite(): return True
     return _adds_up(whole, losses, *derivatives)
 
+def _check_moves(of, losses, pred, targs, mend):
+    "Raise where every item's loss is the same number, also for other predictions"
+    if (losses != losses[0]).any(): return
+    other = next(_with_others(pred, len(losses), torch.Generator().manual_seed(2)))
+    for size in (1., 0.05, -1.): # a hinge is 0 on one side
+        sized = map_tensors(lambda t: t*size if t.is_floating_point() and has_rows(t, len(losses)) else t, other)
+        try: moved = of(sized, *targs)
+        except torch.cuda.OutOfMemoryError: raise
+        except Exception: return # predictions that it doesn't take
+        if (moved != losses[0]).any(): return
+    raise ValueError(f"{loss_name(of.loss_func)} of each item is {losses[0].item():.4g}, whatever the model predicts, "
+                     f"so an item's loss means nothing: check the loss, and that not all targets are ignored. {mend}")
+
 def _say(losses):
     "Item losses in few words"
     low,high = losses.min().item(),losses.max().item()
@@ -180,6 +193,7 @@ def check_item_losses(
                                  f"({describe_batch(pred, targs)}), so an item's loss means nothing: it is "
                                  f"{losses[0].item():.4g} whatever the model says. {own_loss_mend}")
             steepest = [0. if o is None else o.abs().max().item() for o in derivatives]
+            if not any(steepest): _check_moves(of, losses, pred, targs, mend)
             if steepest[1] > 0 and steepest[0] <= 1e-6*steepest[1]:
                 raise ValueError(f"{name} of an item alone is {_say(losses)}, whatever the model predicts for it: the "
                                  "loss compares the items of a batch with one another, so an item's own loss means "

@@ -29,7 +29,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch.nn.utils import get_total_norm
 
-from .checks import check_count, check_number
+from .checks import check_count, check_number, known_arguments
 from .divergence import DivergenceGuard
 from .fit_callback import FitCallback
 from .hypergradient import SCALES, ExtraPass, HyperParams, Update, WeightRates, curved, first_items, values_in_place
@@ -398,6 +398,7 @@ def plot_hypers(self:OnePassTuner,
 
 # %% ../nbs/41_one_pass.ipynb #e9db7bdc
 @patch
+@known_arguments
 @delegates(OnePassTuner.__init__)
 def one_pass(self:Learner,
     tune=('lr', 'wd', 'mom'), # What to learn: any of 'lr', 'wd', 'mom'

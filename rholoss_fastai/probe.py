@@ -113,6 +113,8 @@ def _collected(learn, dl, rows, read, finish, half=False, show=False):
     "Features and targets of `rows`"
     found = _Collected(rows, read, half)
     with batch_progress(len(scoring_loader(dl, rows)), show) as step: map_rows(learn, dl, found, rows, step)
+    # before one row's NaN becomes a column's
+    if isinstance(found.x, Tensor) and found.x.is_floating_point(): check_features(found.x, rows=rows)
     x,y = found.x if finish is None else finish(found.x),found.y
     device = y.device if y.device.type in ('cpu', 'cuda') else torch.device('cpu') # double precision is needed
     return x.to(device), y.to(device)
@@ -212,7 +214,8 @@ def _as_learner(learn, dl):
     if isinstance(learn, DataLoaders): learn = Learner(learn, nn.Linear(1, 1), loss_func=CrossEntropyLossFlat())
     if not isinstance(learn, Learner):
         raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
-    if learn.dls.device is not None: get_model(learn.model).to(learn.dls.device) # as a fit would
+    device = getattr(learn.dls, 'device', None) # PyTorch's loaders have none
+    if device is not None: get_model(learn.model).to(device) # as a fit would
     dl = learn.dls.train if dl is None else dl
     if isinstance(dl, LMDataLoader):
         raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target per row.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .candidates import candidate_input
-from .checks import by_name, check_count, check_number
+from .checks import by_name, check_count, check_number, known_arguments
 from .fit_callback import FitCallback
 from .il_source import ILSource
 from .nested import as_tensor, class_targets, plain
@@ -43,6 +43,10 @@ def class_irreducible(
 )->Tensor: # `(n, C)`: column c by the reference for which class c counts more
     "Irreducible losses by class: ridge regression with one class up-weighted, in closed form, out of fold"
     x,y = as_tensor(x).float().clone(),class_targets(as_tensor(y))
+    if y.is_floating_point() or y.ndim != 1 or (y < 0).any():
+        raise ValueError(f"Targets of shape {tuple(y.shape)} and {y.dtype}: REDUCR weighs classes, and needs one class, "
+                         "from 0, for each row. For other targets use learn.rho_loss().")
+    if (y == y[0]).all(): raise ValueError(f"All {len(y)} targets are class {y[0].item()}: there are no classes to weigh.")
     check_features(x); check_count('folds', folds, 2); check_number('boost', boost, high=1e6, schedule=False)
     n,C = len(x),int(y.max()) + 1
     x = torch.cat([standardise(x), x.new_ones(n, 1)], 1).double()
@@ -190,12 +194,18 @@ class ClassHoldout(FitCallback):
                              "DataLoaders a validation set.")
         losses,targs = torch.cat(losses),torch.cat(targs)
         C = learn.selector.il_source.values_by_class.shape[1]
+        known = (targs >= 0) & (targs < C) # a class without training rows has no reference
+        if not known.any():
+            raise ValueError(f"No held-out row has one of the {C} classes that there are irreducible losses for: give "
+                             "them for every class, one column each.")
+        losses,targs = losses[known],targs[known]
         sums,counts = torch.zeros(C, device=device).index_add_(0, targs, losses),targs.bincount(minlength=C)
         # a class without held-out rows: the mean
         self.pick.note_held_out(torch.where(counts > 0, sums/counts.clamp(min=1), losses.mean()))
 
 # %% ../nbs/26_reducr.ipynb #284c422a
 @patch
+@known_arguments
 @delegates(selector_parts)
 def reducr(self:Learner,
     il='probe', # `(n, C)` irreducible losses by class, as of `class_irreducible`; 'probe': by `ClassProbeIL`

@@ -15,11 +15,13 @@ from functools import partial
 import torch
 from fastai.learner import Learner, noop
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_choice, check_number, known_arguments
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
+from .features import FEATURES
 from .il_source import il_source
 from .irreducible import IrreducibleLosses
 from .learnable import learnable_rows, ranked, rows_to_look_at, share_to_leave_out
@@ -31,13 +33,14 @@ def label_probability(
     loss:Tensor, # `(bs,)` item losses
     pred, # Prediction of the batch
     targ, # Its target
-    scale:float=1. # For losses that aren't the logarithm of a probability: one of this size counts as 1/e
+    scale:float=1., # For losses that aren't the logarithm of a probability: one of this size counts as 1/e
+    low:float=0. # What counts as no loss
 )->Tensor: # `(bs,)`
     "Probability that the model gives to each item's label: softmax for classes, else `exp(-loss/scale)`"
     classes = (isinstance(targ, Tensor) and not targ.is_floating_point() and targ.numel() == len(pred)
                and pred.ndim == 2 and pred.shape[1] > 1)
     if classes: return pred.softmax(1).gather(1, targ.long().view(-1, 1))[:,0]
-    return (-loss/scale).exp()
+    return ((low - loss)/scale).exp().clamp(max=1.)
 
 # %% ../nbs/33_rho_epochs.ipynb #739cee99
 class LeaveOut(EpochRule):
@@ -46,7 +49,7 @@ class LeaveOut(EpochRule):
     def __init__(self,
         il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number per row
         drop:float=0., # Share of the rows left out: those of highest irreducible loss, of no class more than half
-    ): self.il,self.drop,self.scale = il,check_number('drop', drop, schedule=False),1.
+    ): self.il,self.drop,self.scale,self.low = il,check_number('drop', drop, schedule=False),1.,0.
 
     def check(self, learn):
         if self.il is None:
@@ -55,12 +58,15 @@ class LeaveOut(EpochRule):
 
     def begin(self, learn, dl):
         self.table,seconds = given_table(self.il, learn, dl)
-        self.set_scale(learn)
+        self.set_scale(learn, dl)
         return seconds
 
-    def set_scale(self, learn):
-        "The size of a loss that is no logarithm of a probability: the mean irreducible loss"
-        self.scale = 1. if is_log_loss(learn.loss_func) else max(self.table.values.mean().item(), 1e-12)
+    def set_scale(self, learn, dl):
+        "The size of a loss that is no logarithm of a probability: the mean irreducible loss, from the lowest below 0"
+        self.scale,self.low,il = 1.,0.,self.table.values[own_rows(dl)]
+        if is_log_loss(learn.loss_func): return
+        self.low = min(il.min().item(), 0.)
+        self.scale = max(il.mean().item() - self.low, 1e-12)
 
     def pool(self,
         epoch, # `EpochInfo`
@@ -75,7 +81,9 @@ class LeaveOut(EpochRule):
         return epoch.rows[pool] if len(pool) < len(il) else None
 
     def says(self, epoch):
-        return (f"leaves out the {self.drop:.0%} of the rows that look least learnable" if self.drop
+        il,pool = self.pool(epoch, torch.Generator().manual_seed(0)) # of no class more than half goes
+        left_out = 1 - len(pool)/len(il)
+        return (f"leaves out the {left_out:.0%} of the rows that look least learnable" if left_out
                 else 'leaves out nothing for good')
 
 class Reducible(LeaveOut):
@@ -93,12 +101,12 @@ class Reducible(LeaveOut):
             raise ValueError(f"keep={keep} and explore={explore} are more than the whole: together they may be 1 at "
                              "most.")
 
-    def score(self, loss, pred, targ): return label_probability(loss, pred, targ, self.scale)
+    def score(self, loss, pred, targ): return label_probability(loss, pred, targ, self.scale, self.low)
 
     def __call__(self, remembered, epoch, generator):
         il,pool = self.pool(epoch, generator)
         # a row that was never trained on is not learnt
-        wanted = (-il[pool]/self.scale).exp()*(1 - remembered[pool,0].nan_to_num(0.))
+        wanted = ((self.low - il[pool])/self.scale).exp()*(1 - remembered[pool,0].nan_to_num(0.))
         order = ranked(wanted, generator)
         n = max(1, round(self.keep*len(pool)))
         others = order[n:][torch.randperm(len(order) - n, generator=generator)[:round(self.explore*len(pool))]]
@@ -151,6 +159,7 @@ class RhoEpochs(Reducible):
                          explore)
         self.asked,self.by_memory = dict(drop=drop, by_memory=by_memory, refresh=refresh),by_memory is not False
         self.gate,self.threshold = gate,check_number('threshold', threshold, schedule=False)
+        if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))
         self.features,self.look = features,look
         self.il_budget = check_number('il_budget', il_budget, high=float('inf'), open_low=True, schedule=False)
         self.plain,self.wrong,self.table,self.share,self._source,self._refreshed = False,None,None,None,None,False
@@ -193,7 +202,7 @@ class RhoEpochs(Reducible):
                 self.wrong,found = self._estimate(learn, dl, None)
                 self.table = found.irreducible(learn.loss_func)
         if self._clean(): self.plain,self.drop = True,0.
-        else: self.set_scale(learn)
+        else: self.set_scale(learn, dl)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
 
     def _dear(self, learn, dl):
@@ -248,6 +257,8 @@ class RhoEpochs(Reducible):
 
 # %% ../nbs/33_rho_epochs.ipynb #98c3410a
 @patch
+@known_arguments
+@delegates(RhoEpochs.__init__)
 def rho_epochs(self:Learner,
     il='auto', # Irreducible losses: 'auto', by a probe as the fit begins; or a table, a file, a number per row
     drop:float=None, # Share of the rows left out; None: as many as look wrong, less 0.03 if others are chosen
@@ -258,7 +269,7 @@ def rho_epochs(self:Learner,
     refresh:bool=None, # Irreducible losses anew, by the model's features, at a quarter? None: from scratch, of 4 epochs
     gate:bool=True, # Train plainly where hardly any label looks wrong?
     seed:int=0, # Of what is drawn at random
-    **kwargs # `threshold` of the gate, `features` of the probe, `look`, the first estimate's rows, `il_budget`
+    **kwargs
 )->Learner: # The Learner
     "Train on the rows that can be learnt and aren't yet; `learn.no_pruning()` undoes it"
     rule = RhoEpochs(il, drop, keep, explore, by_memory, refresh, gate, **kwargs)

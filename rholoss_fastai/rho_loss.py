@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .beside import LabelGate, TrainBeside
+from .checks import known_arguments
 from .il_source import CrossFitIL, ModelIL, il_source
 from .picks import Pick, TopFraction, find_pick
 from .scores import reducible_loss, worth_learning
@@ -75,6 +76,7 @@ class RhoLossCallback(BatchSelector):
 
 # %% ../nbs/23_rho_loss.ipynb #64483511
 @patch
+@known_arguments
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
     il='auto', # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name

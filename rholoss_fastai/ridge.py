@@ -19,16 +19,17 @@ def _blocks(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size
 
 def check_features(
     x:Tensor, # `(n, d)`
-    block:int=8192 # Rows at a time
+    block:int=8192, # Rows at a time
+    rows:Tensor=None # `(n,)`, what they are called; None: from 0
 ):
     "Raise unless `x` is a matrix of finite numbers"
     if x.ndim != 2 or not len(x):
         raise ValueError(f"Features of shape {tuple(x.shape)}: expected (n, d), one line a row of the data set.")
-    bad = torch.cat([~x[rows].isfinite().all(1) for rows in _blocks(len(x), block)])
-    if bad.any():
-        raise ValueError(f"{bad.sum().item()} of {len(x)} rows have features that are NaN or infinite, the first "
-                         f"{bad.nonzero()[:5,0].tolist()}: check these inputs, fill in what is missing (`FillMissing` "
-                         "in a table), or pass other `features`.")
+    bad = torch.cat([~x[part].isfinite().all(1) for part in _blocks(len(x), block)]).nonzero()[:,0].cpu()
+    if len(bad):
+        first = (bad if rows is None else rows.cpu()[bad])[:5].tolist()
+        raise ValueError(f"{len(bad)} of {len(x)} rows have features that are NaN or infinite, the first {first}: check "
+                         "these inputs, fill in what is missing (`FillMissing` in a table), or pass other `features`.")
 
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

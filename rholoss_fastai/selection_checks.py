@@ -76,7 +76,8 @@ def check_learner(
     selector.pick.check(loader_batch_size(learn.dls.train))
     if selector.memory is not None:
         track_rows(learn.dls.train, way_out='Way out: staleness=1, which scores every batch and needs no rows.')
-    if selector.needs_rows: track_rows(learn.dls.train)
+    if selector.needs_rows:
+        track_rows(learn.dls.train, way_out=selector.il_source.way_out if 'il' in selector.asked else None)
 
 # %% ../nbs/19_selection_checks.ipynb #d538f287
 def check_epoch(

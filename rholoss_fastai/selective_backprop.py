@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .checks import check_number
+from .checks import check_number, known_arguments
 from .delivery import Narrow, Queue
 from .picks import PercentileSample, Pick
 from .scores import reducible_part, training_loss
@@ -69,6 +69,7 @@ class SelectiveBackprop(BatchSelector):
 
 # %% ../nbs/22_selective_backprop.ipynb #331d8bc9
 @patch
+@known_arguments
 @delegates(SelectiveBackprop.__init__)
 def selective_backprop(self:Learner,
     beta:float=None, # Selectivity, at least 0, or a schedule: the probability is `percentile ** beta`; default 3

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .candidates import Candidates, LossMemory, When, what_is_asked
-from .checks import check_choice, check_count, short_name
+from .checks import check_choice, check_count, known_arguments, short_name
 from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
 from .fit_callback import FitCallback, set_record_aside, weigh_loss
 from .il_source import il_source
@@ -343,6 +343,7 @@ UNITS['select','item'] = _of_items
 
 # %% ../nbs/20_selector.ipynb #9a4c4604
 @patch
+@known_arguments
 @delegates(selector_parts)
 def select(self:Learner,
     score:str|Callable='loss', # Name in `SCORES`, or a function of `loss`, `pred`, `targ`, `il`, `log_probs`

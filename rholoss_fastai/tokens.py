@@ -31,6 +31,7 @@ from .record import SelectionRecord
 from .rows import dataset_size, track_rows
 from .scores import find_score, score_inputs
 from .scoring import modules_in_mode
+from .selection_checks import check_epoch
 from .selector import UNITS, AnySelector, check_only_selector, selector_parts
 from .side_models import map_rows
 
@@ -212,9 +213,11 @@ class TokenSelector(AnySelector):
 
     def before_train(self):
         "Begin a line of the ledger"
-        fit,self._fit.warm = self._fit,self.when.warm(self.learn, self.epochs_done)
+        learn,fit = self.learn,self._fit
+        fit.warm = self.when.warm(learn, self.epochs_done)
         if self.il_source is not None: self.il_source.begin_epoch()
         if self.needs_rows: self.learn.dl = track_rows(self.learn.dl)
+        check_epoch(learn.dl)
         self.record.start_epoch(fit.device, forward='reuse')
         dtype = torch.float32 if fit.device.type == 'mps' else torch.float64
         # elements, and their losses: all that count, and the chosen

@@ -17,7 +17,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor
 
-from .checks import by_name, check_count
+from .checks import by_name, check_count, short_name
 from .epoch_rules import EpochRule, InfoBatch
 from .fit_callback import FitCallback, batch_rows
 from .importance import DatasetScores
@@ -80,6 +80,7 @@ def alignment(
 READINGS = dict(aum=mean_margin, variance=loss_variance, first_learnt=first_learnt, forgetting=forgetting_events,
                 alignment=alignment)
 _of_margins = ('aum', 'first_learnt', 'forgetting')
+_suspect_if_high = ('variance', 'first_learnt', 'forgetting')
 
 class LossHistory(FitCallback):
     "Keeps each row's last `k` training losses and margins, in half precision"
@@ -181,21 +182,22 @@ class LossHistory(FitCallback):
     )->DatasetScores: # For `prune`, which keeps the highest
         "A reading as a table, which knows its data set"
         return DatasetScores(self.read(reading), self.fingerprint,
-                             dict(score=reading if isinstance(reading, str) else reading.__name__,
+                             dict(score=short_name(reading),
                                   n_epoch=len(self.kept), n_runs=1))
 
     def suspects(self,
         n:int=20, # Rows
-        reading:str='aum', # By the lowest of this
+        reading:str='aum', # A name in `READINGS`, or a function, whose lowest values are suspect
         dl=None # Training `DataLoader`; default the Learner's
     )->pd.DataFrame: # A line per row, the most suspect first
         "Rows whose labels are likely to be wrong"
         dl,values = self.learn.dls.train if dl is None else dl,self.read(reading)
-        rows = values.nan_to_num(torch.inf).argsort()[:n]
+        order = values.nan_to_num(-torch.inf) if reading in _suspect_if_high else -values.nan_to_num(torch.inf)
+        rows = order.argsort(descending=True, stable=True)[:n]
         targets,names = row_targets(dl)[rows],class_names(dl)
         label = [names[int(o)] for o in targets] if names is not None and targets.ndim == 1 else targets.tolist()
         return pd.DataFrame(dict(row=rows.tolist(), **row_names(dl, rows), label=label,
-                                 **{reading: values[rows].numpy()}))
+                                 **{short_name(reading): values[rows].numpy()}))
 
 
 # %% ../nbs/34_trajectories.ipynb #71a49760
