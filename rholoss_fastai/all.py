@@ -17,8 +17,8 @@ track_rows restrict_rows scoring_loader fingerprint ItemTable SelectionRecord Se
 irreducible_losses fit_irreducible crossfit_irreducible learner_copies probe_irreducible probe_predictions label_noise
 il_source DatasetScores dataset_scores el2n grand ForgettingTracker score_dataset prune EpochRule EpochInfo InfoBatch
 RandomSubset SeTa IES Reducible EpochPruner row_groups WorstGroup RowWeights GroupDRO weighted_loaders misclassified
-error_set just_train_twice tune_just_train_twice OnePassTuner LossHistory ByHistory TeacherIL redraw_labels relabel noisy_labels
-add_noise noisy_inputs relevant_classes long_tail compare Comparison'''.split()
+error_set just_train_twice tune_just_train_twice OnePassTuner LossHistory ByHistory TeacherIL redraw_labels
+relabel noisy_labels add_noise noisy_inputs relevant_classes long_tail compare Comparison'''.split()
 
 def __getattr__(name):
     for module in _loaded:

@@ -99,7 +99,8 @@ def known_arguments(
         for name in kwargs:
             if name in known: continue
             meant = ''.join(f" Did you mean {o!r}?" for o in get_close_matches(name, known, n=1))
-            raise TypeError(f"{func.__name__} has no argument {name!r}.{meant or ' It has ' + ', '.join(known[1:]) + '.'}")
+            more = meant or f" It has {', '.join(known[1:])}."
+            raise TypeError(f"{func.__name__} has no argument {name!r}.{more}")
         return func(*args, **kwargs)
     return _inner
 

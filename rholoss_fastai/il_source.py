@@ -325,8 +325,8 @@ class AutoIL(MadeIL):
     def _refuse(self, share):
         raise ValueError(f"Irreducible losses would cost {share:.0%} of this fit, more than "
                          f"il_budget={self.budget:.0%}. Train for longer (the frozen epochs of fine_tune are a fit of "
-                         f"their own: freeze_epochs=...), allow for it, il_budget={math.ceil(20*share)/20:g}, give some "
-                         "that are made already (il=path), or ask for them whatever they cost: il='probe' or "
+                         f"their own: freeze_epochs=...), allow for it (il_budget={math.ceil(20*share)/20:g}), give "
+                         "some that are made already (il=path), or ask for them whatever they cost: il='probe' or "
                          "il='crossfit'.")
 
 # %% ../nbs/16_il_source.ipynb #64122b7b

@@ -44,9 +44,10 @@ def class_irreducible(
     "Irreducible losses by class: ridge regression with one class up-weighted, in closed form, out of fold"
     x,y = as_tensor(x).float().clone(),class_targets(as_tensor(y))
     if y.is_floating_point() or y.ndim != 1 or (y < 0).any():
-        raise ValueError(f"Targets of shape {tuple(y.shape)} and {y.dtype}: REDUCR weighs classes, and needs one class, "
-                         "from 0, for each row. For other targets use learn.rho_loss().")
-    if (y == y[0]).all(): raise ValueError(f"All {len(y)} targets are class {y[0].item()}: there are no classes to weigh.")
+        raise ValueError(f"Targets of shape {tuple(y.shape)} and {y.dtype}: REDUCR weighs classes, and needs one "
+                         "class, from 0, for each row. For other targets use learn.rho_loss().")
+    if (y == y[0]).all():
+        raise ValueError(f"All {len(y)} targets are class {y[0].item()}: there are no classes to weigh.")
     check_features(x); check_count('folds', folds, 2); check_number('boost', boost, high=1e6, schedule=False)
     n,C = len(x),int(y.max()) + 1
     x = torch.cat([standardise(x), x.new_ones(n, 1)], 1).double()
