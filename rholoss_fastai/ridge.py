@@ -29,7 +29,8 @@ def check_features(
     if len(bad):
         first = (bad if rows is None else rows.cpu()[bad])[:5].tolist()
         raise ValueError(f"{len(bad)} of {len(x)} rows have features that are NaN or infinite, the first {first}: "
-                         "check these inputs, fill in what is missing (`FillMissing` in a table), or pass other `features`.")
+                         "check these inputs, fill in what is missing (`FillMissing` in a table), or pass other "
+                         "`features`.")
 
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
