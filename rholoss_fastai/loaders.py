@@ -16,6 +16,7 @@ from types import MethodType
 
 import numpy as np
 import torch
+from fastai.callback.data import WeightedDL
 from fastai.data.core import Datasets, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.tabular.core import TabDataLoader
@@ -105,7 +106,8 @@ def restrict_rows(
     if isinstance(dl, LMDataLoader):
         raise ValueError('restrict_rows: the rows of a LMDataLoader are sequences cut from one text. Restrict its '
                          'texts instead.')
-    if 'get_idxs' in vars(dl):
+    # fastai's draw by weights, which are restricted below
+    if 'get_idxs' in vars(dl) and getattr(dl.get_idxs, '__func__', None) is not WeightedDL.get_idxs:
         raise ValueError('restrict_rows: this loader was given a `get_idxs`, for the whole data set. Restrict what '
                          'that returns instead.')
     res.dataset,positions = _restricted(dl.dataset, rows)

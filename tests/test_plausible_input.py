@@ -175,3 +175,20 @@ def test_suspects_by_each_reading():
     found = history.suspects(10, last)
     assert sorted(found.row) == sorted(history.losses[-1].topk(10).indices.tolist()) and 'last' in found
     assert history.scores(lambda losses: losses[-1]).info['score'] == '<lambda>'
+
+
+# Weighted loaders
+
+def test_weighted_loaders_are_pruned_and_weighted_again():
+    "Of the chosen rows each is drawn by its weight; weights multiply"
+    weights = torch.ones(72)
+    weights[:8] = 0.
+    weights[8:16] = 8.
+    for add in (lambda l: l.prune_epochs('random', keep=0.5),
+                lambda l: l.rho_epochs(torch.rand(72), drop=0.2, gate=False)):
+        learn = learner(weighted_loaders(loaders(), weights))  # noqa: F405
+        add(learn)
+        counts = fit(learn, 8).selection.selected
+        assert not counts[:8].any() and counts[8:16].float().mean() > 2*counts[16:].float().mean()
+    twice = weighted_loaders(weighted_loaders(loaders(), weights), weights).train  # noqa: F405
+    torch.testing.assert_close(torch.tensor(twice.wgts), (weights*weights/(weights*weights).sum()).double())
