@@ -24,7 +24,7 @@ from .epoch_rules import EPOCH_RULES, EpochRule
 from .features import FEATURES
 from .il_source import il_source
 from .irreducible import IrreducibleLosses
-from .learnable import learnable_rows, ranked, rows_to_look_at, share_to_leave_out
+from .learnable import learnable_rows, no_class_last, ranked, rows_to_look_at, share_to_leave_out
 from .probe import probe_cost, probe_irreducible, probe_predictions
 from .rows import own_rows, reader
 
@@ -88,6 +88,7 @@ class LeaveOut(EpochRule):
 
 class Reducible(LeaveOut):
     "Leaves out the rows of highest irreducible loss, and of the others chooses those that can be learnt and aren't yet"
+    least = 0.5 # of its share of what is chosen, that each class has in any case
     def __init__(self,
         il=None, # Irreducible losses: `IrreducibleLosses`, a file of them, or one number per row
         drop:float=0., # Share of the rows left out: those of highest irreducible loss, of no class more than half
@@ -107,8 +108,9 @@ class Reducible(LeaveOut):
         il,pool = self.pool(epoch, generator)
         # a row that was never trained on is not learnt
         wanted = ((self.low - il[pool])/self.scale).exp()*(1 - remembered[pool,0].nan_to_num(0.))
-        order = ranked(wanted, generator)
-        n = max(1, round(self.keep*len(pool)))
+        n,classes = max(1, round(self.keep*len(pool))),epoch.classes
+        order = no_class_last(ranked(wanted, generator), None if classes is None else classes[pool],
+                              self.least*self.keep)
         others = order[n:][torch.randperm(len(order) - n, generator=generator)[:round(self.explore*len(pool))]]
         return epoch.rows[pool[torch.cat([order[:n], others])]]
 

@@ -70,7 +70,14 @@ def test_the_rule_against_lists(items, drop, keep, explore):
     n_best,n_more = max(1, round(keep*len(pool))),round(explore*len(pool))
     taken = [i for i in pool if 2*i in set(chosen.tolist())]
     assert len(taken) == len(chosen) == min(len(pool), n_best + n_more)
-    bar = sorted(wanted.values(), reverse=True)[n_best - 1]
+    others = []
+    for c in {classes[i] for i in pool}: # of each class half of its share in any case
+        own = sorted((wanted[i] for i in pool if classes[i] == c), reverse=True)
+        least = int(0.5*keep*len(own) + 1e-9)
+        others += own[least:]
+        assert sum(classes[i] == c for i in taken) >= least
+    n_others = n_best - (len(pool) - len(others))
+    bar = sorted(others, reverse=True)[n_others - 1] if n_others else float('inf')
     assert {i for i in pool if wanted[i] > bar + 1e-6} <= set(taken)
 
 
