@@ -94,30 +94,38 @@ class FallBack(FitCallback):
 
 # %% ../nbs/18_beside.ipynb #530e1555
 class LabelGate(FitCallback):
-    "Lets a selection by a probe's irreducible losses begin only where enough labels look wrong"
+    "Lets a selection begin only where its irreducible losses fit the bill, and by a probe's enough labels look wrong"
     order = TrainEvalCallback.order + 4 # before the selector
     def __init__(self,
         threshold:float=0.05, # Share of the labels, by an estimate that is too high rather than too low
         look:int=4000 # Rows for the first estimate, at most
-    ): self.threshold,self.look,self.wrong,self.plain = threshold,check_count('look', look, 2),None,False
+    ): self.threshold,self.look,self.wrong,self.plain = threshold,check_count('look', look, 2),None,None
 
     def before_train(self):
-        "Once in a fit: how many labels look wrong?"
+        "Once in a fit: what do irreducible losses cost, and how many labels look wrong?"
         if getattr(self._fit, 'looked', False): return
         selector,was,self._fit.looked = self.learn.selector,self.plain,True
         if 'il' not in selector.asked: return # a pick that looks at no score
-        self.wrong = self._estimate(selector.il_source, selector.record)
-        self.plain = self.wrong is not None and self.wrong < self.threshold
-        if self.plain or was: selector.off = self.plain
+        self.plain = self._why_plain(selector)
+        if self.plain or was: selector.off = self.plain is not None
         if self.plain and self.learn.logger is not noop:
-            print(f"{type(selector).__name__}: about {self.wrong:.0%} of the labels look wrong, fewer than "
-                  f"{self.threshold:.0%}: trains plainly, as without it (gate=False selects all the same).")
+            why,mend = self.plain
+            print(f"{type(selector).__name__}: {why}: trains plainly, as without it{mend}")
+
+    def _why_plain(self, selector):
+        "Why the fit is plain and what to type instead, or None"
+        selector.il_source.check(self.learn)
+        why = selector.il_source.too_dear(self.learn)
+        if why: return why
+        self.wrong = self._estimate(selector.il_source, selector.record)
+        if self.wrong is not None and self.wrong < self.threshold:
+            return (f"about {self.wrong:.0%} of the labels look wrong, fewer than {self.threshold:.0%}",
+                    " (gate=False selects all the same).")
 
     def _estimate(self, source, record):
         "The share of wrong labels: by a look at some rows, and where that says enough of them, by all"
         learn = self.learn
         dl,began = learn.dls.train,time.perf_counter()
-        source.check(learn)
         if not source.by_probe: return
         n = len(own_rows(dl))
         n_look = rows_to_look_at(n, learn.n_epoch, self.look)

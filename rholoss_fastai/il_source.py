@@ -74,6 +74,10 @@ class ILSource:
         raise NotImplementedError(f"{type(self).__name__} must define values.")
 
     def bill(self)->str: return 'at hand' # what they will cost, in words
+    def too_dear(self,
+        learn:Learner # The target, in its fit
+    )->tuple: # Two parts of a sentence; None: they may be made
+        "Why they may not be made for this fit, and what to type instead"
 
     def __deepcopy__(self, memo): return self # a copy of a Learner shares them
     def __getstate__(self): return dict(exported=True) # an export leaves them out
@@ -310,24 +314,29 @@ class AutoIL(MadeIL):
     def bill(self):
         return 'at hand' if self.table is not None else self.made_by.bill() if self.made_by else 'made first'
 
-    def make(self, learn, progress):
+    def _share(self, learn):
+        "Share of the fit to come that they would cost: the whole of a probe, an epoch of cross-fitting"
         steps = (learn.n_epoch - learn.epoch)*len(learn.dls.train)
-        if isinstance(self.made_by, ProbeIL):
-            cost = probe_cost(learn)
-            if cost is not None and cost.steps and cost.steps > self.budget*steps: self._refuse(cost.steps/steps)
-        else:
-            settings = self.made_by.settings
-            per_epoch = (settings['n_folds'] - 1 + 1/STEP_COST)*len(learn.dls.train)
-            settings['n_epoch'] = min(settings['n_epoch'], int(self.budget*steps/per_epoch))
-            if settings['n_epoch'] < 1: self._refuse(per_epoch/steps)
-        return self.made_by.make(learn, progress)
+        if not isinstance(self.made_by, ProbeIL):
+            return (self.made_by.settings['n_folds'] - 1 + 1/STEP_COST)*len(learn.dls.train)/steps
+        cost = probe_cost(learn)
+        return cost.steps/steps if cost is not None and cost.steps else 0.
 
-    def _refuse(self, share):
-        raise ValueError(f"Irreducible losses would cost {share:.0%} of this fit, more than "
-                         f"il_budget={self.budget:.0%}. Train for longer (the frozen epochs of fine_tune are a fit of "
-                         f"their own: freeze_epochs=...), allow for it (il_budget={math.ceil(20*share)/20:g}), give "
-                         "some that are made already (il=path), or ask for them whatever they cost: il='probe' or "
-                         "il='crossfit'.")
+    def too_dear(self, learn):
+        self.prepare(learn)
+        if self.table is not None or (share := self._share(learn)) <= self.budget: return
+        return (f"irreducible losses would cost {share:.0%} of this fit, more than il_budget={self.budget:.0%}",
+                ". Train for longer (the frozen epochs of fine_tune are a fit of their own: freeze_epochs=...), allow "
+                f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
+                "for them whatever they cost: il='probe' or il='crossfit'.")
+
+    def make(self, learn, progress):
+        why = ''.join(self.too_dear(learn) or '')
+        if why: raise ValueError(why[0].upper() + why[1:])
+        if not isinstance(self.made_by, ProbeIL):
+            settings = self.made_by.settings
+            settings['n_epoch'] = min(settings['n_epoch'], int(self.budget/self._share(learn) + 1e-9))
+        return self.made_by.make(learn, progress)
 
 # %% ../nbs/16_il_source.ipynb #64122b7b
 IL_NAMES = dict(auto=AutoIL, probe=ProbeIL, crossfit=CrossFitIL) # name -> class

@@ -1,4 +1,5 @@
 """RHO-LOSS with everything else that a fit may have in it."""
+import re
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -692,6 +693,23 @@ def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
     learn = digits_learner(0.).rho_loss(il) # a table knows how many labels look wrong
     learn.fit(1)
     assert learn.selection.ledger.selected.tolist() == [1.]
+
+
+def test_where_they_cost_more_than_they_may_it_trains_plainly(capsys):
+    "As in the frozen epoch of a fine_tune, bit for bit, and says so; in a longer fit it selects"
+    plain,dear = digits_learner(0.3),digits_learner(0.3).rho_loss()
+    for learn in (plain, dear):
+        set_seed(1)
+        learn.fit(1)
+    for a,b in zip(plain.model.parameters(), dear.model.parameters()): assert torch.equal(a, b)
+    assert dear.selector.il is None and dear.selection.ledger.selected.tolist() == [1.]
+    said = capsys.readouterr().out
+    budget = re.search(r'more than il_budget=20%: trains plainly, as without it.*il_budget=([\d.]+)\)', said)[1]
+    learn = digits_learner(0.3).rho_loss(il_budget=float(budget))
+    learn.fit(1)
+    dear.fit(40)
+    for o in (learn, dear): assert o.selector.il is not None and o.selection.ledger.selected.iloc[-1] == 0.5
+    with pytest.raises(ValueError, match='more than il_budget'): digits_learner(0.3).rho_loss(score='reducible').fit(1)
 
 
 def test_the_gate_looks_at_a_few_rows_first(monkeypatch):
