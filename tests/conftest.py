@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: tests run side by side, one per core
+gc.set_threshold(100_000, 50, 50)  # while all is imported and collected, little is garbage
+sys.dont_write_bytecode = False  # what pytest rewrites is kept: five seconds of each process
 
 import numpy as np
 import pytest

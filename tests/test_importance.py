@@ -406,7 +406,7 @@ def dataloaders(n=64):
 
 
 @pytest.mark.parametrize('score', ['el2n', 'grand', 'forgetting', 'loss_variance', 'reducible'])
-@pytest.mark.many(2)
+@pytest.mark.many(5)
 def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
     kwargs = dict(score=score, epochs=2, seed=3, il=torch.rand(64, generator=torch.Generator().manual_seed(0))
                   if score == 'reducible' else None, **quiet)
