@@ -8,14 +8,15 @@ from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: tests run side by side, one per core
-gc.set_threshold(100_000, 50, 50)  # while all is imported and collected, little is garbage
-sys.dont_write_bytecode = False  # what pytest rewrites is kept: five seconds of each process
 
 import numpy as np
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+
+gc.set_threshold(100_000, 50, 50)  # while all is imported and collected, little is garbage
+sys.dont_write_bytecode = False  # what pytest rewrites is kept: five seconds of each process
 
 def pytest_configure(config):
     "`-m 'not slow'` is for between two edits: fewer examples and draws too (see `helpers`)"
