@@ -48,6 +48,7 @@ def comparison_rows(
         res.append(line)
     return res
 
+_KINDS = dict(confused=', classes taken for each other', tail20=', the rarest class 20 times rarer')
 _SETTINGS = dict(scratch='small network from scratch', finetune='pretrained body') # of `benchmarks/rho_epochs.py`
 
 def rho_epochs_rows(
@@ -55,15 +56,18 @@ def rho_epochs_rows(
 )->list: # A dict per setting, of text
     "`rho_epochs` beside plain training of the same seeds, where there is such"
     def key(line): return line['setting'],line['noise'],line['budget']
-    plain,res = {key(o): o['mean'] for o in result['table'] if o['run'] == 'plain'},[]
+    plain,res = {key(o): o for o in result['table'] if o['run'] == 'plain'},[]
     for line in result['table']:
         if 'points' not in line: continue
         setting,_,kind = line['setting'].partition('_')
         rows = ', one pass over the chosen rows' if 'rows' in line['run'] else ''
-        res.append({'trained': f"{_SETTINGS.get(setting, setting)}{f' ({kind})' if kind else ''}{rows}",
+        beside = plain[key(line)]
+        worst = [f"{np.mean(o['lowest_recall']):.2f}" for o in (beside, line)]
+        res.append({'trained': f"{_SETTINGS.get(setting, setting)}{_KINDS.get(kind, '')}{rows}",
                     'labels redrawn': f"{line['noise']:.0%}",
                     'budget': f"{line['budget']} {'epochs' if setting == 'finetune' else 'steps'}",
-                    'plain': f'{plain[key(line)]:.1%}', '`rho_epochs`': f"{line['mean']:.1%}",
+                    'plain': f"{beside['mean']:.1%}", '`rho_epochs`': f"{line['mean']:.1%}",
                     'points, by seed': ', '.join(f'{o:+.1f}' for o in line['points']),
+                    "recall of the worst class, plain / `rho_epochs`": ' / '.join(worst),
                     'processor seconds, plain = 1': f"{np.mean(line['cost']):.2f}"})
     return sorted(res, key=lambda o: (o['trained'].startswith('pretrained'), o['labels redrawn'] == '0%'))
