@@ -50,7 +50,8 @@ def _check_targets(targets, loss_func):
     kind = target_kind(targets, loss_func)
     if _alike(targets):
         raise ValueError(f"All {len(targets)} targets are alike: there is nothing to predict, and no label can be told "
-                         "from another.")
+                         "from another. Give rows of more than one class, or train without selection by irreducible "
+                         "losses: learn.select('loss').")
     return kind
 
 # %% ../nbs/15_probe.ipynb #9f31cc8b

@@ -462,7 +462,7 @@ def test_many_rows_are_kept_in_half_precision(monkeypatch):
     whole = probe_irreducible(learn, features=lambda x: x, **quiet)
     monkeypatch.setattr(probe.ProbeCost, 'half', property(lambda self: True))
     kept = []
-    monkeypatch.setattr(probe, 'check_features', lambda x: kept.append(x.dtype))
+    monkeypatch.setattr(probe, 'check_features', lambda x, **kwargs: kept.append(x.dtype))
     half = probe_irreducible(learn, features=lambda x: x, **quiet)
     assert kept[-1] == torch.float16
     torch.testing.assert_close(half.values, whole.values, rtol=0.05, atol=0.02)
