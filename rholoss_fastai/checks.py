@@ -62,6 +62,11 @@ def check_count(
     return value
 
 # %% ../nbs/00_checks.ipynb #f6f3bd39
+def _meant(name, choices):
+    "The name among `choices` that may have been meant, as a question, or nothing"
+    names = [o for o in choices if isinstance(o, str)] if isinstance(name, str) else []
+    return ''.join(f" Did you mean {o!r}?" for o in get_close_matches(name, names, n=1))
+
 def by_name(
     kind:str, # What the name is of, in the error
     name:str,
@@ -69,8 +74,8 @@ def by_name(
 ):
     "What `name` stands for; `ValueError` with the names there are, and the one that may have been meant"
     if name in choices: return choices[name]
-    meant = ''.join(f" Did you mean {o!r}?" for o in get_close_matches(name, choices, n=1))
-    raise ValueError(f"{kind} is {name!r}, expected one of {', '.join(choices)}, or a {kind} of your own.{meant}")
+    raise ValueError(f"{kind} is {name!r}, expected one of {', '.join(choices)}, or a {kind} of your own."
+                     f"{_meant(name, choices)}")
 
 # %% ../nbs/00_checks.ipynb #cf5a0809
 def check_choice(
@@ -81,10 +86,7 @@ def check_choice(
     "Raise unless `value` is one of `choices`"
     if not any(value is o or value == o for o in choices):
         known = ', '.join(map(repr, choices))
-        meant = (get_close_matches(value, [o for o in choices if isinstance(o, str)], n=1)
-                 if isinstance(value, str) else ())
-        raise ValueError(f"{name} must be one of {known}; got "
-                         f"{value!r}.{''.join(f' Did you mean {o!r}?' for o in meant)}")
+        raise ValueError(f"{name} must be one of {known}; got {value!r}.{_meant(value, choices)}")
     return value
 
 # %% ../nbs/00_checks.ipynb #f4a49176
@@ -98,8 +100,7 @@ def known_arguments(
                  or o.kind is o.POSITIONAL_OR_KEYWORD]
         for name in kwargs:
             if name in known: continue
-            meant = ''.join(f" Did you mean {o!r}?" for o in get_close_matches(name, known, n=1))
-            more = meant or f" It has {', '.join(known[1:])}."
+            more = _meant(name, known) or f" It has {', '.join(known[1:])}."
             raise TypeError(f"{func.__name__} has no argument {name!r}.{more}")
         return func(*args, **kwargs)
     return _inner
