@@ -64,8 +64,9 @@ def check_count(
 # %% ../nbs/00_checks.ipynb #f6f3bd39
 def _meant(name, choices):
     "The name among `choices` that may have been meant, as a question, or nothing"
-    names = [o for o in choices if isinstance(o, str)] if isinstance(name, str) else []
-    return ''.join(f" Did you mean {o!r}?" for o in get_close_matches(name, names, n=1))
+    if not isinstance(name, str): return ''
+    near = get_close_matches(name, [o for o in choices if isinstance(o, str)], n=1)
+    return ''.join(f" Did you mean {o!r}?" for o in near)
 
 def by_name(
     kind:str, # What the name is of, in the error
