@@ -1,16 +1,14 @@
 "The site: notebooks that its build can process, links that lead somewhere, cells with outputs, figures with alt text"
 import ast
 import functools
-import os
 import posixpath
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from fastcore.nbio import read_nb
+from helpers import run_in_process
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
@@ -233,11 +231,9 @@ class Page:
 def processed(tmp_path_factory, copy_repository):
     "The folder of processed notebooks, made from a copy of the repository"
     clone = copy_repository(tmp_path_factory.mktemp('clone'))
-    run = subprocess.run([sys.executable, clone/'tools'/'process_notebooks.py'], cwd=clone,
-                         capture_output=True, text=True,
-                         env=dict(os.environ, PYTHONPATH=str(clone)), timeout=900)
-    assert run.returncode == 0, f'{run.stdout[-2000:]}\n{run.stderr[-6000:]}'
-    assert 'imports and other code' not in run.stderr, run.stderr[-6000:]
+    said, = run_in_process(clone/'tools'/'process_notebooks.py', '--n-workers', '0', out=clone/'log',
+                           env=[dict(PYTHONPATH=str(clone))])
+    assert 'imports and other code' not in said, said[-6000:]
     return clone/'_proc'
 
 @pytest.fixture(scope='module')
