@@ -90,3 +90,17 @@ def small_cifar(tmp_path_factory):
                 pixels = rng.integers(0, 60, (32, 32, 3)) + 18*label
                 Image.fromarray(pixels.astype(np.uint8)).save(path/split/f'class{label}'/f'{i:04d}.png')
     return path
+
+@pytest.fixture
+def narrow_cnn(monkeypatch):
+    "The recipes' small CNN with so few channels that a step costs what fastai's loop does: import recipes afterwards"
+    import importlib
+
+    import torch
+    monkeypatch.syspath_prepend(str(ROOT/'recipes'))
+    def narrow(n_classes=10, size=32):
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False), torch.nn.BatchNorm2d(8),
+                                   torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8*(size//4)**2, n_classes))
+    for name, models in (('cifar10_rho_loss', 'ARCHITECTURES'), ('batch_selection', 'MODELS'),
+                         ('image_one_pass', 'MODELS')):
+        monkeypatch.setitem(getattr(importlib.import_module(name), models), 'small_cnn', narrow)

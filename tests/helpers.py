@@ -48,7 +48,9 @@ def _run(code, args, env, out):
     log = os.open(out, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2): os.dup2(log, stream)
     sys.argv = [str(o) for o in args]
-    if os.path.exists(code): runpy.run_path(code, run_name='__main__')
+    if os.path.exists(code):
+        sys.path.insert(0, os.path.dirname(code)) # as Python does
+        runpy.run_path(code, run_name='__main__')
     else: exec(compile(code, '<code>', 'exec'), {'__name__': '__main__'})
 
 def start_process(code, *args, out, env=None):

@@ -95,7 +95,7 @@ def test_bare_selective_backprop_draws_by_rank(candidates):
 # Comparisons on CIFAR-10
 
 @pytest.mark.slow
-def test_time_to_accuracy(small_cifar, tmp_path):
+def test_time_to_accuracy(small_cifar, tmp_path, narrow_cnn):
     out = tmp_path/'out.json'
     runs = 'random rho_loss:frac=0.5 selective_backprop:keep=0.5,warmup_epochs=0'
     options = dict(path=small_cifar, folder=tmp_path/'runs', il_epochs=1, seeds='0', bs=8, epochs=2,
@@ -112,7 +112,7 @@ def test_time_to_accuracy(small_cifar, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_cifar10(small_cifar, tmp_path, capsys):
+def test_compare_cifar10(small_cifar, tmp_path, capsys, narrow_cnn):
     out,options = tmp_path/'out.json',dict(path=small_cifar, folder=tmp_path/'runs', seeds='0,1', bs=16, epochs=3,
                                            methods='random infobatch batch_loss_filter')
     script('compare_cifar10').main(**options, dry_run=True)

@@ -3,6 +3,7 @@ refused."""
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -213,11 +214,11 @@ def square(x):
 TASKS = dict(a=2, dies='kill', fails=None, b=3, c=4)
 
 
-@pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('new', marks=pytest.mark.slow)])
 def test_a_worker_that_dies_loses_its_task_only(kind):
     if kind == 'processes': results,errors = run_tasks(square, TASKS, 2, threads=1)
     else:
-        with ProcessPoolExecutor(2, get_context('fork' if kind == 'pool' else 'spawn')) as pool:
+        with ProcessPoolExecutor(2, get_context('fork') if kind == 'pool' else processes) as pool:
             results,errors = run_tasks(square, TASKS, pool, threads=1)
     assert results == dict(a=(4, 1), b=(9, 1), c=(16, 1))
     assert set(errors) == {'dies', 'fails'} and 'exit code -9' in errors['dies'] and 'TypeError' in errors['fails']
@@ -235,9 +236,16 @@ def test_executors_of_all_kinds():
         with pytest.raises((TypeError, ValueError)): run_tasks(square, tasks, executor)
 
 
+@pytest.fixture(scope='module')
+def some_runs(tmp_path_factory):
+    "A comparison of several methods made here, one run after the other, and its folder"
+    folder = tmp_path_factory.mktemp('some')
+    return quick(SOME, folder=folder, noisy=data()[1]), folder
+
+
 @pytest.mark.slow
-def test_processes_and_here_agree_to_the_last_bit():
-    here = quick(SOME, noisy=data()[1])
+def test_processes_and_here_agree_to_the_last_bit(some_runs):
+    here,_ = some_runs
     with ProcessPoolExecutor(2, processes) as pool: pooled = quick(SOME, noisy=data()[1], executor=pool)
     for other in (pooled, quick(SOME, noisy=data()[1], executor=2)):
         pd.testing.assert_frame_equal(without_seconds(here.table), without_seconds(other.table), rtol=0, atol=0)
@@ -271,17 +279,18 @@ def test_a_run_that_fails_is_named_and_the_others_stand():
 # Files
 
 @pytest.mark.slow
-def test_runs_that_are_there_are_not_run_again(tmp_path):
-    first = quick(SOME, folder=tmp_path)
-    assert len(list(tmp_path.glob('*.json'))) == 2*6 and (tmp_path/'il.safetensors').exists()
-    (tmp_path/'random-seed1.json').unlink()
-    written = {o: o.stat().st_mtime_ns for o in tmp_path.iterdir()}
-    again = quick(SOME, folder=tmp_path)
+def test_runs_that_are_there_are_not_run_again(some_runs, tmp_path):
+    first,folder = some_runs
+    folder = shutil.copytree(folder, tmp_path/'runs')
+    assert len(list(folder.glob('*.json'))) == 2*6 and (folder/'il.safetensors').exists()
+    (folder/'random-seed1.json').unlink()
+    written = {o: o.stat().st_mtime_ns for o in folder.iterdir()}
+    again = quick(SOME, folder=folder, noisy=data()[1])
     assert {o: o.stat().st_mtime_ns for o in written} == written
     pd.testing.assert_frame_equal(without_seconds(first.table), without_seconds(again.table), rtol=0, atol=0)
-    assert set(Comparison.load(tmp_path).table.index) == set(first.table.index)
-    first.save(tmp_path/'all.json')
-    pd.testing.assert_frame_equal(Comparison.load(tmp_path/'all.json').table, first.table)
+    assert set(Comparison.load(folder).table.index) == set(first.table.index)
+    first.save(folder/'all.json')
+    pd.testing.assert_frame_equal(Comparison.load(folder/'all.json').table, first.table)
 
 
 @pytest.fixture(scope='module')
@@ -317,12 +326,12 @@ SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
 from test_compare import SOME, data, quick
-quick(SOME, folder={folder!r}, noisy=data()[1], n_epoch=4)
+quick(SOME, folder={folder!r}, noisy=data()[1])
 """
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_table(tmp_path):
+def test_killed_and_resumed_gives_the_same_table(some_runs, tmp_path):
     "Killed after any number of seconds, again and again"
     script = tmp_path/'script.py'
     script.write_text(SCRIPT.format(path=[os.path.dirname(__file__), os.getcwd()], folder=str(tmp_path/'runs')))
@@ -335,8 +344,8 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path):
         process.kill()
         process.join()
         assert all(json.loads(o.read_text()) for o in (tmp_path/'runs').glob('*.json'))
-    resumed,whole = (quick(SOME, folder=o, noisy=data()[1], n_epoch=4) for o in (tmp_path/'runs', None))
-    pd.testing.assert_frame_equal(without_seconds(resumed.table), without_seconds(whole.table), rtol=0, atol=0)
+    resumed = quick(SOME, folder=tmp_path/'runs', noisy=data()[1])
+    pd.testing.assert_frame_equal(without_seconds(resumed.table), without_seconds(some_runs[0].table), rtol=0, atol=0)
 
 
 # What is said
@@ -410,8 +419,8 @@ def test_bills(monkeypatch):
     dls,_ = data()
     il = IrreducibleLosses.of(torch.zeros(N), dls.train, n_epoch=3, n_folds=2, seconds=7.)
     each = 3*(1 + 1/STEP_COST) # epochs trained, and scored
-    costs = {bill: quick(['rho_loss'], dls=dls, il=il, n_epoch=6, bill=bill).table
-             for bill in ('share', 'whole', 'none')}
+    costs = {bill: quick(['rho_loss'], dls=dls, il=il, n_epoch=6, bill=bill, seeds=seeds).table
+             for bill,seeds in (('share', 2), ('whole', 1), ('none', 1))}
     assert [costs[o].cost_il.rho_loss for o in ('share', 'whole', 'none')] == pytest.approx([each/2, each, 0.])
     assert [costs[o].seconds_il.rho_loss for o in ('share', 'whole', 'none')] == pytest.approx([3.5, 7., 0.])
     assert all(t.cost.rho_loss == pytest.approx(6, abs=0.6) for t in costs.values())

@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import subprocess
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -158,11 +157,3 @@ def test_no_path_of_one_machine():
         found = re.search(r'''(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]+''',
                           (ROOT/name).read_text(encoding='utf-8'))
         assert not found, f'{name} holds {found[0]}, a path of one machine'
-
-@pytest.mark.slow
-def test_the_package_needs_no_development_tool():
-    "What `pip install -e .` alone brings is enough: accelerate, nbdev and the testing tools are optional"
-    absent = ['accelerate', 'nbdev', 'pytest', 'hypothesis', 'transformers']
-    code = f'import sys; sys.modules.update(dict.fromkeys({absent})); import rholoss_fastai.all'
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

@@ -3,7 +3,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tarfile
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from helpers import fit
+from helpers import fit, run_in_process
 from PIL import Image
 
 from rholoss_fastai.all import Comparison, IrreducibleLosses, restrict_rows, scoring_loader, track_rows
@@ -30,11 +29,6 @@ def recipes(monkeypatch):
 def run(name, **kwargs):
     "A recipe's `main`, called as a function"
     importlib.import_module(name).main(**kwargs)
-
-
-def command(*args):
-    "A recipe from the command line"
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=600, cwd=RECIPES)
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +54,7 @@ def compared(folder, *methods, seeds=1):
 
 
 @pytest.mark.slow
-def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys):
+def test_cifar10_rho_loss_and_comparison(folder, tmp_path, capsys, narrow_cnn):
     for name,options in (('holdout', {}), ('cross_fit', dict(cross_fit=True, il_one_cycle=True))):
         run('cifar10_rho_loss', path=folder, steps=20, eval_every=10, bs=8, frac=0.25, il_epochs=2,
             folder=tmp_path/name, **options)
@@ -148,16 +142,15 @@ def test_real_sentences(shared_data):
 def test_command_line(folder, tmp_path):
     "Options with underscores, as in Python, and a clear end for bad ones"
     out = tmp_path/'out'
-    done = command('cifar10_rho_loss.py', '--path', folder, '--methods', 'random', '--steps', 10, '--eval_every', 5,
-                   '--bs', 8, '--folder', out)
-    assert done.returncode == 0, done.stderr
+    run_in_process(RECIPES/'cifar10_rho_loss.py', '--path', folder, '--methods', 'random', '--steps', 10,
+                   '--eval_every', 5, '--bs', 8, '--folder', out, out=tmp_path/'log')
     compared(out, 'random')
     with pytest.raises(SystemExit, match='--methods must be of'): run('cifar10_rho_loss', path=folder, methods='best')
     with pytest.raises(FileNotFoundError, match='No images'): run('cifar10_rho_loss', path=tmp_path)
 
 
 @pytest.mark.slow
-def test_batch_selection(folder, tmp_path):
+def test_batch_selection(folder, tmp_path, narrow_cnn):
     run('batch_selection', path=folder, methods='batch_loss_filter selective_backprop:beta=1,queue=true composer',
         epochs=2, bs=16, seeds=2, folder=tmp_path)
     table = compared(tmp_path, 'batch_loss_filter', 'selective_backprop:beta=1,queue=true', 'composer', seeds=2)
@@ -169,7 +162,7 @@ def test_batch_selection(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_prune(folder, tmp_path):
+def test_prune(folder, tmp_path, narrow_cnn):
     few = dict(path=folder, epochs=2, score_runs=2, score_epochs=1, forgetting_epochs=2, il_epochs=1, bs=16,
                evaluations=1, keep='0.6,0.4', per_class=True)
     methods = ('el2n', 'forgetting', 'stratified', 'random')
@@ -205,7 +198,7 @@ def test_on_real_cifar10(shared_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_selectors(folder, tmp_path):
+def test_compare_selectors(folder, tmp_path, narrow_cnn):
     settings = dict(path=folder, folder=tmp_path, bs=8, epochs=1, evaluations=2, test_rows=20, il_epochs=1)
     run('compare_selectors', **settings)
     table = compared(tmp_path, *importlib.import_module('compare_selectors').SELECTORS)
