@@ -23,12 +23,23 @@ def pytest_configure(config):
     if 'not slow' in config.option.markexpr: os.environ['RHOLOSS_QUICK'] = '1'
     else: os.environ.pop('RHOLOSS_QUICK', None)
 
-def pytest_collection_finish():
-    "What is imported by now stays: the garbage collector needn't look at it again and again, and seldom at what comes"
+n_modules = 0
+
+def set_imports_aside():
+    "What is imported by now stays: the garbage collector needn't look at it again and again"
+    global n_modules
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    n_modules = len(sys.modules)
+
+def pytest_collection_finish():
+    set_imports_aside()
+    gc.set_threshold(20_000, 20, 20) # and seldom at what comes
     seed_only_what_is_there()
+
+def pytest_runtest_setup():
+    "Some tests import torchvision or the compiler: each `gc.collect()` of the package would take 0.15 s from then on"
+    if len(sys.modules) > n_modules + 50: set_imports_aside()
 
 def seed_only_what_is_there():
     "`torch.manual_seed` notes a whole stack for each kind of device that isn't there, a millisecond each time"

@@ -164,8 +164,10 @@ def test_scaling(tmp_path, capsys):
 # one_pass_cost
 
 @pytest.mark.slow
-def test_one_pass_cost(tmp_path, capsys):
+def test_one_pass_cost(tmp_path, capsys, monkeypatch):
     out, variants = tmp_path/'one_pass_cost.json', {'plain', *script('one_pass_cost').VARIANTS}
+    monkeypatch.setitem(script('one_pass_cost').MODELS, 'mlp', (lambda: script('one_pass_cost').mlp(64, 256, 10), 256,
+                                                                (64,)))
     script('one_pass_cost').main(archs='mlp', n_batches=10, repeats=1, out=out)
     stored = json.loads(out.read_text())
     run, = stored['runs']

@@ -14,7 +14,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
+from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
 from helpers import fit
@@ -82,8 +82,8 @@ def text(tmp_path):
     frame = pd.DataFrame(dict(text=[' '.join(rng.choice(list('abcdefgh'), 2 + i % 7)) for i in range(N+8)],
                               label=[NAMES[i % 3] for i in range(N+8)],
                               is_valid=[i >= N for i in range(N+8)]))
-    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8, n_workers=0,
-                                  num_workers=0)
+    dls = TextDataLoaders.from_df(frame, text_col='text', label_col='label', valid_col='is_valid', bs=8,
+                                  tok_tfm=BaseTokenizer(), n_workers=0, num_workers=0)
     config = {**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 1}
     return text_classifier_learner(dls, AWD_LSTM, config=config, pretrained=False)
 

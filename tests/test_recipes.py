@@ -100,7 +100,7 @@ def test_loaders_in_memory_go_through_the_rows_asked_for():
 def sentences(folder, rng):
     "CoLA's and SST-2's files, with a word that tells the label"
     for data, row in (('cola', 'x\t{0}\t\t{1}'), ('sst2', '{1}\t{0}')):
-        for split, n in (('train', 96), ('dev', 20)):
+        for split, n in (('train', 64), ('dev', 20)):
             words = [' '.join(rng.choice(['a', 'film', '"about', "n't", 'cats'], rng.integers(2, 9)))
                      + (' bad', ' good')[i % 2] for i in range(n)]
             (folder/f'{data}_{split}.tsv').write_text('\n'.join(row.format(i % 2, o) for i, o in enumerate(words))
