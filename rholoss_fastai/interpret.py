@@ -47,9 +47,10 @@ def name_lines(
     size:float=9 # Of the letters, points
 ):
     "In place of a legend: the name of each line where it ends"
-    lines = [o for o in ax.get_lines() if not o.get_label().startswith('_')]
-    low,high = ax.get_ylim()
-    for line,y in zip(lines, _apart([o.get_ydata()[-1] for o in lines], gap*(high - low))):
+    lines,scale = [o for o in ax.get_lines() if not o.get_label().startswith('_')],ax.yaxis.get_transform()
+    low,high = scale.transform(ax.get_ylim()) # in which heights go by the axis, though it is logarithmic
+    ends = _apart(scale.transform([o.get_ydata()[-1] for o in lines]), gap*(high - low))
+    for line,y in zip(lines, scale.inverted().transform(ends)):
         ax.annotate(line.get_label(), (line.get_xdata()[-1], y), xytext=(6, 0), textcoords='offset points', va='center',
                     fontsize=size, color=line.get_color(), annotation_clip=False)
 
