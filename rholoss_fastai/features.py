@@ -49,6 +49,7 @@ class RandomPatches(nn.Module):
     ):
         super().__init__()
         store_attr('size,pool,threshold')
+        self.cells = {} # shape and device of the answers -> each cell's share of every place
         images = self._floats(images)
         if images.ndim != 4:
             raise ValueError(f"Images of shape {tuple(images.shape)}: expected (n, channels, height, width).")
@@ -69,10 +70,9 @@ class RandomPatches(nn.Module):
     def _floats(self, x): return x.float()/255 if x.dtype == torch.uint8 else x.float()
     def _small(self, x):
         "Images in standard units and averaged to `size`"
-        x = (x - self.mean)/self.std
-        return F.adaptive_avg_pool2d(x, [min(n, self.size) for n in x.shape[2:]])
+        return (F.adaptive_avg_pool2d(x, [min(n, self.size) for n in x.shape[2:]]) - self.mean)/self.std
 
-    def forward(self, x): return torch.cat([self._answers(part) for part in x.split(8)]) # what a cache holds
+    def forward(self, x): return torch.cat([self._answers(part) for part in x.split(16)]) # what a cache holds
 
     def _answers(self, x):
         x = self._small(self._floats(x))
@@ -80,9 +80,21 @@ class RandomPatches(nn.Module):
         # of each patch, all its channels
         mean,square = (F.avg_pool2d(o.mean(1, keepdim=True), side, 1) for o in (x, x*x))
         var = (square - mean*mean).clamp_(min=0)*(n/(n - 1))
-        answers = F.conv2d(x, self.filters).mul_((var + 0.05).rsqrt_())
-        both = torch.cat([answers - self.threshold, -self.threshold - answers], 1).relu_()
-        return F.adaptive_avg_pool2d(both, self.pool).flatten(1)
+        # channels last: products of matrices then pool, several times faster
+        x,filters = (o.contiguous(memory_format=torch.channels_last) for o in (x, self.filters))
+        answers = F.conv2d(x, filters).mul_((var + 0.05).rsqrt_())
+        beyond = F.softshrink(answers, self.threshold)
+        less,both = self._pooled(beyond),self._pooled(beyond.abs_())
+        # what is above the threshold, and what is below its negative
+        return torch.cat([both + less, both - less], 2).div_(2).transpose(1, 2).flatten(1)
+
+    def _pooled(self, x):
+        "Means of `x` over the cells of the grid, `(bs, cells, channels)`"
+        key = shape,device = x.shape[2:],x.device
+        if key not in self.cells:
+            each = torch.eye(shape.numel(), device=device).view(-1, 1, *shape)
+            self.cells[key] = F.adaptive_avg_pool2d(each, self.pool).flatten(1).T.contiguous()
+        return self.cells[key] @ x.permute(0, 2, 3, 1).flatten(1, 2)
 
 # %% ../nbs/13_features.ipynb #087483ac
 def _varies(t): return t is not None and t.numel() > 1 and bool((t != t.flatten()[0]).any())
