@@ -349,6 +349,21 @@ def test_patches_of_images_of_any_size(shape):
     as_bytes = RandomPatches((255*images).byte(), n_filters=8)((255*images).byte())
     assert torch.corrcoef(torch.stack([found.flatten(), as_bytes.flatten()]))[0,1] > 0.99
 
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 12, 21), (3, 16, 16)])
+def test_patches_are_those_of_the_formula(shape):
+    "Each patch in its own units, answers beyond the threshold on either side, means over the quarters of the image"
+    images = torch.randn(20, *shape)
+    patches = RandomPatches(images, n_filters=6)
+    small = patches._small(images).double()
+    cut = F.unfold(small, 4).transpose(1, 2) # (bs, places, channels*4*4)
+    cut = cut - cut.mean(2, keepdim=True)
+    cut = cut/(cut.var(2, keepdim=True) + 0.05).sqrt()
+    answers = (cut @ patches.filters.double().flatten(1).T).transpose(1, 2)
+    answers = torch.cat([(answers - 0.25).relu(), (-answers - 0.25).relu()], 1)
+    answers = answers.unflatten(2, [n - 3 for n in small.shape[2:]])
+    torch.testing.assert_close(patches(images).double(), F.adaptive_avg_pool2d(answers, 2).flatten(1), atol=1e-5,
+                               rtol=1e-4)
+
 def text_dls(n=200):
     rng = random.Random(0)
     def text(label):
