@@ -317,7 +317,8 @@ class ItemTable:
     ):
         "Read what `save` wrote"
         path,name,mend = Path(path),cls.__name__,f'Make it anew and save it with `{cls.__name__}.save`.'
-        path.stat()
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file {path}: expected one that `{name}.save` wrote. {mend}")
         try:
             with safe_open(path, 'pt') as f:
                 metadata,names = f.metadata() or {},list(f.keys())

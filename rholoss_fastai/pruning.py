@@ -104,6 +104,8 @@ def prune(
     if il is not None and not offset:
         raise ValueError("il says which rows the offset leaves out, but offset=0 leaves out none: pass offset=... as "
                          "well.")
+    if isinstance(scores, str) and scores in _strategies:
+        raise ValueError(f"scores={scores!r} names no scores but a strategy: prune(dls, scores, strategy={scores!r}).")
     dl,generator = dls.train,torch.Generator().manual_seed(seed)
     if isinstance(scores, (str, Path)): scores = DatasetScores.load(scores)
     # no NaN, which would rank first

@@ -186,6 +186,9 @@ def new_learner(
     earlier:list # Weak references to the parameters of the Learners before it, extended here
 )->Learner:
     "`make_learner(dls)`, seeded; an error unless it is new"
+    if isinstance(make_learner, Learner):
+        raise TypeError("make_learner is a Learner, but each run needs a new one: give a function of DataLoaders that "
+                        "makes it, such as learner_copies(learn).")
     set_seed(seed)
     learn = make_learner(dls)
     if not isinstance(learn, Learner):

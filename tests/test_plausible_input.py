@@ -192,3 +192,21 @@ def test_weighted_loaders_are_pruned_and_weighted_again():
         assert not counts[:8].any() and counts[8:16].float().mean() > 2*counts[16:].float().mean()
     twice = weighted_loaders(weighted_loaders(loaders(), weights), weights).train  # noqa: F405
     torch.testing.assert_close(torch.tensor(twice.wgts), (weights*weights/(weights*weights).sum()).double())
+
+
+# What is not what was meant
+
+def test_a_learner_where_new_ones_are_made():
+    "A Learner is no function that makes one, and the function that is named does"
+    learn = learner()
+    with pytest.raises(TypeError, match='such as learner_copies'): score_dataset(learn, learn.dls, n_runs=1)  # noqa: F405
+    scores = score_dataset(learner_copies(learn), learn.dls, epochs=1, n_runs=1, progress=False)  # noqa: F405
+    assert len(scores) == 72
+
+def test_a_strategy_in_the_place_of_scores():
+    with pytest.raises(ValueError, match="prune\\(dls, scores, strategy='random'\\)"): prune(loaders(), 'random')  # noqa: F405
+    assert len(prune(loaders(), torch.rand(72), strategy='random').train_ds) == 36  # noqa: F405
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='There is no file .*none.safetensors: expected one that'):
+        learner().rho_loss(tmp_path/'none.safetensors')
