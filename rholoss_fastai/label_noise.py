@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.tabular.core import Tabular
 from fastcore.basics import store_attr
 from PIL import Image
 from torch import Tensor
@@ -114,6 +115,7 @@ class LabelNoise:
     ):
         "Pictures of the first suspects, each with its label and what is predicted; a table where rows are no images"
         table = self.suspects(n)
+        if isinstance(whole_dataset(self.dl), Tabular): return table # its rows have no numbers
         with preserve_rng(): dataset = scoring_loader(self.dl, sorted(table.row)).dataset
         place = {row: i for i,row in enumerate(sorted(table.row))}
         with preserve_rng(): items = [dataset[place[row]] for row in table.row]

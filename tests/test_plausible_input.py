@@ -1,9 +1,14 @@
 """What somebody with a notebook types: it does what it says, or says what to type instead, and typing that works."""
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.tabular.core import Categorify, Normalize
+from fastai.tabular.data import TabularDataLoaders
 from helpers import N_CLASSES, Toy, fit, learner, linear, loaders, mlp, weights_of
 from torch import nn
 from torch.nn import functional as F
@@ -210,3 +215,14 @@ def test_a_strategy_in_the_place_of_scores():
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no file .*none.safetensors: expected one that'):
         learner().rho_loss(tmp_path/'none.safetensors')
+
+def test_suspects_of_a_table_of_data():
+    "Rows of a data frame can't be drawn: they are listed, by their index in the frame"
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(dict(number=random.normal(size=120), kind=random.choice(list('xyz'), 120)),
+                         index=np.arange(120)[::-1] + 1000)
+    frame['label'] = np.where(frame.number > 0, 'yes', 'no')
+    dls = TabularDataLoaders.from_df(frame, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['number'],
+                                     y_names='label', y_block=CategoryBlock(), valid_idx=list(range(100, 120)), bs=16)
+    found = label_noise(dls).show(4)  # noqa: F405
+    assert len(found) == 4 and frame.label[found['index']].tolist() == found.label.tolist()
