@@ -23,6 +23,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,10 @@ def evaluate(learn, test):
             [round((pred[targets == c] == c).float().mean().item(), 4) for c in range(10)])
 
 
-def one_run(dls, test, setting, noisy, budget, seed, method, options):
+def one_run(make_dls, test, setting, noisy, budget, seed, method, options):
     "Train once, and say what came of it"
-    set_seed(seed)
+    set_seed(seed) # of the loaders too, so that runs of a seed see the same batches
+    dls = make_dls()
     model = (small_cnn(size=dls.train.dataset.images.shape[-1]) if setting.startswith('scratch')
              else pretrained_body()).to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
@@ -189,7 +191,7 @@ def main(
         stats = LITE_STATS if setting.startswith('finetune') else CIFAR_STATS
         train,test = ImageRows(images, labels, files, stats),ImageRows(*read_images(path/'test', size), stats)
         if setting.startswith('finetune'): test = test.of(torch.arange(0, len(test), 2))
-        batches,dls = test.batches('cpu'),image_loaders(train, test, defaults['bs'])
+        batches,make_dls = test.batches('cpu'),partial(image_loaders, train, test, defaults['bs'])
         for budget in map(int, (budgets or defaults['budgets']).split(',')):
             for seed in map(int, seeds.split(',')):
                 for run in (runs or defaults['runs']).split():
@@ -197,7 +199,7 @@ def main(
                     file = folder/f'{name}.json'
                     if file.exists(): continue
                     method,options = read_run(run)
-                    result = one_run(dls, batches, setting, noisy, budget, seed, method, options)
+                    result = one_run(make_dls, batches, setting, noisy, budget, seed, method, options)
                     result = dict(setting=setting, rows=len(train), noise=noise, budget=budget, run=run, seed=seed,
                                   **result, machine=machine())
                     file.write_text(json.dumps(result))

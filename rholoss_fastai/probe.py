@@ -222,30 +222,33 @@ def _as_learner(learn, dl):
         raise ValueError("An LMDataLoader's targets are tokens: a probe predicts one target per row.")
     return learn,dl
 
-def _decided(learn, dl, names, why, rows, xb, folds, seed, n=1000):
-    "The best of the features `names` on a few rows, and why"
-    if len(names) == 1: return names[0],why
-    rows,losses = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].sort().values,{}
+def _decided(learn, dl, names, why, rows, xb, seed, n=1000):
+    "The best of the features `names` on a few rows, why, and what was read where these are all the rows"
+    if len(names) == 1: return names[0],why,None
+    few,losses = rows,{}
+    if len(rows) > 2*n:
+        few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
     readers = {name: feature_reader(name, learn, dl, xb)[0] for name in names}
     def read(model, xb, rows): return torch.cat([o(model, xb, rows) for o in readers.values()], 1)
-    dims = [_trial(learn, o, xb, rows)[0].shape[1] for o in readers.values()]
-    x,y = _collected(learn, dl, rows, read, None)
-    if _alike(y): return names[0],why
-    kind = target_kind(y, learn.loss_func)
-    for name,part in zip(names, x.split(dims, 1)):
+    dims = [_trial(learn, o, xb, few)[0].shape[1] for o in readers.values()]
+    x,y = _collected(learn, dl, few, read, None)
+    if _alike(y): return names[0],why,None
+    kind,parts = target_kind(y, learn.loss_func),dict(zip(names, x.split(dims, 1)))
+    for name,part in parts.items():
         logits,_ = _solved(part.clone(), y, kind, int(y.max()) + 1 if kind == 'classes' else None, None, seed)
-        losses[name] = ProbePredictions(rows, y, logits, kind, {}).losses().mean().item()
-    told = ', '.join(f'{name} {loss:.3f}' for name,loss in losses.items())
-    return min(losses, key=losses.get), f'held-out loss in a trial on {len(rows):,} rows: {told}'
+        losses[name] = ProbePredictions(few, y, logits, kind, {}).losses().mean().item()
+    best,told = min(losses, key=losses.get),', '.join(f'{name} {loss:.3f}' for name,loss in losses.items())
+    return (best, f'held-out loss in a trial on {len(few):,} rows: {told}',
+            (parts[best].clone(), y) if few is rows else None)
 
-def _chosen(learn, dl, rows, xb, folds, seed):
-    "What features='auto' stands for, and why"
+def _chosen(learn, dl, rows, xb, seed):
+    "What features='auto' stands for, why, and these features and the targets where they were read on the way"
     candidates,why = _candidates(learn, xb)
     if not candidates:
         raise ValueError(f"No features are at hand: {why}. Pass features='body' if it serves all the same, or a "
                          "function of the inputs that returns one line of numbers for each; or cross-fit a model: "
                          "crossfit_irreducible(make_learner, dls, n_epoch).")
-    return _decided(learn, dl, candidates, why, rows, xb, folds, seed)
+    return _decided(learn, dl, candidates, why, rows, xb, seed)
 
 def probe_features(
     learn, # Learner, or `DataLoaders` where no model is needed
@@ -260,7 +263,7 @@ def probe_features(
     rows = own_rows(dl).sort().values
     with preserve_rng():
         xb,_ = _sampled(learn, dl, rows, seed=seed)
-        if isinstance(features, str) and features == 'auto': features,_ = _chosen(learn, dl, rows, xb, None, seed)
+        if isinstance(features, str) and features == 'auto': features,*_ = _chosen(learn, dl, rows, xb, seed)
         x,y = _collected(learn, dl, rows, *feature_reader(features, learn, dl, xb), show=progress
                          and shows_progress(learn))
     return rows,x.float(),y
@@ -287,16 +290,17 @@ def probe_predictions(
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} row: a prediction for a row comes from the others, so two are needed at least.")
     with preserve_rng():
-        (xb,y),why = _sampled(learn, dl, rows, seed=seed),''
+        (xb,y),why,read_already = _sampled(learn, dl, rows, seed=seed),'',None
         if _alike(y): _check_targets(row_targets(dl)[rows], learn.loss_func) # before anything is spent
         target_kind(y, learn.loss_func)
-        if isinstance(features, str) and features == 'auto': features,why = _chosen(learn, dl, rows, xb, folds, seed)
+        if isinstance(features, str) and features == 'auto':
+            features,why,read_already = _chosen(learn, dl, rows, xb, seed)
         name = features if isinstance(features, str) else short_name(features)
         read,finish = feature_reader(features, learn, dl, xb)
         cost = _cost(learn, dl, features, read, xb, rows, folds)
         if verbose: print(f"Probe by features {name!r}{f' ({why})' if why else ''}: {cost}.")
-        x,y = _collected(learn, dl, rows, read, finish, cost.half and finish is None, progress
-                         and shows_progress(learn))
+        x,y = read_already or _collected(learn, dl, rows, read, finish, cost.half and finish is None,
+                                         progress and shows_progress(learn))
         kind = _check_targets(y, learn.loss_func)
         n_classes = max(int(y.max()) + 1, len(names) if names is not None else 0) if kind == 'classes' else None
         logits,made = _solved(x, y, kind, n_classes, folds, seed)
