@@ -42,7 +42,7 @@ def make_dls(x, y, bs=50):
 @pytest.mark.parametrize('n_classes', [2, 3, 10])
 @pytest.mark.parametrize('redrawn', [0., 0.05, 0.2, 0.4])
 def test_the_share_is_found(n_classes, redrawn):
-    logits,truth = calibrated(20_000, n_classes, 4)
+    logits,truth = calibrated(10_000, n_classes, 4)
     labels,wrong = redraw_labels(truth, redrawn, n_classes=n_classes, seed=1)
     share,low,high = share_of_wrong_labels(logits, labels)
     assert abs(share - wrong.float().mean()) < 0.025
