@@ -75,7 +75,7 @@ def by_name(
 ):
     "What `name` stands for; `ValueError` with the names there are, and the one that may have been meant"
     if name in choices: return choices[name]
-    raise ValueError(f"{kind} is {name!r}, expected one of {', '.join(choices)}, or a {kind} of your own."
+    raise ValueError(f"{kind} is {name!r}, expected one of {', '.join(choices)}, or one of your own."
                      f"{_meant(name, choices)}")
 
 # %% ../nbs/00_checks.ipynb #cf5a0809

@@ -292,7 +292,11 @@ def _read_own(features, dl, device):
             with modules_in_mode(modules, False): return features(*xb).flatten(1).float()
         return of_module, None
     if callable(features): return lambda model, xb, rows: features(*xb).flatten(1).float(), None
-    table = torch.as_tensor(np.asarray(features))
+    table = np.asarray(features)
+    if table.dtype.kind not in 'biuf':
+        raise TypeError("features must be 'auto', one of " + ', '.join(map(repr, FEATURES)) + ", a module or function "
+                        f"of the inputs, or one line of numbers for each row, (n, d); got {features!r}.")
+    table = torch.as_tensor(table)
     if table.ndim != 2 or len(table) != dataset_size(dl):
         raise ValueError(f"features of shape {tuple(table.shape)}: expected one line for each of the "
                          f"{dataset_size(dl)} rows of the data set, (n, d).")

@@ -191,7 +191,7 @@ class LossHistory(FitCallback):
         dl=None # Training `DataLoader`; default the Learner's
     )->pd.DataFrame: # A line per row, the most suspect first
         "Rows whose labels are likely to be wrong"
-        dl,values = self.learn.dls.train if dl is None else dl,self.read(reading)
+        values,dl = self.read(reading),self.learn.dls.train if dl is None else dl
         order = values.nan_to_num(-torch.inf) if reading in _suspect_if_high else -values.nan_to_num(torch.inf)
         rows = order.argsort(descending=True, stable=True)[:n]
         targets,names = row_targets(dl)[rows],class_names(dl)

@@ -226,3 +226,11 @@ def test_suspects_of_a_table_of_data():
                                      y_names='label', y_block=CategoryBlock(), valid_idx=list(range(100, 120)), bs=16)
     found = label_noise(dls).show(4)  # noqa: F405
     assert len(found) == 4 and frame.label[found['index']].tolist() == found.label.tolist()
+
+@pytest.mark.parametrize('features', [None, ['body'], {'body': 1}])
+def test_features_that_are_no_features(features):
+    with pytest.raises(TypeError, match="features must be 'auto', one of 'body', .* or one line of numbers"):
+        probe_predictions(learner(), features=features, progress=False)
+
+def test_a_history_before_its_fit():
+    with pytest.raises(ValueError, match='fit with this callback first'): LossHistory().suspects()

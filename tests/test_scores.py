@@ -196,7 +196,7 @@ def test_functions_are_handed_back():
 
 @pytest.mark.parametrize('score,kind,message', [
     ('entrpy', ValueError,
-     "score is 'entrpy', expected one of loss, .*, or a score of your own. Did you mean 'entropy'"),
+     "score is 'entrpy', expected one of loss, .*, or one of your own. Did you mean 'entropy'"),
     ('zzz', ValueError, r"of your own\.$"), (None, TypeError, 'score is None, expected a function'),
     (0.1, TypeError, 'such as training_loss'),
     (torch.ones(3), TypeError, 'expected a function'),
@@ -207,7 +207,7 @@ def test_bad_scores_are_refused(score, kind, message):
 def test_names_of_anything():
     assert by_name('fruit', 'pear', dict(pear=3)) == 3
     with pytest.raises(ValueError,
-                       match="fruit is 'paer', expected one of apple, pear, or a fruit of your own. Did you "
+                       match="fruit is 'paer', expected one of apple, pear, or one of your own. Did you "
                              "mean 'pear'?"):
         by_name('fruit', 'paer', dict(apple=1, pear=2))
 
