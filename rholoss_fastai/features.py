@@ -66,6 +66,7 @@ class RandomPatches(nn.Module):
         filters = filters - filters.mean(1, keepdim=True) # so that a patch's mean need not be taken away first
         self.filters = filters.view(len(filters), images.shape[1], -1)
         self.filters = self.filters.view(*self.filters.shape[:2], *[round(self.filters.shape[2]**0.5)]*2)
+        self.filters = self.filters.contiguous(memory_format=torch.channels_last)
 
     def _floats(self, x): return x.float()/255 if x.dtype == torch.uint8 else x.float()
     def _small(self, x):
@@ -81,8 +82,7 @@ class RandomPatches(nn.Module):
         mean,square = (F.avg_pool2d(o.mean(1, keepdim=True), side, 1) for o in (x, x*x))
         var = (square - mean*mean).clamp_(min=0)*(n/(n - 1))
         # channels last: products of matrices then pool, several times faster
-        x,filters = (o.contiguous(memory_format=torch.channels_last) for o in (x, self.filters))
-        answers = F.conv2d(x, filters).mul_((var + 0.05).rsqrt_())
+        answers = F.conv2d(x.contiguous(memory_format=torch.channels_last), self.filters).mul_((var + 0.05).rsqrt_())
         beyond = F.softshrink(answers, self.threshold)
         less,both = self._pooled(beyond),self._pooled(beyond.abs_())
         # what is above the threshold, and what is below its negative
