@@ -214,11 +214,11 @@ def square(x):
 TASKS = dict(a=2, dies='kill', fails=None, b=3, c=4)
 
 
-@pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('new', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
 def test_a_worker_that_dies_loses_its_task_only(kind):
     if kind == 'processes': results,errors = run_tasks(square, TASKS, 2, threads=1)
     else:
-        with ProcessPoolExecutor(2, get_context('fork') if kind == 'pool' else processes) as pool:
+        with ProcessPoolExecutor(2, get_context('fork' if kind == 'pool' else 'spawn')) as pool:
             results,errors = run_tasks(square, TASKS, pool, threads=1)
     assert results == dict(a=(4, 1), b=(9, 1), c=(16, 1))
     assert set(errors) == {'dies', 'fails'} and 'exit code -9' in errors['dies'] and 'TypeError' in errors['fails']
