@@ -1,4 +1,5 @@
 """A toy task that trains in milliseconds, Learners on it, and what tests of every method share."""
+import gc
 import multiprocessing
 import os
 import runpy
@@ -43,6 +44,7 @@ if hasattr(processes, 'set_forkserver_preload'):
                                        'torch._dynamo', 'rholoss_fastai.all']) # PyTorch's optimisers import `_dynamo`
 
 def _run(code, args, env, out):
+    gc.freeze() # what was imported needn't be looked at by each `gc.collect()`
     multiprocessing.set_start_method(None, force=True) # Python's own for what the code starts, as in a fresh process
     os.environ.update(env)
     log = os.open(out, os.O_WRONLY | os.O_CREAT)

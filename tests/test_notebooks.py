@@ -12,9 +12,14 @@ NBS = CONFIG.nbs_path
 NOTEBOOKS = {path.relative_to(NBS).as_posix(): path for path in nbglob(NBS, as_path=True).sorted()}
 RUNNER = '''
 import sys
-from nbdev.test import test_nb
+from functools import partial
+import nbdev.test
+from matplotlib.backend_bases import FigureCanvasBase
+# a figure is drawn as it is shown, in fewer pixels, and not beforehand too, for a window that isn't there
+FigureCanvasBase.draw_idle = lambda canvas: None
+nbdev.test.CaptureShell = partial(nbdev.test.CaptureShell, mpl_format='png')
 name, basepath, skip_flags, force_flags = sys.argv[1:]
-passed, _ = test_nb(name, skip_flags.split(), force_flags.split(), basepath=basepath)
+passed, _ = nbdev.test.test_nb(name, skip_flags.split(), force_flags.split(), basepath=basepath)
 sys.exit(not passed)
 '''
 
