@@ -44,7 +44,6 @@ if hasattr(processes, 'set_forkserver_preload'):
                                        'torch._dynamo', 'rholoss_fastai.all']) # PyTorch's optimisers import `_dynamo`
 
 def _run(code, args, env, out):
-    gc.set_threshold(20_000, 20, 20)
     gc.freeze() # what was imported needn't be looked at by each `gc.collect()`
     multiprocessing.set_start_method(None, force=True) # Python's own for what the code starts, as in a fresh process
     os.environ.update(env)
