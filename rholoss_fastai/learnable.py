@@ -59,11 +59,11 @@ class _Agreement:
         return all(self.fit(start, share)[1] > loss + worse
                    for start in (params, (1, 0, share), (0.01, -1, share), (10, 0, share)))
 
-    def bound(self, params, loss, beyond, n_steps=12):
-        "How far the share may move towards `beyond` before the likelihood excludes it"
+    def bound(self, params, loss, beyond, near=0.001):
+        "How far the share may move towards `beyond` before the likelihood excludes it, to `near`"
         inside,outside = params[2],beyond
         if not self.excludes(beyond, params, loss): return beyond
-        for _ in range(n_steps):
+        while abs(outside - inside) > near:
             middle = (inside + outside)/2
             if self.excludes(middle, params, loss): outside = middle
             else: inside = middle

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.torch_core import set_seed
 from helpers import learner, processes, start_process
 from scipy import stats
+from small_tasks import TASKS, square
 from torch import nn
 
 from rholoss_fastai.all import (
@@ -205,14 +205,6 @@ def test_prices_are_positive_and_count():
 
 
 # Executors
-
-def square(x):
-    if x == 'kill': os.kill(os.getpid(), signal.SIGKILL)
-    return x**2, torch.get_num_threads()
-
-
-TASKS = dict(a=2, dies='kill', fails=None, b=3, c=4)
-
 
 @pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
 def test_a_worker_that_dies_loses_its_task_only(kind):
