@@ -5,7 +5,7 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders
@@ -241,6 +241,7 @@ class Ratio(Callback):
     "Of the loss that is trained on to that of the loss function in force"
     run_valid, order = False, 5 # before gradient accumulation divides it
     def before_fit(self): self.ratios = []
+    def before_validate(self): raise CancelValidException
     def after_loss(self): self.ratios.append((self.learn.loss_grad/self.learn.loss_func(self.pred, *self.yb)).item())
 
 @pytest.mark.parametrize('order', ORDERS)
@@ -265,6 +266,7 @@ class TrainedOn(Callback):
     "The loss that is trained on, and the loss function's of the same items"
     order, run_valid = 5, False
     def before_fit(self): self.losses = []
+    def before_validate(self): raise CancelValidException
     def after_loss(self):
         self.losses.append((self.learn.loss_grad.detach().clone(), self.learn.loss_func(self.pred, *self.yb).detach()))
 
