@@ -744,6 +744,7 @@ def test_rounds_of_everything_are_plain_training():
         assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
+@pytest.mark.slow
 def test_workers_and_torch_loaders_in_rounds():
     rows = Rows(N)
     for dls in (dataloaders(rows, num_workers=2),

@@ -434,6 +434,7 @@ def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
     assert len(calls) == 4 and torch.equal(done.values, whole.values) and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_scores_of_runs_are_those_of_their_models():
     "Mean over runs and variance over epochs, against what each model says by itself"
     dls, learns, losses, trackers = dataloaders(), [], [], []
