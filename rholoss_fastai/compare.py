@@ -32,7 +32,7 @@ from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epo
 from .checks import by_name, check_choice, check_count, check_number
 from .comparison import Comparison, machine, same_machine, write_json
 from .executors import run_tasks, worker_threads
-from .il_source import TableIL
+from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .item_table import fingerprint
 from .loaders import seeded_loaders
@@ -132,7 +132,7 @@ def _make_il(make_learner, dls, prices, most, progress):
 def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
-    if not callable(il) and not (isinstance(il, str) and il == 'auto'): return TableIL(il).belonging(dls.train)
+    if not callable(il) and il_name(il) != 'auto': return TableIL(il).belonging(dls.train)
     if file and file.exists(): return IrreducibleLosses.load(file).check(dls.train)
     began = time.process_time()
     il = il(make_learner, dls) if callable(il) else _make_il(make_learner, dls, prices, most, progress)

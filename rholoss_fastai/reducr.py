@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .candidates import candidate_input
 from .checks import by_name, check_count, check_number, known_arguments
 from .fit_callback import FitCallback
-from .il_source import ILSource
+from .il_source import ILSource, il_name
 from .nested import as_tensor, class_targets, plain
 from .picks import Pick, find_pick, inner_pick
 from .probe import probe_features
@@ -217,7 +217,7 @@ def reducr(self:Learner,
 )->Learner: # The Learner
     "Train on items whose loss is reducible for the classes that go worst; `learn.no_selection()` undoes it"
     pick = ClassWeights(frac, eta)
-    if isinstance(il, str): il = by_name('il', il, dict(probe=ClassProbeIL))()
-    parts = selector_parts(il=il if isinstance(il, ClassIL) else ClassIL(il), enlarge=enlarge, **kwargs)
+    if il_name(il) is not None: il = by_name('il', il, dict(probe=ClassProbeIL))()
+    parts = selector_parts(il=il if hasattr(il, 'by_class') else ClassIL(il), enlarge=enlarge, **kwargs)
     parts['beside'].append(ClassHoldout(pick))
     return add_selector(self, BatchSelector('loss', pick, **parts))

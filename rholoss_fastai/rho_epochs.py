@@ -22,7 +22,7 @@ from .checks import check_choice, check_number, known_arguments
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .features import FEATURES
-from .il_source import il_source
+from .il_source import il_name, il_source
 from .irreducible import IrreducibleLosses
 from .learnable import learnable_rows, no_class_last, ranked, rows_to_look_at, share_to_leave_out
 from .probe import probe_cost, probe_irreducible, probe_predictions
@@ -157,8 +157,7 @@ class RhoEpochs(Reducible):
         look:int=4000, # Rows for the first estimate, at most
         il_budget:float=0.2 # Train plainly where irreducible losses would cost a larger share of the fit, by counts
     ):
-        super().__init__(None if isinstance(il, str) and il == 'auto' else il, 0. if drop is None else drop, keep,
-                         explore)
+        super().__init__(None if il_name(il) == 'auto' else il, 0. if drop is None else drop, keep, explore)
         self.asked,self.by_memory = dict(drop=drop, by_memory=by_memory, refresh=refresh),by_memory is not False
         self.gate,self.threshold = gate,check_number('threshold', threshold, schedule=False)
         if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))

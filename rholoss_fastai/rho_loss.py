@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 
 from .beside import LabelGate, TrainBeside
 from .checks import known_arguments
-from .il_source import CrossFitIL, ModelIL, il_source
+from .il_source import CrossFitIL, ModelIL, il_name, il_source
 from .picks import Pick, TopFraction, find_pick
 from .scores import reducible_loss, worth_learning
 from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
@@ -25,7 +25,7 @@ from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_
 def _il_source(il, budget, update_il, crossfit):
     "The source of irreducible losses that the arguments speak of"
     crossfit = {k: v for k,v in crossfit.items() if v is not None}
-    named = il if isinstance(il, str) else None
+    named = il_name(il)
     if crossfit and named not in ('auto', 'crossfit'):
         raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is "
                          "given: leave one of them out.")
@@ -87,7 +87,7 @@ def rho_loss(self:Learner,
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
     # another `frac`, the same irreducible losses
-    if before and isinstance(il, str) and il == 'auto': il = before[0].il_source
+    if before and il_name(il) == 'auto': il = before[0].il_source
     return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
 
 UNITS['rho_loss','item'] = RhoLossCallback

@@ -22,7 +22,7 @@ from torch import Tensor
 from .candidates import Candidates, When
 from .checks import short_name
 from .fit_callback import batch_rows
-from .il_source import ModelIL, TableIL, il_source
+from .il_source import ModelIL, TableIL, il_name, il_source
 from .item_table import ItemTable
 from .losses import ItemLosses
 from .nested import as_tensor, plain
@@ -150,8 +150,8 @@ _ELEMENT_IL = {ModelIL: lambda source: ElementModel(source.learner or source.mod
 
 def _element_il(il):
     "Irreducible losses of elements, of what `il` stands for"
-    if isinstance(il, (ElementModel, ElementTable)): return il
-    source = None if isinstance(il, str) else il_source(il)
+    source = None if il_name(il) is not None else il_source(il)
+    if isinstance(source, (ElementModel, ElementTable)): return source
     if type(source) not in _ELEMENT_IL:
         raise TypeError(f"Tokens need a reference's loss of each element, and il={il!r} stands for losses of items: "
                         "give a model that was trained on other or better data (an nn.Module or a Learner), or a "

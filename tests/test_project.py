@@ -82,6 +82,12 @@ def test_module_and_its_classes_can_be_read_at_a_sitting(module):
             and (lines := node.end_lineno - node.lineno + 1) > 200]
     assert not long, f'longer than two screens: {long}'
 
+@pytest.mark.parametrize('module', [o for o in SOURCES if o != 'il_source'])
+def test_one_place_tells_the_forms_of_irreducible_losses_apart(module):
+    told = [node.lineno for node in ast.walk(tree(module)) if isinstance(node, ast.Call)
+            and ast.unparse(node.func) == 'isinstance' and ast.unparse(node.args[0]) in ('il', 'self.il')]
+    assert not told, f'{module} asks of what type `il` is, in line {told}: ask `il_source` or `il_name`'
+
 @pytest.mark.parametrize('module', SOURCES)
 def test_module_has_all(module):
     assert hasattr(importlib.import_module(f'rholoss_fastai.{module}'), '__all__')
