@@ -353,11 +353,12 @@ def il_source(
 )->ILSource: # None for None
     "What `il` stands for: the only place that tells its forms apart"
     if il is None or isinstance(il, ILSource): return il
-    if isinstance(il, str) and il == 'auto': return AutoIL(budget)
-    if isinstance(il, str) and il in IL_NAMES: return IL_NAMES[il]()
+    name = il_name(il)
+    if name == 'auto': return AutoIL(budget)
+    if name in IL_NAMES: return IL_NAMES[name]()
     if isinstance(il, (nn.Module, Learner)): return ModelIL(il)
     if isinstance(il, (str, Path)):
-        if isinstance(il, str) and not os.path.exists(il) and not Path(il).suffix: by_name('il', il, IL_NAMES)
+        if name is not None and not os.path.exists(il) and not Path(il).suffix: by_name('il', il, IL_NAMES)
         return TableIL(il)
     if isinstance(il, (ItemTable, Tensor, list, tuple)) or hasattr(il, '__array__'): return TableIL(il)
     raise TypeError("il must be IrreducibleLosses, the path of saved ones, one number per row, one of the names "

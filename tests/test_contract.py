@@ -254,17 +254,15 @@ EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_l
 @pytest.mark.parametrize('part', range(3))
 @pytest.mark.many(3)
 def test_interrupted_in_any_event(method, part, tmp_path):
-    """The user's ctrl-C before a method's callbacks, and in the next fit after them, one event after the other: nothing
-    is left behind, and the Learner goes on"""
-    learn, n_lines = with_method(method, path=tmp_path), 0
-    def as_before(name):
-        assert len(learn.validate()) == 2, name
-        assert [m.name for m in learn.metrics] == ['accuracy'], name
-        assert type(learn.loss_func).__module__.startswith('fastai'), name
+    """The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the
+    Learner goes on"""
     for name in EVENTS[(part + list(METHODS.values()).index(method)) % 3::3]:
+        learn, n_lines = with_method(method, path=tmp_path), 0
         for order in (-10, 15):
             with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Interrupt(name, order))
-            as_before(name)
+            assert len(learn.validate()) == 2, name
+            assert [m.name for m in learn.metrics] == ['accuracy'], name
+            assert type(learn.loss_func).__module__.startswith('fastai'), name
             if name in ('before_epoch', 'after_loss', 'after_validate'):
                 learn.export('interrupted.pkl')
                 loaded = load_learner(tmp_path/'interrupted.pkl')
@@ -273,9 +271,8 @@ def test_interrupted_in_any_event(method, part, tmp_path):
             if not method.rows: continue
             assert len(learn.selection.ledger) - n_lines in (1, 2), name
             n_lines = len(learn.selection.ledger)
-    fit(learn, 1)
-    assert weights_of(learn).isfinite().all()
-    as_before('a fit')
-    undo(learn, method)
-    assert not own(learn)
-    as_before('undoing')
+        fit(learn, 1)
+        assert weights_of(learn).isfinite().all() and len(learn.validate()) == 2, name
+        undo(learn, method)
+        assert not own(learn) and [m.name for m in learn.metrics] == ['accuracy'], name
+        assert type(learn.loss_func).__module__.startswith('fastai'), name

@@ -173,10 +173,10 @@ def test_expected_gradient_of_a_fit_is_the_full_one(n_epoch=5, times=60):
             self.opt.zero_grad()
             raise CancelStepException
     def model(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    learn, grads = dropout_learner(model, bs=N, shuffle=False), Gradients()
+    learn = learner(lambda: DataLoaders(DataLoader([*Rows()]*times, bs=N), DataLoader(Rows(1), bs=1)), model)
+    grads = Gradients()
     loss = learn.loss_func(learn.model(Rows().images), Rows().targets)
     full = torch.cat([o.flatten() for o in torch.autograd.grad(loss, learn.model.parameters())])
-    learn.dls.loaders[:] = DataLoader([*Rows()]*times, bs=N), DataLoader(Rows(1), bs=1)
     learn.select('gradient_norm', ImportanceSample(0.1, uniform_share=0.1), precision=None)
     fit(learn, n_epoch, cbs=grads)
     seen = torch.stack(grads.seen)
