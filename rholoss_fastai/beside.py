@@ -21,7 +21,6 @@ from .checks import check_count, short_name
 from .fit_callback import FitCallback
 from .learnable import rows_to_look_at
 from .nested import as_tensor, batch_size, plain
-from .probe import probe_predictions
 from .record import LEDGER_COLUMNS
 from .rows import dataset_size, own_rows
 from .side_models import Companion
@@ -114,10 +113,14 @@ class LabelGate(FitCallback):
 
     def _why_plain(self, selector):
         "Why the fit is plain and what to type instead, or None"
-        selector.il_source.check(self.learn)
-        why = selector.il_source.too_dear(self.learn)
-        if why: return why
-        self.wrong = self._estimate(selector.il_source, selector.record)
+        source,record,began = selector.il_source,selector.record,time.perf_counter()
+        source.check(self.learn)
+        try:
+            why = source.too_dear(self.learn)
+            record.seconds_il += time.perf_counter() - began
+            if why: return why
+            self.wrong = self._estimate(source, record)
+        finally: source.forget() # what was read is of the model as it is now
         if self.wrong is not None and self.wrong < self.threshold:
             return (f"about {self.wrong:.0%} of the labels look wrong, fewer than {self.threshold:.0%}",
                     " (gate=False selects all the same).")
@@ -130,8 +133,7 @@ class LabelGate(FitCallback):
         n = len(own_rows(dl))
         n_look = rows_to_look_at(n, learn.n_epoch, self.look)
         if source.table is None and n_look < n:
-            found = probe_predictions(learn, dl, getattr(source, 'features', 'auto'), n_rows=n_look, progress=False,
-                                      verbose=False)
+            found = source.probe(learn).predictions(n_look, progress=False, verbose=False)
             record.seconds_il += time.perf_counter() - began
             if found.wrong < self.threshold: return found.wrong
         record.seconds_il += source.begin(learn, self._fit.device)

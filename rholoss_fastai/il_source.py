@@ -11,6 +11,7 @@ __all__ = ['IL_NAMES', 'ILSource', 'hopeless_rows', 'TableIL', 'ModelIL', 'MadeI
 # %% ../nbs/16_il_source.ipynb #29048d2b
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from .item_table import ItemTable
 from .learnable import learnable_rows, share_to_leave_out
 from .nested import prediction
 from .noise import row_targets
-from .probe import choose_features, probe_cost, probe_irreducible
+from .probe import Probe, choose_features
 from .record import STEP_COST
 from .rows import own_rows, track_rows
 from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
@@ -78,6 +79,8 @@ class ILSource:
         learn:Learner # The target, in its fit
     )->tuple: # Two parts of a sentence; None: they may be made
         "Why they may not be made for this fit, and what to type instead"
+
+    def forget(self): "Let go of what was read on the way to irreducible losses"
 
     def __deepcopy__(self, memo): return self # a copy of a Learner shares them
     def __getstate__(self): return dict(exported=True) # an export leaves them out
@@ -232,7 +235,9 @@ class MadeIL(TableIL):
             if self.exported: self.belonging(learn.dls.train)
             self.prepare(learn)
             _check_inputs(learn)
+            began = time.perf_counter()
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
+            self.table.info['seconds'] = time.perf_counter() - began
         return super().begin(learn, device)
 
     def values(self, dl, learn=None):
@@ -278,18 +283,27 @@ class CrossFitIL(MadeIL):
 # %% ../nbs/16_il_source.ipynb #014a0ee3
 class ProbeIL(MadeIL):
     "Ridge regression on features that are at hand, each row scored as if it had been left out"
-    by_probe = True
+    by_probe,_probe = True,None
     def __init__(self,
-        features='auto' # Of `probe_irreducible`: 'body', 'patches', 'tfidf', 'columns', a function, or 'auto'
+        features='auto' # Of `Probe`: 'body', 'patches', 'tfidf', 'columns', a function, or 'auto'
     ):
         super().__init__()
         self.features = features
 
+    def probe(self,
+        learn:Learner # The target, in its fit
+    )->Probe: # The same until the irreducible losses are made, or `forget`
+        "For a first look: the rows that it reads are not read again"
+        if self._probe is None: self._probe = Probe(learn, learn.dls.train, self.features)
+        return self._probe
+
+    def forget(self): self._probe = None
+
     def bill(self): return 'at hand' if self.table is not None else 'made first, by a probe'
 
     def make(self, learn, progress):
-        return probe_irreducible(learn, learn.dls.train, self.features, progress=progress,
-                                 verbose=learn.logger is not noop)
+        try: return self.probe(learn).irreducible(progress=progress, verbose=learn.logger is not noop)
+        finally: self.forget()
 
 # %% ../nbs/16_il_source.ipynb #8e48c484
 class AutoIL(MadeIL):
@@ -314,12 +328,16 @@ class AutoIL(MadeIL):
     def bill(self):
         return 'at hand' if self.table is not None else self.made_by.bill() if self.made_by else 'made first'
 
+    def probe(self, learn): return self.made_by.probe(learn)
+    def forget(self):
+        if self.made_by is not None: self.made_by.forget()
+
     def _share(self, learn):
         "Share of the fit to come that they would cost: the whole of a probe, an epoch of cross-fitting"
         steps = (learn.n_epoch - learn.epoch)*len(learn.dls.train)
         if not isinstance(self.made_by, ProbeIL):
             return (self.made_by.settings['n_folds'] - 1 + 1/STEP_COST)*len(learn.dls.train)/steps
-        cost = probe_cost(learn)
+        cost = self.probe(learn).cost()
         return cost.steps/steps if cost is not None and cost.steps else 0.
 
     def too_dear(self, learn):
@@ -331,12 +349,13 @@ class AutoIL(MadeIL):
                 "for them whatever they cost: il='probe' or il='crossfit'.")
 
     def make(self, learn, progress):
-        why = ''.join(self.too_dear(learn) or '')
-        if why: raise ValueError(why[0].upper() + why[1:])
-        if not isinstance(self.made_by, ProbeIL):
-            settings = self.made_by.settings
-            settings['n_epoch'] = min(settings['n_epoch'], int(self.budget/self._share(learn) + 1e-9))
-        return self.made_by.make(learn, progress)
+        try:
+            if why := ''.join(self.too_dear(learn) or ''): raise ValueError(why[0].upper() + why[1:])
+            if not isinstance(self.made_by, ProbeIL):
+                settings = self.made_by.settings
+                settings['n_epoch'] = min(settings['n_epoch'], int(self.budget/self._share(learn) + 1e-9))
+            return self.made_by.make(learn, progress)
+        finally: self.forget()
 
 # %% ../nbs/16_il_source.ipynb #64122b7b
 IL_NAMES = dict(auto=AutoIL, probe=ProbeIL, crossfit=CrossFitIL) # name -> class

@@ -25,7 +25,7 @@ from .features import FEATURES
 from .il_source import il_name, il_source
 from .irreducible import IrreducibleLosses
 from .learnable import learnable_rows, no_class_last, ranked, rows_to_look_at, share_to_leave_out
-from .probe import probe_cost, probe_irreducible, probe_predictions
+from .probe import Probe, probe_cost, probe_irreducible
 from .rows import own_rows, reader
 
 # %% ../nbs/33_rho_epochs.ipynb #25ccae3f
@@ -188,48 +188,44 @@ class RhoEpochs(Reducible):
 
     def _judge(self, learn, dl):
         "How many labels are wrong, and is that enough?"
-        self.seconds,self.wrong,self._to_book,self.chosen_features = 0.,None,0.,self.features
-        n,began = len(own_rows(dl)),time.perf_counter()
-        self.plain,self._made_now,self.own_cost = self._dear(learn, dl),True,0.
-        if self.plain: self.drop = 0.; return
-        if self.gate or (self.il is not None and self.asked['drop'] is None):
-            n_look = rows_to_look_at(n, learn.n_epoch, self.look)
-            if n_look < n or self.il is not None:
-                self.wrong = self._estimate(learn, dl, min(n_look, n))[0]
-                self.share = self.share and self.share*(1 + n_look/n)
-        if not self._clean():
+        began,self.wrong,self.share,self._to_book,self.own_cost = time.perf_counter(),None,0.,0.,0.
+        self.seconds,self.plain,self._made_now = 0.,False,True
+        if self.il is None or self.gate or self.asked['drop'] is None:
+            try: self._look(learn, Probe(learn, dl, self.features), learn.n_epoch*len(dl))
+            except ValueError as e:
+                mend = ("pass the share to leave out, drop=..., and gate=False." if self.il is not None
+                        else "pass features=..., a function of the inputs; or il='crossfit', drop=... and gate=False.")
+                raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
+                                 f"{mend}") from e
+        if self.plain or self._clean(): self.drop = 0.
+        if self.plain: return # too dear: asked again by the next fit
+        self.plain = self._clean()
+        if not self.plain:
             if self.il is not None: self.table,self._to_book = given_table(self.il, learn, dl)
-            else:
-                self.wrong,found = self._estimate(learn, dl, None)
-                self.table = found.irreducible(learn.loss_func)
-        if self._clean(): self.plain,self.drop = True,0.
-        else: self.set_scale(learn, dl)
+            self.set_scale(learn, dl)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
-
-    def _dear(self, learn, dl):
-        "Would they cost more of this fit than they may?"
-        if self.il is not None: return False
-        cost = probe_cost(learn, dl, self.features)
-        self.share = cost.steps/(learn.n_epoch*len(dl)) if cost is not None and cost.steps else None
-        return self.share is not None and self.share > self.il_budget
 
     def _clean(self): return self.gate and self.wrong is not None and self.wrong < self.threshold
 
-    def _estimate(self, learn, dl, n_rows):
-        "The share of wrong labels, and the predictions that it comes from, of `n_rows` rows or of all"
-        # leave-one-out is exact, and the cheaper where rows are few
-        folds = 5 if (n_rows or len(own_rows(dl))) > 50_000 else None
-        try:
-            found = probe_predictions(learn, dl, self.chosen_features, folds, n_rows, verbose=n_rows is None
-                                      and learn.logger is not noop)
-        except ValueError as e:
-            mend = ("pass the share to leave out, drop=..., and gate=False." if self.il is not None
-                    else "pass features=..., a function of the inputs; or il='crossfit', drop=... and gate=False.")
-            raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
-                             f"{mend}") from e
-        # a trial of several is not run twice
-        if isinstance(self.features, str): self.chosen_features = found.info['features']
-        return found.wrong,found
+    def _look(self, learn, probe, n_steps):
+        "How many labels look wrong, of some rows and then of all? Irreducible losses besides, unless too dear or given"
+        n = len(probe.rows)
+        n_look = rows_to_look_at(n, learn.n_epoch, self.look)
+        def of(n): return n,5 if n > 50_000 else None # leave-one-out is exact, and the cheaper where rows are few
+        def share(n):
+            cost = probe.cost(*of(n))
+            return cost.steps/n_steps if cost is not None and cost.steps else 0.
+        if self.il is None:
+            self.share = share(n)
+            self.plain = self.share > self.il_budget
+            if self.plain: return
+        if self.il is not None or (self.gate and n_look < n):
+            self.share = share(n_look)
+            self.wrong = probe.predictions(*of(n_look), verbose=False).wrong
+            if self.il is not None or self._clean(): return
+            self.share += share(n)
+        found = probe.predictions(*of(n), verbose=learn.logger is not noop)
+        self.wrong,self.table = found.wrong,found.irreducible(learn.loss_func)
 
     def prepare(self, learn, dl, epoch, memory):
         "Once, at a quarter of the fit: the model by now knows better features"

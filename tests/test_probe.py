@@ -26,7 +26,7 @@ from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
 from rholoss_fastai.loaders import restrict_rows
 from rholoss_fastai.noise import redraw_labels
-from rholoss_fastai.probe import choose_features, probe_cost, probe_irreducible, probe_predictions
+from rholoss_fastai.probe import Probe, choose_features, probe_cost, probe_irreducible, probe_predictions
 from rholoss_fastai.ridge import FoldRidge, HeldOutRidge, class_logits, fit_scale, smoothed_shares, standardise
 
 quiet = dict(progress=False, verbose=False)
@@ -281,6 +281,78 @@ def test_cost_by_counts():
     assert patches.bytes == 640*patches.dim*4 and not patches.forward and body.forward and folds.steps < patches.steps
     assert body.steps > 640/32/3 # at least a forward pass over the data
 
+# ---- a look at some rows, and then at all
+
+class Counted(TensorDataset):
+    "How often was each row read?"
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.reads = torch.zeros(len(tensors[0]), dtype=torch.long)
+
+    def __getitem__(self, i):
+        self.reads[i] += 1
+        return super().__getitem__(i)
+
+def counted(kind, n=640):
+    "A Learner on rows of a kind whose reads are counted, the names of its features the first of which is the kind's"
+    generator = torch.Generator().manual_seed(3)
+    y,model = torch.randint(0, 3, (n,), generator=generator),nn.Linear(5, 3)
+    x = torch.randn(n, 5, generator=generator) + y[:,None]
+    if kind in ('patches', 'body'):
+        x,model = torch.rand(n, 3, 8, 8, generator=generator) + 0.3*y[:,None,None,None],small_cnn(3, 3, 8)
+    if kind == 'tfidf':
+        x = torch.randint(2, 40, (n, 9), generator=generator) + 5*y[:,None]
+        model = nn.Sequential(nn.Embedding(60, 4), nn.Flatten(), nn.Linear(36, 3))
+    learn = make_learner(x, y, model=model)
+    learn.dls.train.dataset = Counted(x, y)
+    return learn
+
+def dataset(learn): return learn.dls.train.dataset
+
+@pytest.mark.parametrize('folds', [None, 4])
+@pytest.mark.parametrize('features', ['patches', 'body', 'tfidf', 'columns', 'own', 'numbers'])
+def test_a_row_is_read_once_for_a_look_and_for_all(features, folds):
+    "And what is said of all is what is said without a look before"
+    own = dict(own=lambda x: torch.cat([x, x**2], 1), numbers=torch.randn(640, 7))
+    learn,asked = counted(features),own.get(features, features)
+    expected = Probe(learn, features=asked).predictions(folds=folds, **quiet)
+    probe = Probe(learn, features=asked)
+    assert probe.cost().n_read == 0 and probe.cost(100).steps < probe.cost().steps
+    dataset(learn).reads.zero_()
+    looks = [probe.predictions(n, **quiet) for n in (300, 120, 400, 300)]
+    assert [len(o) for o in looks] == [300, 120, 400, 300] and torch.equal(looks[0].rows, looks[3].rows)
+    assert all(set(looks[1].rows.tolist()) <= set(o.rows.tolist()) <= set(looks[2].rows.tolist()) for o in looks)
+    assert dataset(learn).reads.max() == 1 and dataset(learn).reads.sum() == probe.cost().n_read == 400
+    left,found,again = probe.cost(),*(probe.predictions(folds=folds, **quiet) for _ in range(2))
+    assert dataset(learn).reads.eq(1).all() and again.logits is found.logits
+    assert left.steps < probe_cost(learn, features=asked).steps if features in ('patches', 'body') else left.steps
+    assert torch.equal(found.rows, expected.rows) and torch.equal(found.targets, expected.targets)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(looks[0].logits, probe_predictions(learn, features=asked, n_rows=300, **quiet).logits,
+                               rtol=1e-3, atol=1e-3)
+
+def test_a_trial_reads_for_the_look_too():
+    "Two kinds of features, each read once, and the winner's algebra is not done twice"
+    learn = counted('body')
+    nn.init.uniform_(next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
+    assert choose_features(learn)[0] == ['body', 'patches']
+    probe = Probe(learn)
+    probe.cost()
+    dataset(learn).reads.zero_()
+    look,found = probe.predictions(400, **quiet),probe.predictions(**quiet)
+    assert dataset(learn).reads.eq(1).all() and probe.features == look.info['features'] == found.info['features']
+    assert 'trial on 400 rows' in probe.why and set(probe._solutions) == {
+        ('body', 400, None), ('patches', 400, None), (probe.features, 640, None)}
+
+def test_a_probe_of_some_rows_only_says_what_is_left(capsys):
+    learn = counted('columns')
+    probe = Probe(learn)
+    probe.predictions(200, progress=False)
+    probe.predictions(progress=False)
+    first,_,then,_ = capsys.readouterr().out.splitlines()
+    assert '200 rows' in first and 'one pass over the data' in first
+    assert '640 rows' in then and 'one pass over the 440 of them that are not read yet' in then
+
 # ---- which features
 
 def test_auto():
@@ -475,7 +547,7 @@ def test_many_rows_are_kept_in_half_precision(monkeypatch):
     x,y = data(2000, 30)
     learn = make_learner(x, y, bs=256)
     whole = probe_irreducible(learn, features=lambda x: x, **quiet)
-    monkeypatch.setattr(probe.ProbeCost, 'half', property(lambda self: True))
+    monkeypatch.setattr(probe, '_in_half', lambda n, dim: True)
     kept = []
     monkeypatch.setattr(probe, 'check_features', lambda x, **kwargs: kept.append(x.dtype))
     half = probe_irreducible(learn, features=lambda x: x, **quiet)

@@ -253,6 +253,27 @@ def test_too_dear_is_plain_training_bit_for_bit():
     assert torch.equal(weights(lambda o: o.rho_epochs(features=features, il_budget=1e-4)), weights(lambda o: o))
 
 
+def test_a_look_reads_rows_that_are_not_read_again(monkeypatch):
+    "Both are billed, the rest as what it is"
+    from rholoss_fastai import rho_epochs
+    from rholoss_fastai.probe import Probe
+    n_look,seen = N//2,[]
+    def counting(x):
+        seen.append(len(x))
+        return features(x)
+    monkeypatch.setattr(rho_epochs, 'rows_to_look_at', lambda n, n_epoch, most: n_look)
+    learn = noisy_learner().rho_epochs(features=counting, il_budget=99.)
+    rule,steps = learn.epoch_pruner.rule,3*len(learn.dls.train)
+    fit(learn, 3)
+    assert sum(seen) == N + 8 # eight tell how many features there are
+    probe = Probe(noisy_learner(), features=features)
+    look = probe.cost(n_look).steps
+    wrong = probe.predictions(n_look, progress=False, verbose=False).wrong
+    assert rule.share == pytest.approx((look + probe.cost().steps)/steps) and wrong > rule.threshold
+    assert rule.own_cost == pytest.approx(min(0.9, rule.share))
+    assert rule.wrong == pytest.approx(probe.predictions(progress=False, verbose=False).wrong, abs=1e-6)
+
+
 def test_an_epoch_of_the_same_cost_is_shorter_by_what_the_probe_takes():
     """Images whose probe costs a known share of the fit, by counts: that many steps fewer, and where they are at hand
     none"""

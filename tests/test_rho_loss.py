@@ -714,17 +714,22 @@ def test_where_they_cost_more_than_they_may_it_trains_plainly(capsys):
     with pytest.raises(ValueError, match='more than il_budget'): digits_learner(0.3).rho_loss(score='reducible').fit(1)
 
 
-def test_the_gate_looks_at_a_few_rows_first(monkeypatch):
-    from rholoss_fastai import beside
-    from rholoss_fastai.all import probe_predictions
-    looks = []
-    def probe(*args, **kwargs):
-        looks.append(kwargs['n_rows'])
-        return probe_predictions(*args, **kwargs)
-    monkeypatch.setattr(beside, 'probe_predictions', probe)
+@pytest.mark.parametrize('il', ['probe', 'auto'])
+@pytest.mark.parametrize('noise,made', [(0., False), (0.3, True)])
+def test_the_gate_looks_at_a_few_rows_first(monkeypatch, il, noise, made):
+    "Which are not read again, where all are; the next fit's model has other features, and what was read goes"
+    from rholoss_fastai import beside, probe
+    read,take = [],probe._Known.take
+    def counted(self, model, xb, yb, rows):
+        read.append(len(rows))
+        take(self, model, xb, yb, rows)
     monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 400)
-    for noise,made in ((0., False), (0.3, True)):
-        learn = digits_learner(noise).rho_loss('probe')
-        learn.fit(1)
-        assert looks.pop() == 400 and not looks and (learn.selector.il is not None) is made
-        assert learn.selection.ledger.selected.tolist() == [0.5 if made else 1.]
+    monkeypatch.setattr(probe._Known, 'take', counted)
+    learn = digits_learner(noise).rho_loss(il, il_budget=99.)
+    learn.fit(1)
+    source,n = learn.selector.il_source,len(learn.dls.train.dataset)
+    assert sum(read) == (n if made else 400) and (source.table is not None) is made and learn.selector.off is not made
+    assert learn.selection.ledger.selected.tolist() == [0.5 if made else 1.]
+    assert getattr(source, 'made_by', source)._probe is None
+    learn.fit(1)
+    assert sum(read) == (n if made else 800)
