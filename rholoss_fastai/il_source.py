@@ -42,6 +42,7 @@ class ILSource:
     module = None # the model that computes them on the fly
     # are they a probe's? These are calibrated and weak: their differences say little, their probabilities much
     by_probe = False
+    by_default = False # may they stand for what nobody has typed?
 
     def check(self,
         learn:Learner # The target
@@ -309,6 +310,7 @@ class ProbeIL(MadeIL):
 class AutoIL(MadeIL):
     "By a probe where features are at hand, else cross-fitted, for no more than a share of what the fit to come costs"
     by_probe = True # as far as is known before a Learner is at hand
+    by_default = True
     def __init__(self,
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):

@@ -9,6 +9,7 @@ __all__ = ['UNITS', 'AnySelector', 'selectors', 'BatchSelector', 'check_only_sel
            'selector_of']
 
 # %% ../nbs/20_selector.ipynb #ada25dc6
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -275,8 +276,15 @@ def add_selector(
     "Add `selector` to `learn`, with its record as `learn.selection`"
     if not isinstance(selector, AnySelector): raise TypeError(f"selector must be a BatchSelector; got {selector!r}.")
     others = check_only_selector(learn, selector, replaces=True)
+    if pruner := vars(learn).get('epoch_pruner'):
+        raise ValueError(f"This Learner prunes epochs already, with {pruner.called}, and {type(selector).__name__} would "
+                         "select a second time: use one of them; learn.no_pruning() and learn.no_selection() remove them.")
     for other in others: selector.epochs_done = other.epochs_done # warm-up counts over the Learner's life
     if 'il' in selector.asked: selector.il_source.check(learn)
+    elif selector.il_source is not None and not selector.il_source.by_default:
+        why = (f"the score {short_name(selector.score)} doesn't look at them. score='reducible' does"
+               if selector.pick.needs_scores else f'{selector.pick!r} looks at no score')
+        warnings.warn(f'Irreducible losses are given and they change nothing: {why}.')
     learn.remove_cbs(others)
     learn.add_cb(selector)
     learn.selection = selector.record

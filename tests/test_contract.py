@@ -276,3 +276,36 @@ def test_interrupted_in_any_event(method, part, tmp_path):
         undo(learn, method)
         assert not own(learn) and [m.name for m in learn.metrics] == ['accuracy'], name
         assert type(learn.loss_func).__module__.startswith('fastai'), name
+
+
+@pytest.mark.parametrize('first,second,undo_first', [
+    (lambda l: l.prune_epochs(), lambda l: l.select('loss'), 'no_pruning'),
+    (lambda l: l.rho_epochs(), lambda l: l.rho_loss(), 'no_pruning'),
+    (lambda l: l.rho_epochs(), lambda l: l.select(unit='token'), 'no_pruning'),
+    (lambda l: l.rho_loss(IL), lambda l: l.rho_epochs(), 'no_selection')])
+def test_two_that_decide_are_refused_as_the_second_is_added(first, second, undo_first):
+    "And what the error says to type works"
+    learn = first(learner())
+    before = list(learn.cbs)
+    with pytest.raises(ValueError, match=undo_first): second(learn)
+    assert list(learn.cbs) == before
+    getattr(learn, undo_first)()
+    assert len(own(second(learn))) >= 1
+
+
+@pytest.mark.parametrize('add', [
+    lambda l: l.select('loss', il=IL), lambda l: l.select('reducible', 'uniform', il=IL),
+    lambda l: l.rho_loss(IL, pick='uniform'), lambda l: l.rho_loss(table(l), score='loss'),
+    lambda l: l.rho_loss(linear(), score='loss'), lambda l: l.batch_loss_filter(il=IL, score='loss'),
+    lambda l: l.selective_backprop(il='probe', score='loss')])
+def test_irreducible_losses_that_nothing_looks_at_are_told(add, recwarn):
+    add(learner())
+    assert sum('they change nothing' in str(o.message) for o in recwarn.list) == 1
+
+@pytest.mark.parametrize('add', [
+    lambda l: l.rho_loss(), lambda l: l.rho_loss(IL), lambda l: l.rho_loss(pick='uniform'), lambda l: l.select('loss'),
+    lambda l: l.rho_loss(IL, score=lambda loss, il: loss - il), lambda l: l.batch_loss_filter(il=IL),
+    lambda l: l.rho_loss(linear()).rho_loss(frac=0.2)])
+def test_and_others_are_not(add, recwarn):
+    add(learner())
+    assert not any('they change nothing' in str(o.message) for o in recwarn.list)
