@@ -218,11 +218,11 @@ def _key(features): return features if isinstance(features, str) else None
 _dims = dict(tfidf=512, columns=600) # at most, or about
 
 class Probe:
-    "Ridge regression on features at hand, each row scored by a fit to the others. Once the model has learnt more, make another"
+    "Ridge regression on features at hand, each row scored by a fit to the others; another one once the model has learnt"
     def __init__(self,
         learn, # Learner, or `DataLoaders` where no model is needed
         dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
-        features='auto', # 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers; 'auto': `choose_features`
+        features='auto', # 'body', 'patches', 'tfidf', 'columns', function, `(n, d)` numbers; 'auto': `choose_features`
         seed:int=0 # Of folds, random features and random rows
     ):
         if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))

@@ -277,8 +277,9 @@ def add_selector(
     if not isinstance(selector, AnySelector): raise TypeError(f"selector must be a BatchSelector; got {selector!r}.")
     others = check_only_selector(learn, selector, replaces=True)
     if pruner := vars(learn).get('epoch_pruner'):
-        raise ValueError(f"This Learner prunes epochs already, with {pruner.called}, and {type(selector).__name__} would "
-                         "select a second time: use one of them; learn.no_pruning() and learn.no_selection() remove them.")
+        raise ValueError(f"This Learner prunes epochs already, with {pruner.called}, and {type(selector).__name__} "
+                         "would select a second time: use one of them; learn.no_pruning() and learn.no_selection() "
+                         "remove them.")
     for other in others: selector.epochs_done = other.epochs_done # warm-up counts over the Learner's life
     if 'il' in selector.asked: selector.il_source.check(learn)
     elif selector.il_source is not None and not selector.il_source.by_default:
