@@ -218,7 +218,7 @@ def _key(features): return features if isinstance(features, str) else None
 _dims = dict(tfidf=512, columns=600) # at most, or about
 
 class Probe:
-    "Ridge regression on features at hand, each row scored by a fit to the others; another one once the model has learnt"
+    "Ridge regression on features at hand, each row scored by a fit to the others, of the model as it is now"
     def __init__(self,
         learn, # Learner, or `DataLoaders` where no model is needed
         dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
