@@ -197,10 +197,9 @@ class RhoEpochs(Reducible):
                         else "pass features=..., a function of the inputs; or il='crossfit', drop=... and gate=False.")
                 raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
                                  f"{mend}") from e
-        if self.plain or self._clean(): self.drop = 0.
-        if self.plain: return # too dear: asked again by the next fit
-        self.plain = self._clean()
-        if not self.plain:
+        if self.plain: self.drop = 0.; return # too dear: asked again by the next fit
+        if self._clean(): self.plain,self.drop = True,0.
+        else:
             if self.il is not None: self.table,self._to_book = given_table(self.il, learn, dl)
             self.set_scale(learn, dl)
         self.seconds,self._source = max(self._to_book, time.perf_counter() - began),weakref.ref(reader(dl))
