@@ -78,16 +78,16 @@ class NoValidation(Callback):
 
 def billed(budget):
     "Count the processor's seconds that irreducible losses take, as they are made"
-    from rholoss_fastai import rho_epochs as module
+    from rholoss_fastai.rho_epochs import RhoEpochs
     def timed(func):
         def run(*args, **kwargs):
             began = time.process_time()
             try: return func(*args, **kwargs)
             finally: budget.billed += time.process_time() - began
         return run
-    kept = {name: getattr(module, name) for name in ('probe_predictions', 'probe_irreducible')}
-    for name,func in kept.items(): setattr(module, name, timed(func))
-    return lambda: [setattr(module, name, func) for name,func in kept.items()]
+    kept = {name: getattr(RhoEpochs, name) for name in ('begin', 'prepare')}
+    for name,func in kept.items(): setattr(RhoEpochs, name, timed(func))
+    return lambda: [setattr(RhoEpochs, name, func) for name,func in kept.items()]
 
 
 def read_run(run):
