@@ -113,31 +113,31 @@ class LabelGate(FitCallback):
 
     def _why_plain(self, selector):
         "Why the fit is plain and what to type instead, or None"
-        source,record,began = selector.il_source,selector.record,time.perf_counter()
-        source.check(self.learn)
+        source,began = selector.il_source,time.perf_counter()
         try:
-            why = source.too_dear(self.learn)
-            record.seconds_il += time.perf_counter() - began
-            if why: return why
-            self.wrong = self._estimate(source, record)
-        finally: source.forget() # what was read is of the model as it is now
+            source.check(self.learn)
+            if why := source.too_dear(self.learn): return why
+            self.wrong,earlier = self._estimate(source)
+            selector.record.seconds_il += earlier
+        finally:
+            source.forget() # what was read is of the model as it is now
+            selector.record.seconds_il += time.perf_counter() - began
         if self.wrong is not None and self.wrong < self.threshold:
             return (f"about {self.wrong:.0%} of the labels look wrong, fewer than {self.threshold:.0%}",
                     " (gate=False selects all the same).")
 
-    def _estimate(self, source, record):
-        "The share of wrong labels: by a look at some rows, and where that says enough of them, by all"
+    def _estimate(self, source):
+        """The share of wrong labels, by a look at some rows and where that says enough of them by all; and seconds that
+        were spent earlier, on a table that is at hand"""
         learn = self.learn
-        dl,began = learn.dls.train,time.perf_counter()
-        if not source.by_probe: return
-        n = len(own_rows(dl))
+        if not source.by_probe: return None,0.
+        made,n = source.table is None,len(own_rows(learn.dls.train))
         n_look = rows_to_look_at(n, learn.n_epoch, self.look)
-        if source.table is None and n_look < n:
-            found = source.probe(learn).predictions(n_look, progress=False, verbose=False)
-            record.seconds_il += time.perf_counter() - began
-            if found.wrong < self.threshold: return found.wrong
-        record.seconds_il += source.begin(learn, self._fit.device)
-        return source.table.info.get('wrong')
+        if made and n_look < n:
+            wrong = source.probe(learn).predictions(n_look, progress=False, verbose=False).wrong
+            if wrong < self.threshold: return wrong,0.
+        seconds = source.begin(learn, self._fit.device)
+        return source.table.info.get('wrong'),0. if made else seconds
 
 # %% ../nbs/18_beside.ipynb #f33f9693
 class TrainBeside(FitCallback):

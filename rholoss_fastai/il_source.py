@@ -81,7 +81,13 @@ class ILSource:
     )->tuple: # Two parts of a sentence; None: they may be made
         "Why they may not be made for this fit, and what to type instead"
 
-    def forget(self): "Let go of what was read on the way to irreducible losses"
+    def probe(self,
+        learn:Learner # The target, in its fit
+    )->Probe:
+        "For a first look at the labels, where these are a probe's"
+        return Probe(learn, learn.dls.train, getattr(self, 'features', 'auto'))
+
+    def forget(self): "Let go of what was read for a look"
 
     def __deepcopy__(self, memo): return self # a copy of a Learner shares them
     def __getstate__(self): return dict(exported=True) # an export leaves them out
@@ -228,18 +234,17 @@ class MadeIL(TableIL):
     ): "Take from `learn` what must be as it is now"
 
     def check(self, learn):
-        if self.table is None: self.prepare(learn)
+        if self.table is None and not self.exported: self.prepare(learn)
         else: super().check(learn)
 
     def begin(self, learn, device):
-        if self.table is None:
-            if self.exported: self.belonging(learn.dls.train)
-            self.prepare(learn)
+        began,making = time.perf_counter(),self.table is None
+        if making:
+            self.check(learn)
             _check_inputs(learn)
-            began = time.perf_counter()
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
-            self.table.info['seconds'] = time.perf_counter() - began
-        return super().begin(learn, device)
+        spent = time.perf_counter() - began
+        return super().begin(learn, device) or making*spent # what the table says that it took
 
     def values(self, dl, learn=None):
         if self.table is None:
@@ -270,6 +275,7 @@ class CrossFitIL(MadeIL):
 
     def bill(self):
         if self.table is not None: return 'at hand'
+        if self.exported: return 'left out of the export'
         return f"made first, {self.settings['n_folds']} models of {self.settings['n_epoch']} epochs"
 
     def make(self, learn, progress):
@@ -291,11 +297,9 @@ class ProbeIL(MadeIL):
         super().__init__()
         self.features = features
 
-    def probe(self,
-        learn:Learner # The target, in its fit
-    )->Probe: # The same until the irreducible losses are made, or `forget`
-        "For a first look: the rows that it reads are not read again"
-        if self._probe is None: self._probe = Probe(learn, learn.dls.train, self.features)
+    def probe(self, learn):
+        "The same until the irreducible losses are made, or `forget`: the rows of a look are not read again"
+        if self._probe is None: self._probe = super().probe(learn)
         return self._probe
 
     def forget(self): self._probe = None
@@ -310,13 +314,12 @@ class ProbeIL(MadeIL):
 class AutoIL(MadeIL):
     "By a probe where features are at hand, else cross-fitted, for no more than a share of what the fit to come costs"
     by_probe = True # as far as is known before a Learner is at hand
-    by_default = True
+    by_default,made_by = True,None
     def __init__(self,
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):
         super().__init__()
         self.budget = check_number('il_budget', budget, high=float('inf'), open_low=True, schedule=False)
-        self.made_by = None
 
     def prepare(self, learn):
         "What are the features, or what would be copied?"

@@ -26,7 +26,7 @@ from .held_out import ProbePredictions
 from .learnable import share_of_wrong_labels
 from .loaders import scoring_loader
 from .noise import class_names
-from .probe import probe_predictions
+from .probe import Probe
 from .rows import preserve_rng, whole_dataset
 
 # %% ../nbs/16_label_noise.ipynb #e92f90d6
@@ -162,5 +162,5 @@ def label_noise(
     if not isinstance(learn, (Learner, DataLoaders)):
         raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
     dl = (learn.train if isinstance(learn, DataLoaders) else learn.dls.train) if dl is None else dl
-    if predictions is None: predictions = probe_predictions(learn, dl, features, folds, n_rows, seed, progress, verbose)
+    if predictions is None: predictions = Probe(learn, dl, features, seed).predictions(n_rows, folds, progress, verbose)
     return LabelNoise(predictions, dl)

@@ -10,6 +10,7 @@ __all__ = ['choose_features', 'ProbeCost', 'Probe', 'probe_cost', 'probe_predict
 # %% ../nbs/15_probe.ipynb #761d4d51
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -19,18 +20,20 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.text.data import LMDataLoader
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
+from fastcore.meta import delegates
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .checks import check_choice, check_count, short_name
+from .checks import check_choice, check_count, known_arguments, short_name
 from .features import FEATURES, feature_reader, input_kind, is_trained
-from .held_out import ProbePredictions, averaged, quality, target_kind
+from .held_out import ProbePredictions, averaged, held_out_logits, quality, target_kind
 from .irreducible import IrreducibleLosses, _was_fitted
 from .item_table import fingerprint
 from .loaders import scoring_loader
 from .nested import batch_size, subset_batch
 from .noise import class_names, row_targets
-from .ridge import FoldRidge, HeldOutRidge, best_penalty, check_features, class_logits, fit_scale, smoothed_shares
-from .rows import loader_batch_size, own_rows, preserve_rng
+from .ridge import check_features
+from .rows import loader_batch_size, own_rows, preserve_rng, some_rows
 from .scoring import forward_operations, scoring_mode
 from .side_models import batch_progress, map_rows, shows_progress
 
@@ -86,35 +89,36 @@ def _sampled(learn, dl, rows):
     *xb,y = (torch.cat(o) for o in zip(*alike))
     return tuple(xb),y
 
-def _some(rows, n, seed=0):
-    "`n` random ones of the `rows`, ascending; fewer are among more"
-    if n is None or n >= len(rows): return rows
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
-
 def choose_features(
     learn:Learner,
     dl=None # Training `DataLoader`; default `learn.dls.train`
 )->tuple: # Names of the features, the likeliest first, none where no features are at hand; and why
     "The features that `features='auto'` may stand for, told by the model and by two rows"
     dl = learn.dls.train if dl is None else dl
-    return _candidates(learn, _sampled(learn, dl, _some(own_rows(dl).sort().values, 2))[0])
+    return _candidates(learn, _sampled(learn, dl, some_rows(own_rows(dl).sort().values, 2))[0])
 
 # %% ../nbs/15_probe.ipynb #c625854c
 def _in_half(n, dim): return n*dim*4 > 2**31
 
 class _Known:
-    "Features of one name, and the targets, of those of the `rows`, ascending, that have been read"
-    def __init__(self, rows, read, finish, dim):
+    "Features of one name, and the targets, of `rows`, ascending"
+    def __init__(self, read, finish, dim, rows=None):
         store_attr()
-        self.half = finish is None and _in_half(len(rows), dim)
-        self.x,self.y,self.has = None,None,torch.zeros(len(rows), dtype=torch.bool)
+        self.rows,self.x,self.y = torch.empty(0, dtype=torch.long) if rows is None else rows,None,None
 
+    def missing(self, rows): return rows[~torch.isin(rows, self.rows)]
     def at(self, rows): return torch.searchsorted(self.rows, rows)
-    def missing(self, rows): return rows[~self.has[self.at(rows)]]
 
-    def take(self, model, xb, yb, rows):
-        "Those of a batch"
-        at,y,x = self.at(rows),_target(xb, yb),self.read(model, xb, rows)
+    def with_room(self, rows, half=True):
+        "What is known, with room for `rows` besides"
+        res = _Known(self.read, self.finish, self.dim, torch.cat([self.rows, rows]).sort().values)
+        res.half = half and self.finish is None and _in_half(len(res.rows), self.dim)
+        if self.x is not None: res.keep(self.rows, self.x, self.y)
+        return res
+
+    def keep(self, rows, x, y):
+        "Those of `rows`"
+        at = self.at(rows)
         if self.x is None:
             if isinstance(x, list): self.x = [None]*len(self.rows)
             else: self.x = x.new_empty(len(self.rows), x.shape[1], dtype=torch.float16 if self.half else torch.float32)
@@ -122,43 +126,20 @@ class _Known:
         if isinstance(x, list):
             for i,o in zip(at.tolist(), x): self.x[i] = o
         else: self.x[at.to(x.device)] = x.to(self.x.dtype)
-        self.y[at.to(y.device)],self.has[at] = y,True
+        self.y[at.to(y.device)] = y
 
-    def targets(self, rows): return self.y[self.at(rows).to(self.y.device)]
-
-    def give(self, rows):
-        "Features and targets of `rows`, which may be overwritten: where these are all, no copy is kept"
-        at,x,y = self.at(rows),self.x,self.targets(rows)
-        if isinstance(x, list): x = [x[i] for i in at]
-        elif len(rows) < len(self.rows): x = x[at.to(x.device)].float()
-        elif self.finish is None: self.x,self.has = None,torch.zeros_like(self.has)
+    def of(self, rows=None):
+        "Features and targets of `rows`; None: of all, without a copy of them"
+        x,y = self.x,self.y
+        if rows is not None:
+            at = self.at(rows)
+            x,y = [x[i] for i in at] if isinstance(x, list) else x[at.to(x.device)],y[at.to(y.device)]
         # before one row's NaN becomes a column's
-        if isinstance(x, Tensor) and x.is_floating_point(): check_features(x, rows=rows)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            check_features(x, rows=self.rows if rows is None else rows)
         x = x if self.finish is None else self.finish(x)
         device = y.device if y.device.type in ('cpu', 'cuda') else torch.device('cpu') # double precision is needed
         return x.to(device), y.to(device)
-
-# %% ../nbs/15_probe.ipynb #f328d29d
-def _solved(x, y, kind, n_classes, folds, seed):
-    "Calibrated held-out logits of targets `y` by features `x`, which are overwritten, and how they were made"
-    check_features(x)
-    made = dict(dim=x.shape[1])
-    dense = y if kind == 'classes' else y.reshape(len(y), -1).float()
-    kwargs = dict(n_classes=n_classes if kind == 'classes' else None)
-    ridge = HeldOutRidge(x, dense, **kwargs) if folds is None else FoldRidge(x, dense, folds, seed=seed, **kwargs)
-    if kind == 'numbers':
-        variance = dense.var(0).clamp(min=1e-12)
-        alpha = best_penalty(ridge, lambda pred, rows: ((pred - dense[rows]).square().mean(0)/variance).mean().item())
-        logits = ridge.predict(alpha).reshape(y.shape)
-    else:
-        binary,shares = kind == 'labels',smoothed_shares(dense, kwargs['n_classes'])
-        alpha = best_penalty(ridge, lambda pred, rows: fit_scale(pred, dense[rows], shares, binary)[1])
-        pred = ridge.predict(alpha)
-        rows = torch.linspace(0, len(y)-1, min(len(y), 20_000), dtype=torch.float64).round().long().to(x.device)
-        scale,_ = fit_scale(pred[rows], dense[rows], shares, binary)
-        logits,made['temperature'] = class_logits(pred, shares, scale, binary),1/max(scale, 1e-9)
-    return (logits,dict(made, penalty=ridge.penalty(alpha), folds=folds, held_out='leave-one-out' if folds is None
-                        else f'{folds} folds'))
 
 # %% ../nbs/15_probe.ipynb #ecc363fe
 def _trial(learn, read, xb, rows):
@@ -197,6 +178,7 @@ class ProbeCost:
         over = f'the {self.n - self.n_read:,} of them that are not read yet' if self.n_read else 'the data'
         passes = (f'one forward pass of the model over {over}' if self.forward
                   else f'one pass over {over}, without the model')
+        if self.n_read == self.n: passes = 'read already'
         cost = ('' if self.steps is None else f', about as dear as {self.steps:,.0f} training steps ({self.epochs:.2g} '
                                               'epochs)')
         return f'{self.n:,} rows x {self.dim:,} features, {self.bytes/2**20:,.0f} MiB, {passes}{cost}'
@@ -218,7 +200,7 @@ def _key(features): return features if isinstance(features, str) else None
 _dims = dict(tfidf=512, columns=600) # at most, or about
 
 class Probe:
-    "Ridge regression on features at hand, each row scored by a fit to the others, of the model as it is now"
+    "Ridge regression on features at hand, each row scored by a fit to the others"
     def __init__(self,
         learn, # Learner, or `DataLoaders` where no model is needed
         dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
@@ -229,14 +211,14 @@ class Probe:
         self.learn,self.dl = _as_learner(learn, dl)
         self.features,self.seed,self.why = features,seed,'' # with 'auto', what was chosen once there are predictions
         self.rows = own_rows(self.dl).sort().values
-        self._known,self._solutions = {},{} # by name, None for the user's own; by name, rows and folds
+        # by name, None for the user's own; by name, rows and folds; of the parameters
+        self._known,self._solutions,self._version,self.seconds,self.process_seconds = {},{},None,0.,0.
 
     @property
     def name(self): return self.features if isinstance(self.features, str) else short_name(self.features)
 
     @cached_property
-    def _sample(self):
-        with preserve_rng(): return _sampled(self.learn, self.dl, _some(self.rows, 200, self.seed))
+    def _sample(self): return _sampled(self.learn, self.dl, some_rows(self.rows, 200, self.seed))
 
     @cached_property
     def _fingerprint(self): return fingerprint(self.dl)
@@ -245,34 +227,53 @@ class Probe:
         "What is known of these features"
         key = _key(features)
         if key not in self._known:
-            with preserve_rng():
-                read,finish = feature_reader(features, self.learn, self.dl, self._sample[0])
-                x,self._flops = _trial(self.learn, read, self._sample[0], self.rows)
-            self._known[key] = _Known(self.rows, read, finish, _dims.get(key) or x.shape[1])
+            read,finish = feature_reader(features, self.learn, self.dl, self._sample[0])
+            x,self._flops = _trial(self.learn, read, self._sample[0], self.rows)
+            self._known[key] = _Known(read, finish, _dims.get(key) or x.shape[1])
         return self._known[key]
 
-    def _read(self, names, rows, show=False):
+    def _read(self, names, rows, show=False, half=True):
         "Read the features `names` of those of `rows` that some of them are missing of"
-        known = [self._by(o) for o in names]
-        missing = torch.cat([o.missing(rows) for o in known]).unique()
+        missing = torch.cat([self._by(o).missing(rows) for o in names]).unique()
         if not len(missing): return
+        known = {_key(o): self._by(o).with_room(self._by(o).missing(missing), half) for o in names}
         def keep(model, xb, yb, rows):
-            for o in known: o.take(model, xb, yb, rows)
+            y = _target(xb, yb)
+            for o in known.values(): o.keep(rows, o.read(model, xb, rows), y)
             return torch.zeros(len(rows))
         with batch_progress(len(scoring_loader(self.dl, missing)), show) as step:
             map_rows(self.learn, self.dl, keep, missing, step)
+        self._known.update(known) # now that all are read
 
-    def _solve(self, features, rows, folds=None, show=False):
+    def _take(self, features, rows, keep=False):
+        "Features and targets of `rows`, to be overwritten; of all rows no copy is left, unless they are to be kept"
+        known = self._by(features)
+        if keep or len(rows) < len(self.rows) or known.finish is not None: return known.of(rows)
+        del self._known[_key(features)]
+        return known.of()
+
+    def _solve(self, features, rows, folds=None, show=False, keep=False):
         "Calibrated held-out logits of `rows` by these features, their targets, the targets' kind, how they were made"
         key = _key(features),len(rows),folds
         if key not in self._solutions:
             self._read([features], rows, show)
-            x,y = self._by(features).give(rows)
+            x,y = self._take(features, rows, keep)
             kind,names = _check_targets(y, self.learn.loss_func),class_names(self.dl)
             n_classes = max(int(y.max()) + 1, 0 if names is None else len(names)) if kind == 'classes' else None
-            logits,made = _solved(x, y, kind, n_classes, folds, self.seed)
+            logits,made = held_out_logits(x, y, kind, n_classes, folds, self.seed)
             self._solutions[key] = logits,y,kind,made
         return self._solutions[key]
+
+    @contextmanager
+    def _working(self):
+        "On the bill, and without a trace; what was read of a model goes once that has learnt more"
+        start,cpu = time.perf_counter(),time.process_time()
+        parameters = [p for p in get_model(self.learn.model).parameters() if not is_lazy(p)]
+        version = str([p.detach().sum().item() for p in parameters])
+        if version != self._version: self._known,self._solutions,self._version = {},{},version
+        with preserve_rng(): yield
+        self.seconds += time.perf_counter() - start # those of a look are those of its table too
+        self.process_seconds += time.process_time() - cpu
 
 # %% ../nbs/15_probe.ipynb #ec56cbc0
 @patch
@@ -281,7 +282,11 @@ def cost(self:Probe,
     folds:int=None # Number of folds; None: leave-one-out
 )->ProbeCost: # With `steps`, training steps as dear, None if unknown; None where no features are at hand
     "What predictions would cost, less what is read already"
-    features,rows = self.features,_some(self.rows, n_rows, self.seed)
+    with self._working(): return self._cost(n_rows, folds)
+
+@patch
+def _cost(self:Probe, n_rows, folds):
+    features,rows = self.features,some_rows(self.rows, n_rows, self.seed)
     if _key(features) == 'auto':
         names,_ = _candidates(self.learn, self._sample[0])
         if not names: return None
@@ -304,21 +309,21 @@ def probe_cost(
 def _choose(self:Probe, rows, n=1000):
     "Settle what 'auto' stands for: where there are several features, by the held-out loss of a few of `rows`"
     if _key(self.features) != 'auto': return
-    names,self.why = _candidates(self.learn, self._sample[0])
+    names,why = _candidates(self.learn, self._sample[0])
     if not names:
-        raise ValueError(f"No features are at hand: {self.why}. Pass features='body' if it serves all the same, or a "
+        raise ValueError(f"No features are at hand: {why}. Pass features='body' if it serves all the same, or a "
                          "function of the inputs that returns one line of numbers for each; or cross-fit a model: "
                          "crossfit_irreducible(make_learner, dls, n_epoch).")
-    self.features,few = names[0],rows if len(rows) <= 2*n else _some(self.rows, n, self.seed)
-    if len(names) == 1: return
-    self._read(names, few)
-    if _alike(self._by(names[0]).targets(few)): return
-    losses = {}
-    for name in names:
-        logits,y,kind,_ = self._solve(name, few)
-        losses[name] = ProbePredictions(few, y, logits, kind, {}).losses().mean().item()
-    self.features,told = min(losses, key=losses.get),', '.join(f'{name} {loss:.3f}' for name,loss in losses.items())
-    self.why = f'held-out loss in a trial on {len(few):,} rows: {told}'
+    few,losses = rows if len(rows) <= 2*n else some_rows(self.rows, n, self.seed),dict.fromkeys(names[:1])
+    if len(names) > 1: self._read(names, few)
+    if len(names) > 1 and not _alike(self._by(names[0]).of(few)[1]):
+        for name in names:
+            logits,y,kind,_ = self._solve(name, few, keep=True)
+            losses[name] = ProbePredictions(few, y, logits, kind, {}).losses().mean().item()
+        why = (f'held-out loss in a trial on {len(few):,} rows: '
+               + ', '.join(f'{name} {loss:.3f}' for name,loss in losses.items()))
+    self.features,self.why = min(losses, key=losses.get),why
+    self._known = {self.features: self._by(self.features)}
 
 # %% ../nbs/15_probe.ipynb #0693d2ba
 @patch
@@ -329,39 +334,39 @@ def predictions(self:Probe,
     verbose:bool=True # Say which features were chosen, what they will cost, and how good they turned out?
 )->ProbePredictions:
     "Held-out predictions of every row's target"
-    start,cpu,loss_func = time.perf_counter(),time.process_time(),self.learn.loss_func
+    loss_func = self.learn.loss_func
     if folds is not None: check_count('folds', folds, 2)
     if n_rows is not None: check_count('n_rows', n_rows, 2)
-    rows = _some(self.rows, n_rows, self.seed)
+    rows = some_rows(self.rows, n_rows, self.seed)
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} row: a prediction for a row comes from the others, so two are needed at least.")
-    marks = self._fingerprint # of what is read, before it is
-    with preserve_rng():
+    with self._working():
+        marks = self._fingerprint # of what is read, before it is
         y = self._sample[1]
         if _alike(y): _check_targets(row_targets(self.dl)[rows], loss_func) # before anything is spent
         target_kind(y, loss_func)
         self._choose(rows)
         why = f' ({self.why})' if self.why else ''
-        if verbose: print(f"Probe by features {self.name!r}{why}: {self.cost(n_rows, folds)}.")
+        if verbose and (_key(self.features), len(rows), folds) not in self._solutions:
+            print(f"Probe by features {self.name!r}{why}: {self._cost(n_rows, folds)}.")
         logits,y,kind,made = self._solve(self.features, rows, folds, progress and shows_progress(self.learn))
     info = dict(features=self.name, n_rows=len(rows), **made, **quality(logits, y, kind))
-    info.update(seconds=time.perf_counter()-start, process_seconds=time.process_time()-cpu)
+    info.update(seconds=self.seconds, process_seconds=self.process_seconds)
     res = ProbePredictions(rows, y, logits, kind, marks, info)
     if verbose: print(res.said)
     return res
 
+@known_arguments
+@delegates(Probe.predictions)
 def probe_predictions(
     learn, # Learner, or `DataLoaders` where no model is needed
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`. Of a restricted one, its rows
     features='auto', # 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers; 'auto': `choose_features`
-    folds:int=None, # Number of folds; None: leave-one-out, exact
-    n_rows:int=None, # Only so many random rows, for a quick look; None for all
     seed:int=0, # Of folds, random features and random rows
-    progress:bool=True, # Show a progress bar?
-    verbose:bool=True # Say which features were chosen, what they will cost, and how good they turned out?
+    **kwargs
 )->ProbePredictions:
     "Held-out predictions of every row's target by ridge regression on `features`"
-    return Probe(learn, dl, features, seed).predictions(n_rows, folds, progress, verbose)
+    return Probe(learn, dl, features, seed).predictions(**kwargs)
 
 def probe_features(
     learn, # Learner, or `DataLoaders` where no model is needed
@@ -372,10 +377,10 @@ def probe_features(
 )->tuple: # `(m,)` rows, ascending; `(m, d)` features, float32; `(m,)` or `(m, k)` targets
     "What a probe goes by, for an algebra of one's own"
     probe = Probe(learn, dl, features, seed)
-    with preserve_rng():
+    with probe._working():
         probe._choose(probe.rows)
-        probe._read([probe.features], probe.rows, progress and shows_progress(probe.learn))
-        x,y = probe._by(probe.features).give(probe.rows)
+        probe._read([probe.features], probe.rows, progress and shows_progress(probe.learn), half=False)
+        x,y = probe._take(probe.features, probe.rows)
     return probe.rows,x.float(),y
 
 # %% ../nbs/15_probe.ipynb #56015e16
@@ -388,7 +393,7 @@ def irreducible(self:Probe,
 )->IrreducibleLosses: # One loss per row
     "Irreducible losses of all rows, each by a fit to the others"
     if average_with is not None: average_with.check(self.dl)
-    start,cpu,loss_func = time.perf_counter(),time.process_time(),self.learn.loss_func
+    loss_func = self.learn.loss_func
     predictions = self.predictions(None, folds, progress, verbose)
     res = predictions.irreducible(loss_func)
     info = dict(res.info, model='ridge', loss=short_name(loss_func))
@@ -396,19 +401,17 @@ def irreducible(self:Probe,
         res.values = averaged(res.values, average_with.values, predictions.kind)
         info['averaged_with'] = average_with.info.get('features') or average_with.info.get('model')
         info['mean'] = res.values.mean().item()
-    info.update(seconds=time.perf_counter()-start, process_seconds=time.process_time()-cpu)
     res.info = info
     return res
 
+@known_arguments
+@delegates(Probe.irreducible)
 def probe_irreducible(
     learn:Learner, # Its loss function gives the unit, its model the features 'body'
     dl=None, # `DataLoader` of the training set; default `learn.dls.train`
     features='auto', # 'body', 'patches', 'tfidf', 'columns', a function, `(n, d)` numbers; 'auto': `choose_features`
-    folds:int=None, # Number of folds; None: leave-one-out, exact
-    average_with:IrreducibleLosses=None, # Irreducible losses of the same rows, whose probabilities are averaged in
     seed:int=0, # Of folds and random features
-    progress:bool=True, # Show a progress bar?
-    verbose:bool=True # Say which features were chosen and what they will cost?
+    **kwargs
 )->IrreducibleLosses: # One loss per row
     "Irreducible losses by ridge regression on `features`, each row's by a fit to the other rows"
-    return Probe(learn, dl, features, seed).irreducible(folds, average_with, progress, verbose)
+    return Probe(learn, dl, features, seed).irreducible(**kwargs)

@@ -86,8 +86,9 @@ def rho_loss(self:Learner,
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
-    # another `frac`, the same irreducible losses
-    if before and il_name(il) == 'auto': il = before[0].il_source
+    # another `frac`, the same irreducible losses; an export has left them out
+    if before and il_name(il) == 'auto' and not getattr(before[0].il_source, 'exported', False):
+        il = before[0].il_source
     return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
 
 UNITS['rho_loss','item'] = RhoLossCallback

@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/rows.html.md"""
 # %% auto #0
 __all__ = ['RowSubset', 'whole', 'row_dtype', 'RowsUnknown', 'is_distributed', 'reader', 'check_batch_size', 'check_rows_known',
            'untracked', 'copy_loader', 'RowTracker', 'copy_torch_loader', 'TorchRows', 'track_rows', 'dataset_size',
-           'loader_batch_size', 'epoch_size', 'whole_dataset', 'own_rows', 'preserve_rng']
+           'loader_batch_size', 'epoch_size', 'whole_dataset', 'own_rows', 'some_rows', 'preserve_rng']
 
 # %% ../nbs/05_rows.ipynb #22c4582a
 import copy
@@ -347,6 +347,16 @@ def own_rows(
     dataset = getattr(reader(untracked(dl)[0]), 'dataset', None)
     return (torch.from_numpy(dataset.row_numbers).long() if isinstance(dataset, RowSubset)
             else torch.arange(dataset_size(dl)))
+
+# %% ../nbs/05_rows.ipynb #6fdc1d2c
+def some_rows(
+    rows:Tensor, # `(m,)`
+    n:int, # How many of them; None for all
+    seed:int=0
+)->Tensor: # `(min(n, m),)`, ascending where `rows` are
+    "`n` random ones of `rows`: the same for each seed, and a smaller `n` gives some of a larger one's"
+    if n is None or n >= len(rows): return rows
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n].sort().values]
 
 # %% ../nbs/05_rows.ipynb #0033e1c6
 @contextmanager

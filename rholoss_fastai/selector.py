@@ -282,7 +282,8 @@ def add_selector(
                          "remove them.")
     for other in others: selector.epochs_done = other.epochs_done # warm-up counts over the Learner's life
     if 'il' in selector.asked: selector.il_source.check(learn)
-    elif selector.il_source is not None and not selector.il_source.by_default:
+    elif not (selector.il_source is None or selector.il_source.by_default
+              or any(o.il_source is selector.il_source for o in others)): # taken over from the one before
         why = (f"the score {short_name(selector.score)} doesn't look at them. score='reducible' does"
                if selector.pick.needs_scores else f'{selector.pick!r} looks at no score')
         warnings.warn(f'Irreducible losses are given and they change nothing: {why}.')

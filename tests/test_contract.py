@@ -305,7 +305,21 @@ def test_irreducible_losses_that_nothing_looks_at_are_told(add, recwarn):
 @pytest.mark.parametrize('add', [
     lambda l: l.rho_loss(), lambda l: l.rho_loss(IL), lambda l: l.rho_loss(pick='uniform'), lambda l: l.select('loss'),
     lambda l: l.rho_loss(IL, score=lambda loss, il: loss - il), lambda l: l.batch_loss_filter(il=IL),
-    lambda l: l.rho_loss(linear()).rho_loss(frac=0.2)])
+    lambda l: l.rho_loss(linear()).rho_loss(frac=0.2), lambda l: l.rho_loss(IL).rho_loss(pick='uniform'),
+    lambda l: l.rho_loss('probe').rho_loss(score='loss')])
 def test_and_others_are_not(add, recwarn):
     add(learner())
     assert not any('they change nothing' in str(o.message) for o in recwarn.list)
+
+
+@pytest.mark.parametrize('il', ['probe', 'auto', 'crossfit'])
+def test_an_exported_learner_says_to_give_them_again_and_that_works(tmp_path, monkeypatch, il):
+    "Also where the gate would look at some rows first"
+    from rholoss_fastai import beside
+    monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 40)
+    learner().rho_loss(il, gate=il != 'probe').export(tmp_path/'learn.pkl')
+    learn = load_learner(tmp_path/'learn.pkl')
+    learn.dls = loaders()
+    with pytest.raises(ValueError, match='not exported with a Learner: give them again'): fit(learn, 1)
+    fit(learn.rho_loss(il, gate=False, **(dict(il_budget=99.) if il == 'auto' else {})), 1)
+    assert learn.selection.ledger.selected.tolist()[0] < 0.7

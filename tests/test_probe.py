@@ -353,6 +353,62 @@ def test_a_probe_of_some_rows_only_says_what_is_left(capsys):
     assert '200 rows' in first and 'one pass over the data' in first
     assert '640 rows' in then and 'one pass over the 440 of them that are not read yet' in then
 
+def test_an_interrupted_trial_is_no_choice(monkeypatch):
+    learn = counted('body')
+    nn.init.uniform_(next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
+    probe,solve = Probe(learn),Probe._solve
+    monkeypatch.setattr(Probe, '_solve', lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): probe.predictions(400, **quiet)
+    monkeypatch.setattr(Probe, '_solve', solve)
+    assert probe.features == 'auto'
+    probe.predictions(400, **quiet)
+    assert 'trial on 400 rows' in probe.why
+
+def test_an_interrupted_reading_is_begun_again():
+    learn,n = counted('columns'),[0]
+    def features(x):
+        n[0] += 1
+        if n[0] == 3: raise KeyboardInterrupt
+        return x
+    probe = Probe(learn, features=features)
+    with pytest.raises(KeyboardInterrupt): probe.predictions(**quiet)
+    found,expected = (o.predictions(**quiet) for o in (probe, Probe(learn, features=lambda x: x)))
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.targets, expected.targets)
+
+@pytest.mark.parametrize('folds', [None, 4])
+def test_few_rows_with_a_trial_are_read_once(folds):
+    "The trial takes all of them, and leaves the winner's features"
+    learn = counted('body')
+    nn.init.uniform_(next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
+    probe = Probe(learn)
+    probe.cost()
+    dataset(learn).reads.zero_()
+    found = probe.predictions(folds=folds, **quiet)
+    assert dataset(learn).reads.eq(1).all() and set(probe._known) <= {probe.features}
+    alone = probe_predictions(learn, features=probe.features, folds=folds, **quiet)
+    torch.testing.assert_close(found.logits, alone.logits, rtol=1e-3, atol=1e-3)
+
+def test_what_was_read_of_a_model_goes_once_it_has_learnt():
+    learn = counted('body')
+    probe = Probe(learn, features='body')
+    probe.predictions(300, **quiet)
+    fit(learn, 1)
+    found,expected = (o.predictions(**quiet) for o in (probe, Probe(learn, features='body')))
+    torch.testing.assert_close(found.logits, expected.logits)
+
+def test_a_look_is_held_in_full_precision(monkeypatch):
+    "And takes its own room alone, where all rows would be held in half"
+    import rholoss_fastai.probe as module
+    monkeypatch.setattr(module, '_in_half', lambda n, dim: n > 500)
+    learn = counted('columns')
+    expected = probe_predictions(learn, features=lambda x: x*1e5, n_rows=300, **quiet) # more than half precision has
+    assert expected.info['accuracy'] > 0.5
+    probe = Probe(learn, features=lambda x: x)
+    probe.predictions(300, **quiet)
+    assert probe._by(probe.features).x.shape == (300, 5) and probe._by(probe.features).x.dtype == torch.float32
+    rows,x,_ = module.probe_features(learn, features=lambda x: x*1e5, progress=False)
+    assert torch.equal(x, learn.dls.train.dataset.tensors[0][rows]*1e5)
+
 # ---- which features
 
 def test_auto():

@@ -1,5 +1,6 @@
 """RHO-LOSS with everything else that a fit may have in it."""
 import re
+import time
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -37,8 +38,10 @@ from rholoss_fastai.all import (
     fit_irreducible,
     irreducible_losses,
     learner_precision,
+    probe_irreducible,
     small_cnn,
 )
+from rholoss_fastai.il_source import MadeIL
 
 N, BS, FRAC = 120, 8, 0.25
 
@@ -714,22 +717,56 @@ def test_where_they_cost_more_than_they_may_it_trains_plainly(capsys):
     with pytest.raises(ValueError, match='more than il_budget'): digits_learner(0.3).rho_loss(score='reducible').fit(1)
 
 
+def rows_read(monkeypatch):
+    "How many images were compared with patches, where a look takes 400 rows; eight tell how many features there are"
+    from rholoss_fastai import beside, features
+    read,forward = [],features.RandomPatches.forward
+    def counted(self, x):
+        read.append(len(x))
+        return forward(self, x)
+    monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 400)
+    monkeypatch.setattr(features.RandomPatches, 'forward', counted)
+    return read
+
+
 @pytest.mark.parametrize('il', ['probe', 'auto'])
 @pytest.mark.parametrize('noise,made', [(0., False), (0.3, True)])
 def test_the_gate_looks_at_a_few_rows_first(monkeypatch, il, noise, made):
     "Which are not read again, where all are; the next fit's model has other features, and what was read goes"
-    from rholoss_fastai import beside, probe
-    read,take = [],probe._Known.take
-    def counted(self, model, xb, yb, rows):
-        read.append(len(rows))
-        take(self, model, xb, yb, rows)
-    monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 400)
-    monkeypatch.setattr(probe._Known, 'take', counted)
+    read = rows_read(monkeypatch)
     learn = digits_learner(noise).rho_loss(il, il_budget=99.)
     learn.fit(1)
     source,n = learn.selector.il_source,len(learn.dls.train.dataset)
-    assert sum(read) == (n if made else 400) and (source.table is not None) is made and learn.selector.off is not made
+    assert sum(read) == 8 + (n if made else 400)
+    assert (source.table is not None) is made and learn.selector.off is not made
     assert learn.selection.ledger.selected.tolist() == [0.5 if made else 1.]
     assert getattr(source, 'made_by', source)._probe is None
     learn.fit(1)
-    assert sum(read) == (n if made else 800)
+    assert sum(read) == (8 + n if made else 2*(8 + 400))
+
+
+class OwnProbe(MadeIL):
+    by_probe = True
+    def make(self, learn, progress): return probe_irreducible(learn, progress=False, verbose=False)
+
+class Numbers(MadeIL):
+    def make(self, learn, progress): return torch.rand(len(learn.dls.train_ds))
+
+
+@pytest.mark.parametrize('source', [OwnProbe, Numbers])
+def test_a_source_of_ones_own_needs_make_alone(monkeypatch, source):
+    from rholoss_fastai import beside
+    monkeypatch.setattr(beside, 'rows_to_look_at', lambda n, n_epoch, most: 400)
+    learn = fit(digits_learner(0.3).rho_loss(source()), 1)
+    assert learn.selection.ledger.selected.tolist() == [0.5] and learn.selection.ledger.seconds_il.tolist()[0] > 0
+
+
+@pytest.mark.parametrize('noise', [0., 0.3])
+@pytest.mark.parametrize('il', ['probe', 'auto'])
+def test_all_that_the_gate_spends_is_billed_once(monkeypatch, il, noise):
+    "A look, an estimate, a table: by a clock that counts the rows that are read"
+    read = rows_read(monkeypatch)
+    learn = digits_learner(noise).rho_loss(il, il_budget=99.)
+    monkeypatch.setattr(time, 'perf_counter', lambda: float(sum(read)))
+    fit(learn, 1)
+    assert learn.selection.ledger.seconds_il.tolist() == [8 + (400 if noise == 0 else len(learn.dls.train.dataset))]
