@@ -66,7 +66,7 @@ def rho_epochs_rows(
         res.append({'trained': f"{_SETTINGS.get(setting, setting)}{_KINDS.get(kind, '')}{rows}",
                     'labels redrawn': f"{line['noise']:.0%}",
                     'budget': f"{line['budget']} {'epochs' if setting == 'finetune' else 'steps'}",
-                    'plain': f"{beside['mean']:.1%}", '`rho_epochs`': f"{line['mean']:.1%}",
+                    'plain': f"{np.mean(beside['accuracy']):.1%}", '`rho_epochs`': f"{np.mean(line['accuracy']):.1%}",
                     'points, by seed': ', '.join(f'{o:+.1f}' for o in line['points']),
                     "recall of the worst class, plain / `rho_epochs`": ' / '.join(worst),
                     'processor seconds, plain = 1': f"{np.mean(line['cost']):.2f}"})
