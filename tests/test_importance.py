@@ -563,6 +563,7 @@ def test_losses_that_mean_nothing():
             dataset_scores(learn, learn.dls.train, score, **quiet)
 
 
+@pytest.mark.slow
 def test_progress_bar_counts_every_batch(capsys):
     from rholoss_fastai import importance
     seen = SimpleNamespace(total=0, steps=0)

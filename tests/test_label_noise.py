@@ -48,6 +48,7 @@ def test_the_share_is_found(n_classes, redrawn):
     assert abs(share - wrong.float().mean()) < 0.025
     assert low - 0.005 <= wrong.float().mean() <= high + 0.005 and low <= share <= high
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     "95 % of the draws, or near"
     hits, n = 0, draws(30)

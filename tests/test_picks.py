@@ -189,6 +189,7 @@ def test_boltzmann_between_top_and_chance():
     assert (counts - 200).abs().max() < 5*(1000*0.2*0.8)**0.5
 
 @pytest.mark.parametrize('T', [0.25, SchedLin(0.1, 3.), SchedExp(0.1, 3.), SchedCos(2., 0.1), lambda pct: 0.5 + pct])
+@pytest.mark.many(3)
 def test_boltzmann_follows_a_schedule(T, n=3000):
     n = draws(n)
     scores = torch.tensor([1., 0.])

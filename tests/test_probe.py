@@ -309,26 +309,27 @@ def counted(kind, n=640):
 
 def dataset(learn): return learn.dls.train.dataset
 
-@pytest.mark.parametrize('folds', [None, 4])
 @pytest.mark.parametrize('features', ['patches', 'body', 'tfidf', 'columns', 'own', 'numbers'])
+@pytest.mark.parametrize('folds', [None, 4])
+@pytest.mark.many(5)
 def test_a_row_is_read_once_for_a_look_and_for_all(features, folds):
     "And what is said of all is what is said without a look before"
-    own = dict(own=lambda x: torch.cat([x, x**2], 1), numbers=torch.randn(640, 7))
-    learn,asked = counted(features),own.get(features, features)
+    own = dict(own=lambda x: torch.cat([x, x**2], 1), numbers=torch.randn(320, 7))
+    learn,asked = counted(features, 320),own.get(features, features)
     expected = Probe(learn, features=asked).predictions(folds=folds, **quiet)
     probe = Probe(learn, features=asked)
-    assert probe.cost().n_read == 0 and probe.cost(100).steps < probe.cost().steps
+    assert probe.cost().n_read == 0 and probe.cost(50).steps < probe.cost().steps
     dataset(learn).reads.zero_()
-    looks = [probe.predictions(n, **quiet) for n in (300, 120, 400, 300)]
-    assert [len(o) for o in looks] == [300, 120, 400, 300] and torch.equal(looks[0].rows, looks[3].rows)
+    looks = [probe.predictions(n, **quiet) for n in (150, 60, 200, 150)]
+    assert [len(o) for o in looks] == [150, 60, 200, 150] and torch.equal(looks[0].rows, looks[3].rows)
     assert all(set(looks[1].rows.tolist()) <= set(o.rows.tolist()) <= set(looks[2].rows.tolist()) for o in looks)
-    assert dataset(learn).reads.max() == 1 and dataset(learn).reads.sum() == probe.cost().n_read == 400
+    assert dataset(learn).reads.max() == 1 and dataset(learn).reads.sum() == probe.cost().n_read == 200
     left,found,again = probe.cost(),*(probe.predictions(folds=folds, **quiet) for _ in range(2))
     assert dataset(learn).reads.eq(1).all() and again.logits is found.logits
     assert left.steps < probe_cost(learn, features=asked).steps if features in ('patches', 'body') else left.steps
     assert torch.equal(found.rows, expected.rows) and torch.equal(found.targets, expected.targets)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(looks[0].logits, probe_predictions(learn, features=asked, n_rows=300, **quiet).logits,
+    torch.testing.assert_close(looks[0].logits, probe_predictions(learn, features=asked, n_rows=150, **quiet).logits,
                                rtol=1e-3, atol=1e-3)
 
 def test_a_trial_reads_for_the_look_too():

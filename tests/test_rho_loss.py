@@ -670,6 +670,7 @@ def digits_learner(noise):
     return learn
 
 
+@pytest.mark.slow
 def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
     """Bit for bit, billed, and said before the first step; of another data set it selects again, and by request it
     always does"""
@@ -731,6 +732,7 @@ def rows_read(monkeypatch):
 
 @pytest.mark.parametrize('il', ['probe', 'auto'])
 @pytest.mark.parametrize('noise,made', [(0., False), (0.3, True)])
+@pytest.mark.many(3)
 def test_the_gate_looks_at_a_few_rows_first(monkeypatch, il, noise, made):
     "Which are not read again, where all are; the next fit's model has other features, and what was read goes"
     read = rows_read(monkeypatch)
@@ -763,6 +765,7 @@ def test_a_source_of_ones_own_needs_make_alone(monkeypatch, source):
 
 @pytest.mark.parametrize('noise', [0., 0.3])
 @pytest.mark.parametrize('il', ['probe', 'auto'])
+@pytest.mark.many(3)
 def test_all_that_the_gate_spends_is_billed_once(monkeypatch, il, noise):
     "A look, an estimate, a table: by a clock that counts the rows that are read"
     read = rows_read(monkeypatch)
