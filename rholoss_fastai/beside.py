@@ -114,6 +114,7 @@ class LabelGate(FitCallback):
     def _why_plain(self, selector):
         "Why the fit is plain and what to type instead, or None"
         source,began = selector.il_source,time.perf_counter()
+        at_hand = source.table is not None
         try:
             source.check(self.learn)
             if why := source.too_dear(self.learn): return why
@@ -121,7 +122,7 @@ class LabelGate(FitCallback):
             selector.record.seconds_il += earlier
         finally:
             source.forget() # what was read is of the model as it is now
-            selector.record.seconds_il += time.perf_counter() - began
+            if not at_hand: selector.record.seconds_il += time.perf_counter() - began
         if self.wrong is not None and self.wrong < self.threshold:
             return (f"about {self.wrong:.0%} of the labels look wrong, fewer than {self.threshold:.0%}",
                     " (gate=False selects all the same).")

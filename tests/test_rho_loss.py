@@ -773,3 +773,10 @@ def test_all_that_the_gate_spends_is_billed_once(monkeypatch, il, noise):
     monkeypatch.setattr(time, 'perf_counter', lambda: float(sum(read)))
     fit(learn, 1)
     assert learn.selection.ledger.seconds_il.tolist() == [8 + (400 if noise == 0 else len(learn.dls.train.dataset))]
+
+
+def test_the_gate_bills_nothing_for_a_table_that_is_paid():
+    "Else `compare` would take it for one that was made in the run"
+    il = fit(digits_learner(0.3).rho_loss('probe'), 1).selector.il
+    learn = fit(digits_learner(0.3).rho_loss(il), 1)
+    assert learn.selection.ledger.seconds_il.tolist() == [0] and learn.selection.ledger.selected.tolist() == [0.5]
