@@ -32,7 +32,11 @@ def set_imports_aside():
     gc.freeze()
     n_modules = len(sys.modules)
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
+    starts = any(vars(o.module).keys() & {'run_in_process', 'two_processes', 'start_process'} for o in session.items)
+    if starts and sys.platform == 'linux':
+        from helpers import start_server
+        start_server()
     set_imports_aside()
     gc.set_threshold(20_000, 20, 20) # and seldom at what comes
     seed_only_what_is_there()

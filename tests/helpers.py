@@ -5,8 +5,10 @@ import os
 import runpy
 import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from fastai.callback.core import Callback
@@ -36,12 +38,28 @@ def draws(n):
 
 # Processes of their own: forked from one that has imported all that takes seconds, and has done nothing else
 
+PRELOAD = ['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai.distributed', 'matplotlib.pyplot',
+           'nbdev.test', 'sklearn.datasets', 'torch._dynamo', 'rholoss_fastai.all'] # optimisers import `_dynamo`
 processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
                                          else 'spawn')
-if hasattr(processes, 'set_forkserver_preload'):
-    processes.set_forkserver_preload(['fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all',
-                                       'fastai.distributed', 'matplotlib.pyplot', 'nbdev.test', 'sklearn.datasets',
-                                       'torch._dynamo', 'rholoss_fastai.all']) # PyTorch's optimisers import `_dynamo`
+if hasattr(processes, 'set_forkserver_preload'): processes.set_forkserver_preload(PRELOAD)
+
+def start_server():
+    "Let the server be a fork of this process, which has imported nearly all and has run nothing yet"
+    from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+    for name in PRELOAD:
+        with suppress(ImportError): import_module(name)
+    def fork(path, args, fds):
+        if pid := os.fork(): return pid
+        try: # what Python would have been started for
+            for fd in {int(o) for o in os.listdir('/proc/self/fd')} - {0, 1, 2, *fds}:
+                with suppress(OSError): os.close(fd) # among them those by which it sees that this process has ended
+            sys.stdout, sys.stderr = (os.fdopen(fd, 'w', 1, closefd=False) for fd in (1, 2)) # not pytest's
+            exec(args[-1], {})
+        finally: os._exit(0)
+    resource_tracker.ensure_running()
+    with patch('multiprocessing.util.spawnv_passfds', fork): forkserver.ensure_running()
 
 def _run(code, args, env, out):
     gc.freeze() # what was imported needn't be looked at by each `gc.collect()`
