@@ -114,9 +114,9 @@ class LabelGate(FitCallback):
     def _why_plain(self, selector):
         "Why the fit is plain and what to type instead, or None"
         source,began = selector.il_source,time.perf_counter()
+        source.check(self.learn)
         at_hand = source.table is not None
         try:
-            source.check(self.learn)
             if why := source.too_dear(self.learn): return why
             self.wrong,earlier = self._estimate(source)
             selector.record.seconds_il += earlier

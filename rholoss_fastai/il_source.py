@@ -233,14 +233,22 @@ class MadeIL(TableIL):
         learn:Learner # The target, before its fit
     ): "Take from `learn` what must be as it is now"
 
+    def _fits(self, dl):
+        if not isinstance(self.table, ItemTable): return True # just made, as numbers alone
+        try: return self.table.check(dl) is self.table
+        except ValueError: return False
+
     def check(self, learn):
+        "Those of another data set are let go of, to be made anew"
+        if self.table is not None and not self._fits(learn.dls.train): self.table = None
         if self.table is None and not self.exported: self.prepare(learn)
         else: super().check(learn)
 
     def begin(self, learn, device):
-        began,making = time.perf_counter(),self.table is None
+        began = time.perf_counter()
+        if self.table is None or self.of is not learn.dls.train: self.check(learn)
+        making = self.table is None
         if making:
-            self.check(learn)
             _check_inputs(learn)
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
         spent = time.perf_counter() - began
@@ -323,7 +331,7 @@ class AutoIL(MadeIL):
 
     def prepare(self, learn):
         "What are the features, or what would be copied?"
-        if self.made_by is not None: return
+        if self.made_by is not None: return self.made_by.prepare(learn)
         try: names = choose_features(learn)[0]
         # pixels or tokens as targets, outputs that can't be asked
         except (ValueError, TypeError, AttributeError): names = []

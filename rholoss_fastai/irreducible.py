@@ -271,7 +271,8 @@ def _was_fitted(learn):
     if not hasattr(recorder, 'metric_names'): return False
     # an epoch that has both a training loss and the validation's results
     n_full = len(recorder.metric_names) - 1 - bool(recorder.add_time)
-    return any(len(record) == n_full > 1 for record in [*recorder.values, vars(learn).get('final_record', ())])
+    records = vars(recorder).get('values', ()) # a copy or an export of a Learner has none, but its last
+    return any(len(record) == n_full > 1 for record in [*records, vars(learn).get('final_record', ())])
 
 # %% ../nbs/13_irreducible.ipynb #f9ea83f5
 def small_cnn(

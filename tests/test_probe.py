@@ -1,6 +1,7 @@
 """Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that
 can't work"""
 import random
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFlat, MSELossFlat
+from fastai.optimizer import SGD
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
@@ -432,6 +434,14 @@ def test_auto_does_not_trust_what_was_fitted_on_these_labels():
     learn = make_learner(images, labels, model=small_cnn(2, 3, 16))
     fit(learn, 1)
     assert is_trained(learn.model) and choose_features(learn)[0] == ['patches']
+
+def test_auto_knows_of_a_copy_that_it_was_fitted():
+    "Of a Recorder fastai copies and exports no values"
+    learn = make_learner(torch.rand(64, 3, 16, 16), torch.randint(0, 2, (64,)), model=small_cnn(2, 3, 16))
+    learn.opt_func = SGD # it keeps no state that would tell
+    assert choose_features(deepcopy(learn))[0] == choose_features(learn)[0]
+    fit(learn, 1)
+    assert choose_features(deepcopy(learn))[0] == ['patches']
 
 def test_a_trial_decides_between_body_and_patches():
     "The class is in the second channel; one body sees only that, another only the first"

@@ -296,3 +296,10 @@ def test_an_epoch_of_the_same_cost_is_shorter_by_what_the_probe_takes():
     rule.__class__ = Dear.__mro__[1]
     fit(learn, 2, cbs=[Count()]) # the first fit has paid
     assert rule.own_cost == 0 and len(steps) == 2*n
+
+
+def test_a_fine_tune_without_frozen_epochs():
+    "Its first fit is of no epochs"
+    learn = noisy_learner().rho_epochs(il_budget=99.)
+    fit(learn, 2, method='fine_tune', freeze_epochs=0)
+    assert len(learn.selection.ledger) == 2 and not learn.epoch_pruner.rule.plain

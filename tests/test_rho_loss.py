@@ -23,7 +23,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from helpers import fit
+from helpers import Toy, fit, learner, loaders
 from numbered_rows import Rows, image_learner, rows_of
 from torch import nn
 from torch.autograd import DeviceType
@@ -186,6 +186,21 @@ def test_only_a_fit_cross_fits_or_checks_the_data(tmp_path):
         learn.summary()
         with learn: learn.get_preds(inner=True)
     assert learn.selector.il is None and list(learn.metrics.attrgot('name')) == ['accuracy']
+
+
+@pytest.mark.parametrize('again', [lambda learn: learn, lambda learn: learn.rho_loss(gate=False)], ids=['fit', 'type'])
+def test_of_another_data_set_they_are_made_anew_and_billed(again):
+    "Those made for the Learner's first data set; the same rows under other transforms keep theirs"
+    learn = learner().rho_loss(gate=False, il_budget=99.)
+    fit(learn, 1)
+    first = learn.selector.il
+    learn.dls = loaders(bs=12)
+    fit(learn, 1)
+    assert learn.selector.il is first
+    learn.dls = loaders(train=Toy(60, 5))
+    fit(again(learn), 8) # which the default budget allows
+    assert torch.equal(learn.selector.il.values, probe_irreducible(learn, progress=False, verbose=False).values)
+    assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
 
 
 @pytest.mark.parametrize('undo', ['no_selection', 'replace', 'temporary'])
