@@ -24,7 +24,7 @@ def scheduled(
     pct_train:float=0. # Share of training done, in [0,1]
 )->float:
     "`value` at `pct_train`"
-    return float(value(pct_train)) if callable(value) else value
+    return float(value(pct_train) if callable(value) else value)
 
 # %% ../nbs/00_checks.ipynb #c4a50549
 def check_number(

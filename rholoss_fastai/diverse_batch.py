@@ -32,7 +32,7 @@ def logit_gradients(
     leaf = logits.float().requires_grad_()
     with torch.enable_grad():
         losses = item_losses(map_tensors(lambda t: leaf if t is logits else t, pred), *yb)
-        return torch.autograd.grad(losses.sum(), leaf)[0].flatten(1)
+        return torch.autograd.grad(losses.sum(), leaf)[0].reshape(len(leaf), -1)
 
 # %% ../nbs/25_diverse_batch.ipynb #6fc1fb23
 @contextmanager

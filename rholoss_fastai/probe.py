@@ -93,9 +93,13 @@ def choose_features(
     learn:Learner,
     dl=None # Training `DataLoader`; default `learn.dls.train`
 )->tuple: # Names of the features, the likeliest first, none where no features are at hand; and why
-    "The features that `features='auto'` may stand for, told by the model and by two rows"
+    "The features that `features='auto'` may stand for, told by the model and by two rows and their targets"
     dl = learn.dls.train if dl is None else dl
-    return _candidates(learn, _sampled(learn, dl, some_rows(own_rows(dl).sort().values, 2))[0])
+    try:
+        xb,y = _sampled(learn, dl, some_rows(own_rows(dl).sort().values, 2))
+        target_kind(y, learn.loss_func)
+    except ValueError as e: return [],str(e) # several targets, pixels, tokens: features predict none of them
+    return _candidates(learn, xb)
 
 # %% ../nbs/15_probe.ipynb #c625854c
 def _in_half(n, dim): return n*dim*4 > 2**31

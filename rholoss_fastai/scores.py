@@ -100,7 +100,7 @@ def gradient_norm_bound(
     return grad.flatten(1).norm(dim=1).float()
 
 # %% ../nbs/03_scores.ipynb #f79e5ebf
-_mend = "For other tasks use a score of the loss, such as training_loss."
+_mend = "For other tasks use a score of the loss, such as training_loss, score='loss'."
 
 def _is_multilabel(name, task, several_passes=False):
     "Is the `task` a multi-label one? Raise where it is none that the score `name` is for"

@@ -307,3 +307,8 @@ def test_copies():
     draws = [DivBS(0.3, sample=True, seed=seed)(torch.empty(20), gram=g @ g.T).idxs.tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert len(ThenUniform(pick=DivBS(0.3), at=0.5)(torch.rand(20), gram=g @ g.T).idxs) == 6
+
+def test_one_number_an_item_without_an_axis_of_its_own():
+    pred,targ = torch.tensor([0.5, -2., 3.]),torch.zeros(3)
+    found = logit_gradients(ItemLosses(nn.SmoothL1Loss()), pred, targ)
+    torch.testing.assert_close(found, torch.tensor([[0.5], [-1.], [1.]]))

@@ -636,6 +636,17 @@ def test_an_iterable_data_set():
     with pytest.raises(ValueError, match='no length'):
         probe_irreducible(make_learner(x, y), TorchDataLoader(Stream(), batch_size=8), features=never, **quiet)
 
+def test_auto_knows_what_no_features_predict():
+    "Small images, whose targets are pixels, or several: these are for cross-fitting"
+    x,y = torch.rand(32, 3, 8, 8),torch.randint(0, 2, (32,))
+    assert choose_features(make_learner(x, y, model=small_cnn(2, 3, 8)))[0] == ['patches']
+    names,why = choose_features(make_learner(x, (x[:,0] > 0.5).long(), model=nn.Conv2d(3, 2, 1)))
+    assert names == [] and 'pixels' in why
+    two = make_learner(x, y, model=small_cnn(2, 3, 8))
+    two.dls = DataLoaders(*[DataLoader(TensorDataset(x, y, y), bs=16)]*2, device='cpu')
+    two.dls.train.n_inp = 1
+    assert choose_features(two)[0] == []
+
 def test_targets_that_are_pixels():
     x = torch.rand(16, 3, 8, 8)
     learn = make_learner(x, torch.randint(0, 2, (16, 8, 8)), model=nn.Conv2d(3, 2, 1))

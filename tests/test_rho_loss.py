@@ -203,6 +203,21 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
     assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
 
 
+def test_pixels_of_small_images_are_cross_fitted():
+    "Though the images have features, these don't predict pixels"
+    x = torch.rand(48, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    items = list(zip(x, (x[:,0] > 0.5).long()))
+    dls = DataLoaders.from_dsets(items, items[:8], bs=8, num_workers=0, device='cpu')
+    learn = learner(dls, lambda: nn.Conv2d(3, 2, 1), CrossEntropyLossFlat(axis=1)).rho_loss(il_budget=99., frac=0.5)
+    fit(learn, 1)
+    assert learn.selection.ledger.selected.tolist() == [0.5] and learn.selector.il.info['n_folds'] == 2
+
+
+def test_a_share_that_is_a_tensor():
+    one,other = (fit(learner().rho_loss(torch.arange(72.), frac=o), 1).selection for o in (torch.tensor(0.25), 0.25))
+    assert torch.equal(one.selected, other.selected)
+
+
 @pytest.mark.parametrize('undo', ['no_selection', 'replace', 'temporary'])
 def test_nothing_stays_behind_after_an_interrupted_fit(undo):
     learn = conv_learner()
