@@ -218,7 +218,9 @@ def _show(learn, table, **kwargs):
     "Pictures of the rows of `table`, where fastai can draw a batch"
     dl,drawn = scoring_loader(learn.dls.train, torch.tensor(table.row.tolist()), bs=len(table)),set(plt.get_fignums())
     if not hasattr(dl, 'show_batch'): return
-    with preserve_rng(): dl.show_batch(max_n=len(table), **kwargs)
+    try:
+        with preserve_rng(): dl.show_batch(max_n=len(table), **kwargs)
+    except AttributeError: return # of `Datasets` of plain tensors, which have no `show`
     axs = [ax for i in plt.get_fignums() if i not in drawn for ax in plt.figure(i).axes if ax.get_title()]
     for ax,line in zip(axs, table.itertuples()): ax.set_title(_title(line), fontsize=9)
 
@@ -258,16 +260,20 @@ def never(self:SelectionRecord,
 # %% ../nbs/50_interpret.ipynb #9ebf2b72
 def _il_values(learn, il):
     "`(n,)`, irreducible losses of the training set of `learn`"
-    if il is None: il = getattr(vars(learn).get('selector'), 'il_source', None)
     if il is None:
-        raise ValueError("There are no irreducible losses: train with learn.rho_loss(), or pass them as il= "
-                         "(crossfit_irreducible makes some).")
+        selector,pruner = vars(learn).get('selector'),vars(learn).get('epoch_pruner')
+        rule = getattr(pruner, 'rule', None)
+        found = getattr(selector, 'il_source', None),getattr(rule, 'table', None),getattr(rule, 'il', None)
+        il = next((o for o in found if o is not None), None)
+    if il is None:
+        raise ValueError("There are no irreducible losses: train with learn.rho_loss() or learn.rho_epochs(), which "
+                         "make some unless they train plainly, or pass some, il=probe_irreducible(learn).")
     return il_values(il, learn.dls.train, learn)
 
 @patch
 def suspects(self:SelectionRecord,
     n:int=100, # Number of rows
-    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those of `learn.rho_loss`
+    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those it was trained by
     learn:Learner=None # Default: the Learner that was recorded
 )->pd.DataFrame: # A line each, the most suspect first
     "The rows that are most likely mislabelled: those with the highest sum of irreducible loss and loss"
@@ -284,7 +290,7 @@ def suspects(self:SelectionRecord,
 @patch
 def plot_il(self:SelectionRecord,
     n:int=2000, # Number of rows, evenly spaced over those that were candidates
-    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those of `learn.rho_loss`
+    il=None, # Irreducible losses: a table, a file, `(n_train,)` numbers or a model; default: those it was trained by
     learn:Learner=None, # Default: the Learner that was recorded
     ax=None # A matplotlib axis to draw on
 ):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
@@ -17,7 +17,7 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
-from helpers import fit
+from helpers import fit, learner
 from numbered_rows import Rows
 from PIL import Image
 from torch import nn
@@ -183,6 +183,25 @@ def test_pictures(tmp_path, monkeypatch):
     assert not plt.get_fignums()
     fitted('plain', tmp_path).selection.top(5)
     assert not plt.get_fignums()
+
+
+def test_rows_that_fastai_cannot_draw():
+    "Plain tensors in `Datasets`, whose loaders have a `show_batch` all the same"
+    x, y = torch.rand(40, 4), torch.arange(40) % 2
+    data = Datasets(range(40), [[lambda i: x[i]], [lambda i: y[i]]], splits=[range(32), range(32, 40)])
+    learn = Learner(data.dataloaders(bs=8), nn.Linear(4, 2), loss_func=CrossEntropyLossFlat())
+    fit(learn.select('loss', frac=0.5), 1)
+    assert len(learn.selection.top(5)) == 5 and not plt.get_fignums()
+
+
+@pytest.mark.parametrize('method', [lambda learn, il: learn.rho_epochs(il, drop=0.2, gate=False),
+                                    lambda learn, il: learn.prune_epochs(score='reducible', il=il)])
+def test_suspects_by_what_the_epochs_were_pruned_by(method):
+    il = torch.rand(72, generator=torch.Generator().manual_seed(0))
+    learn = learner()
+    method(learn, il)
+    record = fit(learn, 1).selection
+    assert record.suspects(9).equals(record.suspects(9, il=il))
 
 
 def ledger_of(**columns):
