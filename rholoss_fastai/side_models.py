@@ -15,6 +15,7 @@ import weakref
 from contextlib import contextmanager
 from copy import copy
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
@@ -49,7 +50,10 @@ def input_changers(
         own = hasattr(type(cb), 'before_batch') and not type(cb).__module__.startswith(('fastai.', 'rholoss_fastai.'))
         if not own or not (cb.run_train if training else cb.run_valid): continue
         stand_in,tried = copy(learn),copy(cb)
-        vars(tried).update({k: copy(v) for k,v in vars(tried).items() if isinstance(v, (list, dict))}, learn=stand_in)
+        # what it counts and collects stays with the original
+        held = {k: v.clone() if isinstance(v, Tensor) else copy(v) for k,v in vars(tried).items()
+                if isinstance(v, (list, dict, set, np.ndarray, Tensor))}
+        vars(tried).update(held, learn=stand_in)
         stand_in.xb,stand_in.yb,stand_in.training = map_tensors(torch.clone, tuple(xb)),tuple(yb),training
         try: tried.before_batch()
         except Exception: continue # it wants more of a fit than there is

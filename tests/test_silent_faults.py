@@ -2,10 +2,11 @@
 of every order."""
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders
@@ -405,6 +406,23 @@ def test_who_watches_is_no_changer():
     learn, watches = learner(), Watches()
     fit(learn.rho_loss(il_epochs=1, frac=0.5, enlarge=False), 1, cbs=watches)
     assert len(watches.seen) == 3 + 1 # of the batches, none of what was tried; the last is the validation's
+
+class Counts(Callback):
+    "What has gone by, in what can be written to"
+    order,run_valid = -9,False
+    def before_fit(self): self.n,self.rows,self.held = torch.zeros(()),np.zeros(N),set()
+    def before_batch(self):
+        self.n += len(self.xb[0])
+        self.rows += rows_of(self.xb[0]).bincount(minlength=N).numpy()
+        self.held |= set(rows_of(self.xb[0]).tolist())
+
+def test_who_counts_counts_what_is_trained_on():
+    "Not the rows that callbacks are tried on"
+    learn, counts = learner().rho_loss(gate=False, il_budget=99., enlarge=False), Counts()
+    class Stop(Callback):
+        def after_batch(self): raise CancelFitException
+    fit(learn, 1, cbs=[counts, Stop()])
+    assert learn.selector.il is not None and counts.n == 24 == counts.rows.sum() and len(counts.held) == 24
 
 def test_what_is_not_scored_may_change():
     learn = learner(loaders(train=Changed(INPUTS['cast'][0]),
