@@ -85,11 +85,13 @@ class ProbePredictions:
 
     def irreducible(self,
         loss_func=None # The Learner's; None for cross entropy, or squared error
-    )->IrreducibleLosses: # One loss per row; of rows that the loader leaves out, the mean of the others
+    )->IrreducibleLosses: # One loss per row; those that were not predicted are unknown
         "The losses as a table for the whole data set"
         losses = self.losses(loss_func).cpu()
-        values = torch.full((self.fingerprint['n'],), losses.mean().item()).index_copy_(0, self.rows, losses)
-        return IrreducibleLosses(values, self.fingerprint, dict(self.info, mean=losses.mean().item(), wrong=self.wrong))
+        n,info = self.fingerprint['n'],dict(self.info, mean=losses.mean().item(), wrong=self.wrong)
+        if len(self) < n: info['n_known'] = len(self)
+        values = torch.full((n,), float('nan')).index_copy_(0, self.rows, losses)
+        return IrreducibleLosses(values, self.fingerprint, info)
 
     @property
     def said(self)->str:

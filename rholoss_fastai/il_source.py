@@ -233,16 +233,14 @@ class MadeIL(TableIL):
         learn:Learner # The target, before its fit
     ): "Take from `learn` what must be as it is now"
 
-    def _fits(self, dl):
-        if not isinstance(self.table, ItemTable): return True # just made, as numbers alone
-        try: return self.table.check(dl) is self.table
-        except ValueError: return False
-
     def check(self, learn):
-        "Those of another data set are let go of, to be made anew"
-        if self.table is not None and not self._fits(learn.dls.train): self.table = None
-        if self.table is None and not self.exported: self.prepare(learn)
-        else: super().check(learn)
+        "Those of another data set, or of other rows of it, are let go of, to be made anew"
+        if self.table is not None or self.exported:
+            try: return super().check(learn)
+            except ValueError:
+                if self.of is None: raise # just made, or exported
+                self.table = self.of = None
+        self.prepare(learn)
 
     def begin(self, learn, device):
         began = time.perf_counter()

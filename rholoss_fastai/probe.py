@@ -150,7 +150,7 @@ def _trial(learn, read, xb, rows):
     "Features of a few of the inputs `xb`, and the operations that a forward pass of the model takes for each of these"
     model,n = get_model(learn.model),min(8, batch_size(xb))
     few = subset_batch(xb, torch.arange(n, device=next(model.parameters()).device))
-    with preserve_rng(), scoring_mode(model, next(model.parameters()).device):
+    with scoring_mode(model, next(model.parameters()).device):
         x = read(model, few, rows[:n])
         try: flops = forward_operations(model, few)/n
         except Exception: flops = 0 # a model that can't be asked so: what it costs can't be said in its steps
@@ -404,7 +404,7 @@ def irreducible(self:Probe,
     if average_with is not None:
         res.values = averaged(res.values, average_with.values, predictions.kind)
         info['averaged_with'] = average_with.info.get('features') or average_with.info.get('model')
-        info['mean'] = res.values.mean().item()
+        info['mean'] = res.values.nanmean().item()
     res.info = info
     return res
 

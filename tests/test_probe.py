@@ -218,7 +218,9 @@ def test_a_restricted_loader_is_probed_on_its_rows():
     alone = probe_irreducible(make_learner(x[rows], y[rows]), features=lambda x: x, **quiet)
     torch.testing.assert_close(part[rows], alone.values, rtol=1e-4, atol=1e-5)
     assert len(part) == 120 and part.info['n_rows'] == 60
-    torch.testing.assert_close(part[1::2], alone.values.mean().expand(60), rtol=1e-4, atol=1e-5)
+    assert torch.equal(part.unknown.nonzero().flatten(), torch.arange(1, 120, 2))
+    with pytest.raises(ValueError, match='nothing is known of 60 of the rows'): part.check(learn.dls.train)
+    assert part.check(restrict_rows(learn.dls.train, rows[:9])) is part
 
 def test_some_rows_for_a_quick_look():
     x,y = data(300)

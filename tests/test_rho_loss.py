@@ -42,6 +42,7 @@ from rholoss_fastai.all import (
     small_cnn,
 )
 from rholoss_fastai.il_source import MadeIL
+from rholoss_fastai.loaders import restrict_rows
 
 N, BS, FRAC = 120, 8, 0.25
 
@@ -201,6 +202,17 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
     fit(again(learn), 8) # which the default budget allows
     assert torch.equal(learn.selector.il.values, probe_irreducible(learn, progress=False, verbose=False).values)
     assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
+
+
+def test_of_rows_that_were_left_out_they_are_made_too():
+    learn = learner()
+    whole = learn.dls
+    learn.dls = DataLoaders(restrict_rows(whole.train, range(40)), whole.valid)
+    fit(learn.rho_loss(gate=False, il_budget=99.), 1)
+    assert learn.selector.il.values.isnan().sum() == 32
+    learn.dls = whole
+    fit(learn, 1)
+    assert learn.selector.il.values.isfinite().all()
 
 
 def test_pixels_of_small_images_are_cross_fitted():
