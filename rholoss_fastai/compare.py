@@ -36,6 +36,7 @@ from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .item_table import fingerprint
 from .loaders import seeded_loaders
+from .loss_tasks import loss_settings
 from .picks import Uniform
 from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
@@ -111,7 +112,7 @@ def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy
     return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr),
                 evaluations=evaluations, metric=metric, bs=loader_batch_size(learn.dls.train),
                 data=_of_data(learn.dls.train), test=_of_data(test_dl), model=_digest(repr(learn.model)),
-                loss=_digest(repr(learn.loss_func)), learner_lr=str(learn.lr), noisy=None if noisy is None
+                loss=_digest(loss_settings(learn.loss_func)), learner_lr=str(learn.lr), noisy=None if noisy is None
                 else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
 
 # %% ../nbs/52_compare.ipynb #7d9276ca

@@ -22,9 +22,11 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 from .checks import by_name, check_count, check_number
+from .fit_callback import loss_in_force
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies
 from .item_table import ItemTable
 from .learnable import learnable_rows, share_to_leave_out
+from .loss_tasks import loss_settings
 from .nested import prediction
 from .noise import row_targets
 from .probe import Probe, choose_features
@@ -221,6 +223,7 @@ def _check_inputs(learn):
 
 class MadeIL(TableIL):
     "Irreducible losses that are made for the training set when a fit first needs them: subclass it and define `make`"
+    loss = None # what tells the loss function that they are losses of
     def __init__(self): super().__init__()
 
     def make(self,
@@ -243,12 +246,14 @@ class MadeIL(TableIL):
         self.prepare(learn)
 
     def begin(self, learn, device):
-        began = time.perf_counter()
+        began,loss = time.perf_counter(),loss_settings(loss_in_force(learn))
+        if self.loss not in (None, loss): self.table = self.of = None
         if self.table is None or self.of is not learn.dls.train: self.check(learn)
         making = self.table is None
         if making:
             _check_inputs(learn)
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
+            self.loss = loss
         spent = time.perf_counter() - began
         return super().begin(learn, device) or making*spent # what the table says that it took
 
@@ -289,7 +294,12 @@ class CrossFitIL(MadeIL):
             print(f"Irreducible losses: cross-fitting {self.settings['n_folds']} folds of {self.settings['n_epoch']} "
                   f"epochs, on {'copies of this Learner' if self.arch is None else 'the model given'}. Keep them with "
                   "learn.selector.il.save(path), use them again with il=path.")
-        res = crossfit_irreducible(self.make_learner, learn.dls, progress=progress, **self.settings)
+        make,loss_func = self.make_learner,loss_in_force(learn)
+        def make_learner(dls):
+            res = make(dls)
+            res.loss_func = loss_func # another than when the copies were taken, perhaps
+            return res
+        res = crossfit_irreducible(make_learner, learn.dls, progress=progress, **self.settings)
         self.make_learner = None
         return res
 

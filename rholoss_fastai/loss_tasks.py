@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/loss_tasks.html.md"""
 
 # %% auto #0
 __all__ = ['inner_loss', 'known_loss', 'mentioned_losses', 'loss_task', 'takes_probabilities', 'from_library', 'call_parameters',
-           'loss_name']
+           'loss_name', 'loss_settings']
 
 # %% ../nbs/00_loss_tasks.ipynb #a60287d7
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from fastai.losses import BaseLoss
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/00_loss_tasks.ipynb #d37c0477
 function_types = (FunctionType, BuiltinFunctionType, MethodType, partial, torch.jit.ScriptFunction)
@@ -125,3 +125,25 @@ def loss_name(
     "What to call it in a message"
     if isinstance(loss_func, partial): return f'partial of {loss_name(loss_func.func)}'
     return getattr(loss_func, '__name__', None) or ' '.join(repr(loss_func).split())[:100]
+
+# %% ../nbs/00_loss_tasks.ipynb #f98e9d84
+def _told(o, depth):
+    if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:10_000].tolist()}'
+    if o is None or isinstance(o, (bool, int, float, str)): return repr(o)
+    if isinstance(o, partial): return _told([o.func, o.args, o.keywords], depth)
+    if isinstance(o, (list, tuple)): return str([_told(v, depth) for v in o[:1000]])
+    if isinstance(o, dict): return str([(k, _told(v, depth)) for k,v in o.items() if not str(k).startswith('__')])
+    name = getattr(o, '__qualname__', None) or type(o).__qualname__
+    if isinstance(o, FunctionType):
+        held = [c.cell_contents for c in o.__closure__ or () if c != CellType()] if depth else []
+        return f'{name} {o.__code__.co_code.hex()} {_told([*o.__code__.co_consts, o.__defaults__, *held], depth-1)}'
+    # of its own module, so not what a Learner, say, holds
+    follows = depth and isinstance(o, (nn.Module, BaseLoss)) or depth == 4 and not isinstance(o, function_types)
+    held = {k: v for k,v in getattr(o, '__dict__', {}).items() if k != 'training'} if follows else {}
+    return f'{name} {_told(held, depth-1)}' if held else name
+
+def loss_settings(
+    loss_func:Callable # A loss function
+)->str:
+    "What tells it from others: its name and what it holds, but for what it has learnt"
+    return _told(loss_func, 4)

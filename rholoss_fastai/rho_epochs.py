@@ -22,9 +22,11 @@ from .checks import check_choice, check_number, known_arguments
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .features import FEATURES
+from .fit_callback import loss_in_force
 from .il_source import il_name, il_source
 from .irreducible import IrreducibleLosses
 from .learnable import learnable_rows, no_class_last, ranked, rows_to_look_at, share_to_leave_out
+from .loss_tasks import loss_settings
 from .probe import Probe, probe_cost, probe_irreducible
 from .rows import own_rows, reader
 
@@ -164,12 +166,15 @@ class RhoEpochs(Reducible):
         self.features,self.look = features,look
         self.il_budget = check_number('il_budget', il_budget, high=float('inf'), open_low=True, schedule=False)
         self.plain,self.wrong,self.table,self.share,self._source,self._refreshed = False,None,None,None,None,False
+        self._loss = None
 
     def check(self, learn): pass
 
     def begin(self, learn, dl):
         "Look at the labels, make irreducible losses where they are worth it, and settings for a fit of this length"
-        if self._source is None or self._source() is not reader(dl): self._judge(learn, dl)
+        of_loss = loss_settings(loss_in_force(learn))
+        if self._source is None or self._source() is not reader(dl) or self._loss != of_loss: self._judge(learn, dl)
+        self._loss = of_loss
         self._refreshed,self.own_cost = False,0.
         if self.plain: return
         fine_tune = self.table.info.get('features') == 'body' or bool(vars(learn).get('pretrained'))

@@ -20,7 +20,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from helpers import Toy, fit, learner, loaders
@@ -202,6 +202,31 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
     fit(again(learn), 8) # which the default budget allows
     assert torch.equal(learn.selector.il.values, probe_irreducible(learn, progress=False, verbose=False).values)
     assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
+
+
+@pytest.mark.parametrize('method', ['rho_loss', 'rho_epochs'])
+def test_of_another_loss_function_they_are_made_anew(method):
+    "A copy of it is the same"
+    smoothed = CrossEntropyLossFlat(label_smoothing=0.2)
+    learn = getattr(learner(), method)(gate=False, il_budget=99.)
+    def table(): return learn.selector.il if method == 'rho_loss' else learn.epoch_pruner.rule.table
+    fit(learn, 1)
+    first, learn.loss_func = table(), deepcopy(learn.loss_func)
+    fit(learn, 1)
+    assert table() is first
+    learn.loss_func = smoothed
+    fit(learn, 1)
+    fresh = probe_irreducible(learner(loss_func=smoothed), progress=False, verbose=False)
+    torch.testing.assert_close(table().values, fresh.values)
+    assert not torch.equal(first.values, fresh.values) and learn.selection.ledger.seconds_il.iloc[-1] > 0
+
+
+def test_cross_fitted_by_the_loss_function_of_the_fit():
+    "Which may be another than when it was typed"
+    learns = [learner(loss_func=o).rho_loss('crossfit', il_epochs=1) for o in (None, FocalLossFlat())]
+    learns[0].loss_func = FocalLossFlat()
+    one, other = (fit(learn, 1).selector.il.values for learn in learns)
+    assert torch.equal(one, other)
 
 
 def test_of_rows_that_were_left_out_they_are_made_too():
