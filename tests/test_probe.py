@@ -1,6 +1,7 @@
 """Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that
 can't work"""
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, TensorDataset
 
+from rholoss_fastai import side_models
 from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table_features, text_features
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
 from rholoss_fastai.loaders import restrict_rows
@@ -688,3 +690,22 @@ def test_patches_tell_wrong_labels_of_cifar10(cifar):
     learn = make_learner(images.float()/255, labels, model=small_cnn(10), bs=100)
     il = probe_irreducible(learn, **quiet)
     assert il.info['features'] == 'patches' and il.info['accuracy'] > 0.38 and auc(il.values, wrong) > 0.85
+
+
+# ---- another device than the host
+
+def test_values_may_stay_on_the_host(monkeypatch):
+    "A batch's values in another place than the model, which stands on `meta` here for want of CUDA"
+    monkeypatch.setattr(side_models, 'autocast', lambda *args: nullcontext())
+    learn = make_learner(*data())
+    learn.model.to('meta')
+    rows = side_models.map_rows(learn, learn.dls.train, lambda model, xb, yb, rows: rows)
+    assert torch.equal(rows, torch.arange(120))
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('features', ['columns', 'auto', lambda x: x.cpu()])
+def test_a_probe_on_cuda(features):
+    learn = make_learner(*data())
+    host = probe_irreducible(learn, features=features, **quiet)
+    learn.dls.to('cuda'); learn.model.to('cuda')
+    assert torch.allclose(probe_irreducible(learn, features=features, **quiet).values, host.values, atol=1e-3)
