@@ -314,7 +314,7 @@ class ProbeIL(MadeIL):
 class AutoIL(MadeIL):
     "By a probe where features are at hand, else cross-fitted, for no more than a share of what the fit to come costs"
     by_probe = True # as far as is known before a Learner is at hand
-    by_default,made_by = True,None
+    made_by = None
     def __init__(self,
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):

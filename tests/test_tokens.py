@@ -409,6 +409,8 @@ def test_arguments_that_say_nothing_of_tokens(method, argument, why):
 def test_arguments_that_are_as_they_are_anyway():
     fit(sequence_learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False,
                                     epoch='candidates'), 1)
+    with pytest.raises(ValueError, match='gate=False says nothing of tokens: the gate looks at the labels of items'):
+        sequence_learner().rho_loss(LM(), unit='token', gate=False)
     for argument in (dict(update_il=True), dict(il_epochs=3), dict(il_folds=2)):
         with pytest.raises(ValueError, match='made beforehand'):
             sequence_learner().rho_loss(LM(), unit='token', **argument)
