@@ -50,6 +50,13 @@ class Scorer(NotSaved):
         "Take the model as it is now"
         return self
 
+    def candidate_cost(self,
+        asked:tuple, # Names of the figures that score and pick want
+        kept:float # Share of the candidates that is trained on
+    )->float: # In units of a forward as in training
+        "What scoring one candidate costs"
+        return self.relative_cost
+
     def context(self):
         "Figures are computed in here: without gradients, and leaving no trace"
         return torch.no_grad()
@@ -111,6 +118,10 @@ class SeparateForward(Scorer):
 
     @property
     def relative_cost(self): return self._run.relative_cost
+
+    def candidate_cost(self, asked, kept):
+        passes = self.n_mc*('log_probs' in asked) + bool({*asked} - {'log_probs', 'targ', 'il', 'hopeless'})
+        return self.relative_cost*passes
 
     def scored_model(self, learn): return unwrapped(learn.model)
 
@@ -237,6 +248,8 @@ class SharedForward(Scorer):
         if any(isinstance(cb, MixHandler) for cb in learn.cbs):
             raise ValueError("forward='reuse' selects after the forward pass, when MixUp or CutMix have already mixed "
                              "selected with rejected items: use forward='twice' with them.")
+
+    def candidate_cost(self, asked, kept): return STEP_COST*(1 - kept) # a whole step for those that are left out
 
     def begin_epoch(self, learn, device, kept=None):
         self.model = unwrapped(learn.model)

@@ -287,3 +287,14 @@ def test_no_worker_outlives_the_fit(kind):
         fit(learn, 1)
         assert set(active_children()) <= others
     assert learn.selection.ledger.trained.tolist() == [len(train)*8]*2
+
+@pytest.mark.parametrize('settings', [dict(), dict(pick='uniform'), dict(score='bald', n_mc=3), dict(forward='reuse'),
+                                      dict(score='loss_plus_conditional_entropy', n_mc=2), dict(staleness=2),
+                                      dict(pick=ThenUniform(0.5, at=0.))], ids=str)
+def test_an_epoch_of_the_same_cost(settings):
+    "By the ledger, in each epoch: also where nothing is scored, where much is, and with one forward for both"
+    frac = {} if isinstance(settings.get('pick'), ThenUniform) else dict(frac=0.5)
+    learn = fit(dropout_learner(bs=2).select(enlarge=True, epoch='cost', **frac, **settings), 2)
+    plain = len(learn.dls.train)
+    for line in learn.selection.ledger.itertuples():
+        assert abs(line.trained/2*line.step_cost - plain) <= 0.51*line.step_cost
