@@ -81,6 +81,10 @@ class ILSource:
     )->tuple: # Two parts of a sentence; None: they may be made
         "Why they may not be made for this fit, and what to type instead"
 
+    def allow(self,
+        budget:float # Largest share of the training steps to come
+    ): "Where nobody asked for them by name: what they may cost"
+
     def probe(self,
         learn:Learner # The target, in its fit
     )->Probe:
@@ -319,6 +323,9 @@ class AutoIL(MadeIL):
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):
         super().__init__()
+        self.allow(budget)
+
+    def allow(self, budget):
         self.budget = check_number('il_budget', budget, high=float('inf'), open_low=True, schedule=False)
 
     def prepare(self, learn):

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 
 from .beside import LabelGate, TrainBeside
 from .checks import known_arguments
-from .il_source import AutoIL, CrossFitIL, ModelIL, il_name, il_source
+from .il_source import CrossFitIL, ModelIL, il_name, il_source
 from .picks import Pick, TopFraction, find_pick
 from .scores import reducible_loss, worth_learning
 from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
@@ -95,7 +95,7 @@ def rho_loss(self:Learner,
     # another `frac`, the same irreducible losses; an export has left them out
     if before and il is None and not (anew or getattr(before[0].il_source, 'exported', False)):
         il = before[0].il_source
-        if 'il_budget' in kwargs and isinstance(il, AutoIL): il.budget = AutoIL(kwargs['il_budget']).budget
+        if 'il_budget' in kwargs: il.allow(kwargs['il_budget'])
     return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
 
 UNITS['rho_loss','item'] = RhoLossCallback
