@@ -254,8 +254,8 @@ class RankSample(RankedPick):
 
     def keys(self, scores, pct_train=0.):
         rank = rank_key(scores).argsort().argsort() + 0.5 # the middle of each item's share of the ranks
-        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()).masked_fill(scores.isnan(),
-                                                                                                 -math.inf)
+        log_p = (1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()
+        return self.drawn(log_p).masked_fill(scores.isnan(), math.nan)
 
 # %% ../nbs/04_picks.ipynb #2a626e05
 class Boltzmann(RankedPick):

@@ -417,3 +417,8 @@ def test_every_name_makes_a_pick():
     (lambda: ThenUniform(at=SchedLin(0., 1.)), TypeError, 'not a schedule')])
 def test_bad_input_is_refused_at_once(call, kind, message):
     with pytest.raises(kind, match=message): call()
+
+@pytest.mark.parametrize('cls', [TopFraction, RankSample, Boltzmann])
+def test_a_class_of_nan_has_no_quota(cls):
+    scores, targ = torch.tensor([1., 2., 3., 4., math.nan, math.nan]), torch.tensor([0, 0, 0, 0, 1, 1])
+    assert not PerClass(pick=cls(0.5))(scores, targ=targ).idxs.ge(4).any()
