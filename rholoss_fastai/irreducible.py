@@ -65,7 +65,8 @@ def degraded(self:IrreducibleLosses,
     "A copy in which a random share of the rows have exchanged their losses: right on the whole, wrong for each of them"
     check_number('share', share, schedule=False)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(self), generator=generator)[:round(share*len(self))]
+    known = (~self.unknown).nonzero().flatten()
+    rows = known[torch.randperm(len(known), generator=generator)[:round(share*len(known))]]
     values = self.values.clone()
     values[rows] = values[rows[torch.randperm(len(rows), generator=generator)]]
     res = type(self)(values, self.fingerprint, dict(self.info, degraded=share))

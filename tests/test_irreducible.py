@@ -592,3 +592,13 @@ def test_cuda_and_mixed_precision(mode):
     torch.testing.assert_close(il.values, by_hand, rtol=0, atol=1e-3 if mode == 'to_fp32' else 0.1)
     make = learner_copies(getattr(make_learner(dls), mode)())
     assert torch.equal(*(crossfit_irreducible(make, dls, 2, **quiet).values for _ in range(2)))
+
+def test_what_is_degraded_is_known():
+    "Rows that a restricted loader left out stay unknown"
+    x = torch.randn(60, 2)
+    dl = restrict_rows(DataLoader(TensorDataset(x, torch.arange(60) % 3), bs=6), range(0, 60, 2))
+    table = IrreducibleLosses.of(torch.rand(30), dl)
+    worse = table.degraded(0.5)
+    assert worse.check(dl) is worse and torch.equal(worse.unknown, table.unknown)
+    assert 0 < (worse.values != table.values)[::2].sum() <= 15
+    assert torch.equal(worse.values[::2].sort().values, table.values[::2].sort().values)
