@@ -165,7 +165,9 @@ class ClassWeights(Pick):
         loss:Tensor=None, # `(n_B,)`
         class_il:Tensor=None # `(n_B, C)`
     ):
-        if not isinstance(self._sums, Tensor): self._sums = class_il.new_zeros(class_il.shape[1])
+        # of other classes another begins
+        if not isinstance(self._sums, Tensor) or len(self._sums) != class_il.shape[1]:
+            self._sums = class_il.new_zeros(class_il.shape[1])
         reducible = (loss[:,None] - class_il).clamp(min=0)
         selection = self.pick(reducible @ self.class_weights.to(reducible.device), pct_train, size)
         self._sums = (self._sums.to(reducible.device)

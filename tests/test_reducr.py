@@ -186,3 +186,9 @@ def test_refused():
     with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])
     with pytest.raises(ValueError, match='expected one of probe'): learn.reducr('crossfit')
     with pytest.raises(ValueError, match='give one of them'): ClassWeights(0.2, pick=Uniform(0.5))
+
+def test_other_classes_have_weights_of_their_own():
+    pick = ClassWeights(0.5)
+    for C in (3, 2):
+        pick(torch.rand(4), loss=torch.rand(4), class_il=torch.rand(4, C))
+        assert pick.class_weights.shape == (C,)
