@@ -11,6 +11,7 @@ __all__ = ['PROXY_EVERY', 'FORWARDS', 'Scorer', 'SeparateForward', 'rank_correla
 # %% ../nbs/18_scorers.ipynb #85be1edb
 import math
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ class SeparateForward(Scorer):
         return (F.interpolate(xb[0], scale_factor=self.scale_factor, mode='bilinear', antialias=True), *xb[1:])
 
     def __call__(self, c):
-        c.read((self._run(*self._scaled(xb)), yb) for xb,yb in c.chunks(self.score_bs))
+        c.read((self._run(*self._scaled(xb)), yb) for xb,yb in c.chunks())
         c.scored += c.n
 
     def log_probs(self, c):
@@ -160,7 +161,7 @@ class SeparateForward(Scorer):
         with modules_in_mode(self.dropouts, True), _without_fused_attention():
             parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis)
                                   for _ in range(self.n_mc)])
-                     for xb,_ in c.chunks(self.score_bs)]
+                     for xb,_ in c.chunks()]
         c.scored += c.n*self.n_mc
         return torch.cat(parts, 1)
 
@@ -223,9 +224,9 @@ class ProxyForward(SeparateForward):
         self.n_batches += 1
         if c.get('loss') is None or (self.n_batches - 1) % PROXY_EVERY: return
         with scoring_mode(self.target, self.device):
-            own = torch.cat([c.item_losses(self.own(*self._scaled(xb)), *yb) for xb,yb in c.chunks(self.score_bs)])
+            own = torch.cat([c.item_losses(self.own(*self._scaled(xb)), *yb) for xb,yb in c.chunks()])
         if self.share is None:
-            xb,_ = next(c.chunks(self.score_bs))
+            xb,_ = next(c.chunks())
             self.share = _flops(self.model, self.device, xb)/_flops(self.target, self.device, xb)
         c.scored += c.n
         self.correlations.append(rank_correlation(c.get('loss'), own))
@@ -307,7 +308,12 @@ def find_scorer(
     **kwargs # Of `SeparateForward`
 )->Scorer:
     "The scorer of that name"
-    if isinstance(forward, Scorer): return forward
+    if isinstance(forward, Scorer):
+        defaults = {k: o.default for k,o in signature(SeparateForward.__init__).parameters.items()}
+        given = [k for k,v in dict(kwargs, proxy=proxy).items() if v != defaults.get(k)]
+        if not given: return forward
+        raise ValueError(f"{', '.join(given)} would change nothing beside forward={forward!r}, which has settings of "
+                         "its own: give them to it.")
     if forward not in FORWARDS: raise ValueError(f"forward must be 'twice', 'reuse' or 'auto'; got {forward!r}.")
     separate = SeparateForward(**kwargs) if proxy is None else ProxyForward(proxy, **kwargs)
     if forward == 'twice' or proxy is not None and forward == 'auto': return separate

@@ -386,6 +386,16 @@ def test_irreducible_losses_cost_is_booked_once(tmp_path):
     assert again.selection.ledger.selected.tolist() == [0.5]
 
 
+def test_a_model_of_irreducible_losses_is_asked_for_as_few_at_a_time():
+    sizes = []
+    class Model(nn.Linear):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x.flatten(1))
+    fit(conv_learner().rho_loss(Model(36, 3), frac=0.5, score_bs=3), 1)
+    assert max(sizes) == 3
+
+
 def test_a_second_call_says_what_changes():
     "What isn't said stays; what is, also where it is the default, takes the place of what there was"
     learn = conv_learner().rho_loss(il_epochs=1)

@@ -23,6 +23,7 @@ from rholoss_fastai.all import (
     Boltzmann,
     ImportanceSample,
     PerClass,
+    SeparateForward,
     ThenUniform,
     TopFraction,
     Uniform,
@@ -269,6 +270,8 @@ def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
     (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'),
     (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
     (('loss',), dict(modes='train'), TypeError, 'modes'),
+    (('loss',), dict(forward=SeparateForward(), score_bs=4, precision=None), ValueError,
+     'precision, score_bs would change nothing'),
     ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
 def test_bad_input_is_refused_at_once(args, kwargs, kind, message):
     with pytest.raises(kind, match=message): dropout_learner().select(*args, **kwargs)
