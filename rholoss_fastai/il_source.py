@@ -360,6 +360,13 @@ class AutoIL(MadeIL):
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")
 
+    def values(self, dl, learn=None):
+        "Outside of a fit there is none that they could be too dear for"
+        if self.table is None and learn is not None:
+            self.prepare(learn)
+            self.table = self.made_by.make(learn, True)
+        return super().values(dl, learn)
+
     def make(self, learn, progress):
         try:
             if why := ''.join(self.too_dear(learn) or ''): raise ValueError(why[0].upper() + why[1:])

@@ -2,6 +2,7 @@
 can't work"""
 import random
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFla
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
+from fastcore.basics import noop
 from helpers import fit
 from sklearn.linear_model import Ridge
 from torch import nn
@@ -25,6 +27,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from rholoss_fastai import side_models
 from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table_features, text_features
+from rholoss_fastai.il_source import il_values
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
 from rholoss_fastai.loaders import restrict_rows
 from rholoss_fastai.noise import redraw_labels
@@ -181,6 +184,30 @@ def test_one_label_yes_or_no():
     found = probe_predictions(learn, features='columns', **quiet)
     assert found.kind == 'labels' and found.probs.shape == (300, 1)
     torch.testing.assert_close(found.p_label, torch.where(y.bool(), found.probs[:,0], 1 - found.probs[:,0]))
+
+@pytest.mark.parametrize('loss', [F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss(),
+                                  partial(partial(F.binary_cross_entropy_with_logits), reduction='mean')], ids=str)
+def test_labels_by_losses_of_every_form(loss):
+    x,y = data(60)
+    targets = torch.stack([(y == 0), (y == 1), x[:,0] > 0], 1).float()
+    found = probe_predictions(make_learner(x, targets, 3, loss), features='columns', **quiet)
+    assert found.kind == 'labels'
+    expected = F.binary_cross_entropy_with_logits(found.logits, targets, reduction='none').mean(1)
+    torch.testing.assert_close(found.losses(loss), expected)
+
+def test_table_features_whatever_the_order_of_columns():
+    "Random combinations reach as far from the first column as from the last"
+    generator = torch.Generator().manual_seed(0)
+    cats = torch.stack([torch.randint(k, (2000,), generator=generator) for k in (64, 2)], 1)
+    spreads = [table_features(o, None)[:,66:].std(0).mean().item() for o in (cats, cats.flip(1))]
+    assert spreads == pytest.approx([spreads[0]]*2, rel=0.05)
+
+def test_made_by_name_outside_of_a_fit():
+    "Where there is no bill of a fit"
+    x,y = data()
+    learn = make_learner(x, y)
+    learn.logger = noop
+    assert torch.equal(il_values('auto', learn.dls, learn), il_values('probe', learn.dls, learn))
 
 def test_labels_that_are_wrong_stand_out():
     x,y = data(600)
