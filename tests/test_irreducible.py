@@ -602,3 +602,12 @@ def test_what_is_degraded_is_known():
     assert worse.check(dl) is worse and torch.equal(worse.unknown, table.unknown)
     assert 0 < (worse.values != table.values)[::2].sum() <= 15
     assert torch.equal(worse.values[::2].sort().values, table.values[::2].sort().values)
+
+def test_holdout_data_share_no_row_with_what_is_scored():
+    data = TensorDataset(torch.randn(60, 2), torch.arange(60) % 3)
+    def dl(rows): return restrict_rows(DataLoader(data, bs=6), rows)
+    def learn(rows): return Learner(DataLoaders(dl(rows), dl(rows)), nn.Linear(2, 3), CrossEntropyLossFlat())
+    for train_dl, n in ((dl(range(30, 60)), 3), (DataLoader(data, bs=6), 33)):
+        with pytest.raises(ValueError, match=f'holds {n} of the rows of train_dl'):
+            fit_irreducible(learn(range(33)), train_dl, 1, **quiet)
+    assert len(fit_irreducible(learn(range(30)), dl(range(30, 60)), 1, **quiet)) == 60
