@@ -209,6 +209,16 @@ def test_made_by_name_outside_of_a_fit():
     learn.logger = noop
     assert torch.equal(il_values('auto', learn.dls, learn), il_values('probe', learn.dls, learn))
 
+def test_averaged_with_losses_of_some_rows_alone(tmp_path):
+    "Of a restricted loader: what they don't know is the probe's alone"
+    learn = make_learner(*data())
+    dl = restrict_rows(learn.dls.train, range(0, 120, 2))
+    table = probe_irreducible(learn, dl, features='columns', **quiet,
+                              average_with=IrreducibleLosses.of(torch.rand(60), dl))
+    assert table.values.isfinite().all() and table.info['mean'] == pytest.approx(table.values.mean().item())
+    table.save(tmp_path/'il')
+    assert IrreducibleLosses.load(tmp_path/'il').check(dl)
+
 def test_labels_that_are_wrong_stand_out():
     x,y = data(600)
     labels,wrong = redraw_labels(y, 0.2, seed=1)
