@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_choice, check_count, known_arguments, short_name
-from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
+from .delivery import EPOCHS, CarriedState, Enlarge, Narrow, candidate_loader, spread
 from .fit_callback import FitCallback, set_record_aside, weigh_loss
 from .il_source import il_source
 from .nested import plain, subset_batch, tensors
@@ -326,7 +326,7 @@ def selector_parts(
     "The objects of a selection, made of flat arguments"
     scorer = find_scorer(forward, proxy, precision=precision, mode=mode, compile=compile, scale_factor=scale_factor,
                          score_bs=score_bs, n_mc=n_mc)
-    check_count('staleness', staleness, 1)
+    check_count('staleness', staleness, 1); check_choice('epoch', epoch, EPOCHS)
     beside = [TrainBeside(scorer.companion)] if proxy is not None else []
     if track is not None: beside.append(TrackSubsets(track, track_columns))
     if fallback is not None: beside.append(FallBack(fallback))

@@ -270,6 +270,7 @@ def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
     (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'),
     (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
     (('loss',), dict(modes='train'), TypeError, 'modes'),
+    (('loss',), dict(epoch='candidate'), ValueError, "Did you mean 'candidates'"),
     (('loss',), dict(forward=SeparateForward(), score_bs=4, precision=None), ValueError,
      'precision, score_bs would change nothing'),
     ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
