@@ -14,7 +14,6 @@ import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -24,13 +23,14 @@ from .candidates import candidate_input
 from .checks import by_name, check_count, check_number, known_arguments
 from .fit_callback import FitCallback
 from .il_source import ILSource, il_name
-from .nested import as_tensor, class_targets, plain
+from .nested import as_tensor, class_targets
 from .picks import Pick, find_pick, inner_pick
 from .probe import probe_features
 from .ridge import check_features, class_logits, fit_scale, smoothed_shares, standardise
 from .rows import dataset_size, preserve_rng
 from .scoring import scoring_mode, unwrapped
 from .selector import BatchSelector, add_selector, selector_parts
+from .side_models import split_batch
 
 # %% ../nbs/26_reducr.ipynb #fc1682f3
 def class_irreducible(
@@ -189,9 +189,7 @@ class ClassHoldout(FitCallback):
         model,losses,targs,n = unwrapped(learn.model),[],[],0
         with preserve_rng(), scoring_mode(model, device):
             for batch in learn.dls.valid:
-                batch = plain(to_device(batch, device))
-                n_inp = getattr(learn.dls, 'n_inp', None) or max(len(batch) - 1, 1)
-                xb,yb = batch[:n_inp],batch[n_inp:]
+                xb,yb = split_batch(batch, getattr(learn.dls, 'n_inp', None), device)
                 losses.append(item_losses(model(*xb), *yb)); targs.append(class_targets(yb[0]))
                 n += len(targs[-1])
                 if n >= self.n_rows: break
