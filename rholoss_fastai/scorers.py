@@ -156,11 +156,11 @@ class SeparateForward(Scorer):
         if not self.dropouts:
             raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add "
                              "one, or use another score.")
-        axis = getattr(c.item_losses, 'axis', None)
-        axis = 1 if axis is None else axis # where the loss has its classes
+        axis = getattr(c.item_losses, 'axis', None) # where the loss has its classes
+        def logs(pred): # which of several axes it is a score knows then, and normalises along it
+            return pred if axis is None and pred.ndim > 2 else pred.log_softmax(1 if axis is None else axis)
         with modules_in_mode(self.dropouts, True), _without_fused_attention():
-            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis)
-                                  for _ in range(self.n_mc)])
+            parts = [torch.stack([logs(prediction(self._run(*self._scaled(xb))).float()) for _ in range(self.n_mc)])
                      for xb,_ in c.chunks()]
         c.scored += c.n*self.n_mc
         return torch.cat(parts, 1)

@@ -14,6 +14,7 @@ from fastai.learner import load_learner
 from helpers import fit, learner
 from numbered_rows import N, Rows, rows_of
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from rholoss_fastai.all import (
@@ -302,3 +303,22 @@ def test_an_epoch_of_the_same_cost(settings):
     plain = len(learn.dls.train)
     for line in learn.selection.ledger.itertuples():
         assert abs(line.trained/2*line.step_cost - plain) <= 0.51*line.step_cost
+
+def test_several_passes_with_classes_on_an_axis_of_ones_own():
+    "Under a loss of one's own: the same figures as with the classes on the second axis"
+    class Positions(nn.Module):
+        def __init__(self, last):
+            super().__init__(); self.last, self.drop, self.out = last, nn.Dropout(0.5), nn.Linear(36, 12)
+        def forward(self, x):
+            res = self.out(self.drop(x.flatten(1))).view(-1, 4, 3)
+            return res if self.last else res.transpose(1, 2)
+    found = []
+    for last in (True, False):
+        def own(pred, y): return F.cross_entropy(pred.transpose(1, 2) if last else pred, y[:, None].expand(-1, 4))
+        def score(log_probs):
+            found.append(partial(bald, task='classes', axis=2 if last else 1)(log_probs))
+            return found[-1]
+        learn = dropout_learner(partial(Positions, last), bs=N)
+        learn.loss_func = own
+        fit(learn.select(score, frac=0.5, n_mc=3), 1, seed=0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
