@@ -258,6 +258,7 @@ class TokenSelector(AnySelector):
             if self.needs_rows and self._fit.first: self.il_source.check_lengths(len(losses))
         self._fit.first = False
         scores = self.score(*[known[o].flatten() for o in self.asked]) if self.asked else losses.flatten()
+        scores = scores.where(counted.flatten(), torch.nan) # what doesn't count has no rank among the others
         return top_elements(self.pick.keys(scores, learn.pct_train).view(counted.shape), counted,
                             self.pick.fraction(learn.pct_train))
 

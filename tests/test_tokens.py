@@ -1,6 +1,7 @@
 "Selection of the loss's elements, against brute force"
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,21 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import awd_lstm_lm_config
 from fastai.text.models.core import AWD_LSTM, get_language_model
 from fastai.torch_core import set_seed
-from helpers import examples, fit, learner
+from helpers import draws, examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import Boltzmann, ImportanceSample, ItemLosses, TeacherIL, element_losses, top_elements
+from rholoss_fastai.all import (
+    Boltzmann,
+    ImportanceSample,
+    ItemLosses,
+    RankSample,
+    TeacherIL,
+    element_losses,
+    top_elements,
+)
 
 values = st.lists(st.floats(width=32, allow_infinity=False) | st.sampled_from([math.nan, 0., 1., math.inf]), min_size=1,
                   max_size=40)
@@ -389,6 +398,15 @@ def lm_table():
     (lm_table, 'a reference model, which needs no rows')])
 def test_tables_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message): make()
+
+def test_ranks_are_among_the_tokens_that_count():
+    "Padding, whose loss is 0, doesn't lift the easiest tokens"
+    learn = sequence_learner().select(unit='token', pick=RankSample(0.2))
+    selector, chosen, n = learn.token_selector, 0, draws(200)
+    learn.pct_train, selector._fit = 0., SimpleNamespace(first=False)
+    losses, counted = torch.arange(1., 41).expand(1, 40), torch.arange(40)[None] < 10
+    for _ in range(n): chosen = chosen + selector.chosen(losses.where(counted, 0.), counted)[0].float()
+    assert chosen.sum() == 2*n and chosen[:3].sum() < 0.02*chosen.sum() # by their ranks 0.2 %, among all tokens 20 %
 
 # unit='token'
 
