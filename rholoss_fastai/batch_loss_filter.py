@@ -54,13 +54,9 @@ class ScaleRate(FitCallback):
         if rates is not None: self.learn.opt.set_hyper('lr', rates); self._fit.rates = None
 
     def after_step(self):
-        "The step is done: the user's own rate again"
+        "The step is done, or left out, as mixed precision does where gradients overflow: the user's own rate again"
         self._restore()
         self._fit.items = (0, 0)
-
-    def after_cancel_step(self):
-        "The step was left out, as mixed precision does where gradients overflow"
-        self._restore()
 
     def after_batch(self):
         "The batch ends without a step where gradients accumulate"

@@ -208,7 +208,8 @@ def table_features(
     table = torch.cat(parts, 1)
     if not n_random: return table
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(table.shape[1], n_random, generator=generator)/max(1, len(parts) - 1 + parts[0].shape[1])**0.5
+    n_columns = (0 if conts is None else conts.shape[1]) + (0 if cats is None else cats.shape[1])
+    weights = torch.randn(table.shape[1], n_random, generator=generator)/n_columns**0.5
     shift = torch.rand(n_random, generator=generator)*2*torch.pi
     return torch.cat([table, (table @ weights.to(table) + shift.to(table)).cos()], 1)
 

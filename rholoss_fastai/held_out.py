@@ -8,30 +8,28 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/held_out.html.md"""
 __all__ = ['target_kind', 'ProbePredictions', 'quality', 'held_out_logits', 'averaged']
 
 # %% ../nbs/14_held_out.ipynb #733037cb
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
-from fastai.losses import BaseLoss
 from fastcore.basics import patch, store_attr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .irreducible import IrreducibleLosses
 from .learnable import estimated_wrong
+from .loss_tasks import known_loss, loss_task, takes_probabilities
 from .losses import ItemLosses
 from .ridge import FoldRidge, HeldOutRidge, best_penalty, check_features, class_logits, fit_scale, smoothed_shares
 
 # %% ../nbs/14_held_out.ipynb #b924753e
-_binary_losses = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
-
 def target_kind(
     targets:Tensor, # `(n,)` or `(n, k)`
     loss_func=None # The Learner's
 )->str: # 'classes', 'labels' (each of them yes or no) or 'numbers'
     "What kind of targets these are, by their type and by the loss function"
-    func = getattr(loss_func, 'func', loss_func) if isinstance(loss_func, (BaseLoss, partial)) else loss_func
-    if isinstance(func, _binary_losses) or func is F.binary_cross_entropy_with_logits: kind = 'labels'
+    if known_loss(loss_func) and loss_task(loss_func) == 'multilabel' and not takes_probabilities(loss_func):
+        kind = 'labels'
     else: kind = 'numbers' if targets.is_floating_point() else 'classes'
     if targets.ndim > 2 or targets.ndim == 2 and kind == 'classes' and targets.shape[1] > 1:
         raise ValueError(f"Targets of shape {tuple(targets.shape[1:])} a row: a probe predicts one class, some "

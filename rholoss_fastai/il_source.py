@@ -83,6 +83,10 @@ class ILSource:
     )->tuple: # Two parts of a sentence; None: they may be made
         "Why they may not be made for this fit, and what to type instead"
 
+    def allow(self,
+        budget:float # Largest share of the training steps to come
+    ): "Where nobody asked for them by name: what they may cost"
+
     def probe(self,
         learn:Learner # The target, in its fit
     )->Probe:
@@ -330,11 +334,14 @@ class ProbeIL(MadeIL):
 class AutoIL(MadeIL):
     "By a probe where features are at hand, else cross-fitted, for no more than a share of what the fit to come costs"
     by_probe = True # as far as is known before a Learner is at hand
-    by_default,made_by = True,None
+    made_by = None
     def __init__(self,
         budget:float=0.2 # Largest share of the training steps to come that they may cost, by counts
     ):
         super().__init__()
+        self.allow(budget)
+
+    def allow(self, budget):
         self.budget = check_number('il_budget', budget, high=float('inf'), open_low=True, schedule=False)
 
     def prepare(self, learn):
@@ -368,6 +375,13 @@ class AutoIL(MadeIL):
                 ". Train for longer (the frozen epochs of fine_tune are a fit of their own: freeze_epochs=...), allow "
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")
+
+    def values(self, dl, learn=None):
+        "Outside of a fit there is none that they could be too dear for"
+        if self.table is None and learn is not None:
+            self.prepare(learn)
+            self.table = self.made_by.make(learn, True)
+        return super().values(dl, learn)
 
     def make(self, learn, progress):
         try:

@@ -31,7 +31,7 @@ from .item_table import ItemTable, fingerprint
 from .loaders import restrict_rows, scoring_loader, with_loaders
 from .losses import ItemLosses
 from .nested import class_targets
-from .rows import is_distributed, own_rows, preserve_rng
+from .rows import is_distributed, own_rows, preserve_rng, whole
 from .side_models import batch_progress, check_new_learners, fit_quietly, new_learner, score_rows, shows_progress
 
 # %% ../nbs/13_irreducible.ipynb #32fbc8d1
@@ -65,7 +65,8 @@ def degraded(self:IrreducibleLosses,
     "A copy in which a random share of the rows have exchanged their losses: right on the whole, wrong for each of them"
     check_number('share', share, schedule=False)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(self), generator=generator)[:round(share*len(self))]
+    known = (~self.unknown).nonzero().flatten()
+    rows = known[torch.randperm(len(known), generator=generator)[:round(share*len(known))]]
     values = self.values.clone()
     values[rows] = values[rows[torch.randperm(len(rows), generator=generator)]]
     res = type(self)(values, self.fingerprint, dict(self.info, degraded=share))
@@ -160,6 +161,11 @@ def _n_batches(holdout_dl, dl, n_epoch, rows=None):
     return n_epoch * (len(holdout_dl) + len(scoring_loader(dl, rows)))
 
 # %% ../nbs/13_irreducible.ipynb #5acd3ae8
+def _both(first, second):
+    "Rows that two loaders of one data set go through"
+    rows = own_rows(first)
+    return rows[torch.isin(rows, own_rows(second))]
+
 def fit_irreducible(
     learn_il:Learner, # Learner whose `dls.train` is the holdout data
     train_dl, # The target's training `DataLoader`, which is scored
@@ -172,10 +178,10 @@ def fit_irreducible(
     "Fit `learn_il` on its own data, score `train_dl` after each epoch, keep losses and weights of the best epoch"
     check_count('n_epoch', n_epoch, 1)
     start,marks,holdout_dl = time.perf_counter(),fingerprint(train_dl),learn_il.dls.train
-    if holdout_dl.dataset is train_dl.dataset:
-        raise ValueError("learn_il's own training data is train_dl's data set: its model would memorise the rows that "
-                         "it is to score. Fit on other data, or use crossfit_irreducible(make_learner, dls, ...), "
-                         "which needs no holdout data.")
+    if whole(holdout_dl.dataset) is whole(train_dl.dataset) and len(shared := _both(holdout_dl, train_dl)):
+        raise ValueError(f"learn_il's own training data holds {len(shared)} of the rows of train_dl: its model would "
+                         "memorise the rows that it is to score. Fit on other data, or use "
+                         "crossfit_irreducible(make_learner, dls, ...), which needs no holdout data.")
     with batch_progress(_n_batches(holdout_dl, train_dl, n_epoch), progress and shows_progress(learn_il)) as step:
         kept = _fit_and_score(learn_il, train_dl, n_epoch, lr, one_cycle, validate=validate, keep_weights=True,
                               step=step)

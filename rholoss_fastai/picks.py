@@ -253,9 +253,10 @@ class RankSample(RankedPick):
     def fraction(self, pct_train=0.): return scheduled(self.keep, pct_train)
 
     def keys(self, scores, pct_train=0.):
-        rank = rank_key(scores).argsort().argsort() + 0.5 # the middle of each item's share of the ranks
-        return self.drawn((1/self.fraction(pct_train) - 1)*(rank/len(scores)).log()).masked_fill(scores.isnan(),
-                                                                                                 -math.inf)
+        nan = scores.isnan()
+        rank = rank_key(scores).argsort().argsort() - nan.sum() + 0.5 # the middle of each number's share of the ranks
+        log_p = (1/self.fraction(pct_train) - 1)*(rank/(~nan).sum()).log()
+        return self.drawn(log_p).masked_fill(nan, math.nan)
 
 # %% ../nbs/04_picks.ipynb #2a626e05
 class Boltzmann(RankedPick):

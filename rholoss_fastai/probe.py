@@ -402,7 +402,8 @@ def irreducible(self:Probe,
     res = predictions.irreducible(loss_func)
     info = dict(res.info, model='ridge', loss=short_name(loss_func))
     if average_with is not None:
-        res.values = averaged(res.values, average_with.values, predictions.kind)
+        old = average_with.values.where(~average_with.unknown, res.values)
+        res.values = averaged(res.values, old, predictions.kind)
         info['averaged_with'] = average_with.info.get('features') or average_with.info.get('model')
         info['mean'] = res.values.nanmean().item()
     res.info = info

@@ -14,7 +14,6 @@ import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -24,13 +23,14 @@ from .candidates import candidate_input
 from .checks import by_name, check_count, check_number, known_arguments
 from .fit_callback import FitCallback
 from .il_source import ILSource, il_name
-from .nested import as_tensor, class_targets, plain
+from .nested import as_tensor, class_targets
 from .picks import Pick, find_pick, inner_pick
 from .probe import probe_features
 from .ridge import check_features, class_logits, fit_scale, smoothed_shares, standardise
 from .rows import dataset_size, preserve_rng
 from .scoring import scoring_mode, unwrapped
 from .selector import BatchSelector, add_selector, selector_parts
+from .side_models import split_batch
 
 # %% ../nbs/26_reducr.ipynb #fc1682f3
 def class_irreducible(
@@ -52,22 +52,25 @@ def class_irreducible(
     n,C = len(x),int(y.max()) + 1
     x = torch.cat([standardise(x), x.new_ones(n, 1)], 1).double()
     one_hot,of_fold = F.one_hot(y, C).double(),torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % folds
-    ridge = penalty*n*torch.eye(x.shape[1], dtype=x.dtype)
+    of_fold = of_fold.to(x.device)
+    ridge = penalty*n*torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     ridge[-1,-1] = 0. # the intercept isn't shrunk
-    preds = x.new_empty(n, C, C)
-    for fold in range(folds):
-        train,held_out = of_fold != fold,of_fold == fold
-        gram,cross = x[train].T @ x[train],x[train].T @ one_hot[train]
-        for c in range(C):
-            own = x[train & (y == c)]
+    def sums(k):
+        others = x[of_fold != k]
+        return others.T @ others,others.T @ one_hot[of_fold != k]
+    parts = [sums(k) for k in range(folds)]
+    shares,losses = smoothed_shares(y, C),x.new_empty(n, C, dtype=torch.float32)
+    for c in range(C): # the predictions of one reference at a time: those of all would be `(n, C, C)`
+        pred = x.new_empty(n, C)
+        for k,(gram,cross) in enumerate(parts):
+            own,held_out = x[(of_fold != k) & (y == c)],of_fold == k
             own_cross = torch.zeros_like(cross)
             own_cross[:,c] = own.sum(0)
-            preds[held_out,c] = x[held_out] @ torch.linalg.solve(gram + boost*own.T @ own + ridge,
-                                                                 cross + boost*own_cross)
-    shares = smoothed_shares(y, C)
-    losses = [F.cross_entropy(class_logits(p, shares, fit_scale(p, y, shares)[0]), y, reduction='none')
-              for p in preds.float().unbind(1)]
-    return torch.stack(losses, 1)
+            pred[held_out] = x[held_out] @ torch.linalg.solve(gram + boost*own.T @ own + ridge,
+                                                              cross + boost*own_cross)
+        pred = pred.float()
+        losses[:,c] = F.cross_entropy(class_logits(pred, shares, fit_scale(pred, y, shares)[0]), y, reduction='none')
+    return losses
 
 # %% ../nbs/26_reducr.ipynb #dbdfa542
 class ClassIL(ILSource):
@@ -115,9 +118,9 @@ class ClassProbeIL(ClassIL):
         if self.of is not dl:
             rows,x,y = probe_features(learn, dl, self.features,
                                       progress=any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
-            table = class_irreducible(x, y, **self.kwargs)
+            table = class_irreducible(x, y, **self.kwargs).cpu()
             # of rows that are left out, the mean
-            self.values_by_class = table.mean(0).repeat(dataset_size(dl), 1).index_copy_(0, rows, table.cpu())
+            self.values_by_class = table.mean(0).repeat(dataset_size(dl), 1).index_copy_(0, rows, table)
         self.of,self.on_device = dl,self.values_by_class.to(device)
         return time.perf_counter() - began
 
@@ -162,7 +165,9 @@ class ClassWeights(Pick):
         loss:Tensor=None, # `(n_B,)`
         class_il:Tensor=None # `(n_B, C)`
     ):
-        if not isinstance(self._sums, Tensor): self._sums = class_il.new_zeros(class_il.shape[1])
+        # of other classes another begins
+        if not isinstance(self._sums, Tensor) or len(self._sums) != class_il.shape[1]:
+            self._sums = class_il.new_zeros(class_il.shape[1])
         reducible = (loss[:,None] - class_il).clamp(min=0)
         selection = self.pick(reducible @ self.class_weights.to(reducible.device), pct_train, size)
         self._sums = (self._sums.to(reducible.device)
@@ -184,9 +189,7 @@ class ClassHoldout(FitCallback):
         model,losses,targs,n = unwrapped(learn.model),[],[],0
         with preserve_rng(), scoring_mode(model, device):
             for batch in learn.dls.valid:
-                batch = plain(to_device(batch, device))
-                n_inp = getattr(learn.dls, 'n_inp', None) or max(len(batch) - 1, 1)
-                xb,yb = batch[:n_inp],batch[n_inp:]
+                xb,yb = split_batch(batch, getattr(learn.dls, 'n_inp', None), device)
                 losses.append(item_losses(model(*xb), *yb)); targs.append(class_targets(yb[0]))
                 n += len(targs[-1])
                 if n >= self.n_rows: break

@@ -22,14 +22,19 @@ from .scores import reducible_loss, worth_learning
 from .selector import UNITS, BatchSelector, add_selector, selector_of, selector_parts
 
 # %% ../nbs/23_rho_loss.ipynb #891e097e
-def _il_source(il, budget, update_il, crossfit):
+# argument -> that of `CrossFitIL`
+_CROSSFIT = dict(il_epochs='n_epoch', il_lr='lr', il_folds='n_folds', il_seed='seed', il_arch='arch')
+
+def _il_source(il, budget, update_il, **crossfit):
     "The source of irreducible losses that the arguments speak of"
     crossfit = {k: v for k,v in crossfit.items() if v is not None}
-    named = il_name(il)
+    named = 'auto' if il is None else il_name(il)
     if crossfit and named not in ('auto', 'crossfit'):
-        raise ValueError(f"il_{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is "
+        raise ValueError(f"{next(iter(crossfit))} is about cross-fitting, but il={named or type(il).__name__} is "
                          "given: leave one of them out.")
-    source = CrossFitIL(**crossfit) if crossfit or named == 'crossfit' else il_source(il, budget)
+    if crossfit or named == 'crossfit': source = CrossFitIL(**{_CROSSFIT[k]: v for k,v in crossfit.items()})
+    else: source = il_source('auto' if il is None else il, budget)
+    if il is None: source.by_default = not crossfit
     if update_il:
         if not isinstance(source, ModelIL):
             raise ValueError("update_il=True trains the irreducible-loss model on, so give it as il: a module or a "
@@ -51,7 +56,7 @@ class RhoLossCallback(BatchSelector):
     "Train on the items whose loss is high but reducible (Mindermann et al. 2022, algorithm 1)"
     @delegates(selector_parts)
     def __init__(self,
-        il='auto', # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name
+        il=None, # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name; default 'auto'
         frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
         score:str|Callable=None, # How much an item is wanted; default 'reducible', by a probe's losses 'worth_learning'
         pick:str|Pick=None, # Which items a score picks, or its name; default `TopFraction(frac)`
@@ -66,8 +71,8 @@ class RhoLossCallback(BatchSelector):
         il_arch:Callable=None, # Cross-fitting: makes models, as `partial(small_cnn, 10)`; default the Learner's
         **kwargs
     ):
-        source = _il_source('auto' if il is None else il, kwargs.get('il_budget', 0.2), update_il,
-                            dict(n_epoch=il_epochs, lr=il_lr, n_folds=il_folds, seed=il_seed, arch=il_arch))
+        source = _il_source(il, kwargs.get('il_budget', 0.2), update_il, il_epochs=il_epochs, il_lr=il_lr,
+                            il_folds=il_folds, il_seed=il_seed, il_arch=il_arch)
         parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
         if score is None and source.by_probe and gate: parts['beside'].append(LabelGate())
         if score is None: score = worth_learning if source.by_probe else reducible_loss
@@ -79,16 +84,18 @@ class RhoLossCallback(BatchSelector):
 @known_arguments
 @delegates(RhoLossCallback.__init__)
 def rho_loss(self:Learner,
-    il='auto', # Irreducible losses: a table, a file, a number per row, a module, a Learner, or a name
+    il=None, # A table, a file, a number per row, a module, a Learner, or a name; default an earlier call's, or 'auto'
     frac:float=None, # n_b / n_B in (0, 1], or a schedule; default 0.5
     unit:str='item', # What is chosen: 'item', or 'token': elements of the loss, as tokens, pixels, labels (`tokens`)
     **kwargs
 )->Learner: # The Learner
     "Train on the items whose loss is high but reducible; `learn.no_selection()` undoes it"
     before = [cb for cb in self.cbs if isinstance(cb, RhoLossCallback)]
+    anew = any(kwargs.get(o) is not None for o in _CROSSFIT)
     # another `frac`, the same irreducible losses; an export has left them out
-    if before and il_name(il) == 'auto' and not getattr(before[0].il_source, 'exported', False):
+    if before and il is None and not (anew or getattr(before[0].il_source, 'exported', False)):
         il = before[0].il_source
+        if 'il_budget' in kwargs: il.allow(kwargs['il_budget'])
     return add_selector(self, selector_of('rho_loss', unit)(il, frac, **kwargs))
 
 UNITS['rho_loss','item'] = RhoLossCallback

@@ -11,6 +11,7 @@ __all__ = ['PROXY_EVERY', 'FORWARDS', 'Scorer', 'SeparateForward', 'rank_correla
 # %% ../nbs/18_scorers.ipynb #85be1edb
 import math
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,13 @@ class Scorer(NotSaved):
     )->'Scorer': # The one for this epoch: itself, unless it chooses
         "Take the model as it is now"
         return self
+
+    def candidate_cost(self,
+        asked:tuple, # Names of the figures that score and pick want
+        kept:float # Share of the candidates that is trained on
+    )->float: # In units of a forward as in training
+        "What scoring one candidate costs"
+        return self.relative_cost
 
     def context(self):
         "Figures are computed in here: without gradients, and leaving no trace"
@@ -112,6 +120,10 @@ class SeparateForward(Scorer):
     @property
     def relative_cost(self): return self._run.relative_cost
 
+    def candidate_cost(self, asked, kept):
+        passes = self.n_mc*('log_probs' in asked) + bool({*asked} - {'log_probs', 'targ', 'il', 'hopeless'})
+        return self.relative_cost*passes
+
     def scored_model(self, learn): return unwrapped(learn.model)
 
     def begin_epoch(self, learn, device, kept=None):
@@ -136,7 +148,7 @@ class SeparateForward(Scorer):
         return (F.interpolate(xb[0], scale_factor=self.scale_factor, mode='bilinear', antialias=True), *xb[1:])
 
     def __call__(self, c):
-        c.read((self._run(*self._scaled(xb)), yb) for xb,yb in c.chunks(self.score_bs))
+        c.read((self._run(*self._scaled(xb)), yb) for xb,yb in c.chunks())
         c.scored += c.n
 
     def log_probs(self, c):
@@ -144,12 +156,12 @@ class SeparateForward(Scorer):
         if not self.dropouts:
             raise ValueError("The score compares predictions under dropout, and this model has no dropout layer: add "
                              "one, or use another score.")
-        axis = getattr(c.item_losses, 'axis', None)
-        axis = 1 if axis is None else axis # where the loss has its classes
+        axis = getattr(c.item_losses, 'axis', None) # where the loss has its classes
+        def logs(pred): # which of several axes it is a score knows then, and normalises along it
+            return pred if axis is None and pred.ndim > 2 else pred.log_softmax(1 if axis is None else axis)
         with modules_in_mode(self.dropouts, True), _without_fused_attention():
-            parts = [torch.stack([prediction(self._run(*self._scaled(xb))).float().log_softmax(axis)
-                                  for _ in range(self.n_mc)])
-                     for xb,_ in c.chunks(self.score_bs)]
+            parts = [torch.stack([logs(prediction(self._run(*self._scaled(xb))).float()) for _ in range(self.n_mc)])
+                     for xb,_ in c.chunks()]
         c.scored += c.n*self.n_mc
         return torch.cat(parts, 1)
 
@@ -212,9 +224,9 @@ class ProxyForward(SeparateForward):
         self.n_batches += 1
         if c.get('loss') is None or (self.n_batches - 1) % PROXY_EVERY: return
         with scoring_mode(self.target, self.device):
-            own = torch.cat([c.item_losses(self.own(*self._scaled(xb)), *yb) for xb,yb in c.chunks(self.score_bs)])
+            own = torch.cat([c.item_losses(self.own(*self._scaled(xb)), *yb) for xb,yb in c.chunks()])
         if self.share is None:
-            xb,_ = next(c.chunks(self.score_bs))
+            xb,_ = next(c.chunks())
             self.share = _flops(self.model, self.device, xb)/_flops(self.target, self.device, xb)
         c.scored += c.n
         self.correlations.append(rank_correlation(c.get('loss'), own))
@@ -237,6 +249,8 @@ class SharedForward(Scorer):
         if any(isinstance(cb, MixHandler) for cb in learn.cbs):
             raise ValueError("forward='reuse' selects after the forward pass, when MixUp or CutMix have already mixed "
                              "selected with rejected items: use forward='twice' with them.")
+
+    def candidate_cost(self, asked, kept): return STEP_COST*(1 - kept) # a whole step for those that are left out
 
     def begin_epoch(self, learn, device, kept=None):
         self.model = unwrapped(learn.model)
@@ -294,7 +308,12 @@ def find_scorer(
     **kwargs # Of `SeparateForward`
 )->Scorer:
     "The scorer of that name"
-    if isinstance(forward, Scorer): return forward
+    if isinstance(forward, Scorer):
+        defaults = {k: o.default for k,o in signature(SeparateForward.__init__).parameters.items()}
+        given = [k for k,v in dict(kwargs, proxy=proxy).items() if v != defaults.get(k)]
+        if not given: return forward
+        raise ValueError(f"{', '.join(given)} would change nothing beside forward={forward!r}, which has settings of "
+                         "its own: give them to it.")
     if forward not in FORWARDS: raise ValueError(f"forward must be 'twice', 'reuse' or 'auto'; got {forward!r}.")
     separate = SeparateForward(**kwargs) if proxy is None else ProxyForward(proxy, **kwargs)
     if forward == 'twice' or proxy is not None and forward == 'auto': return separate

@@ -41,11 +41,11 @@ def _buffers_kept(
     modules:list # All modules of a model
 ):
     "Buffers (running statistics and the like) as they were, bit for bit, also if one was replaced"
-    kept = [(m, name, b, b.clone()) for m in modules for name,b in m._buffers.items() if b is not None]
+    kept = [(m, name, b, None if b is None else b.clone()) for m in modules for name,b in m._buffers.items()]
     try: yield
     finally:
         for m,name,buffer,value in kept:
-            buffer.copy_(value)
+            if buffer is not None: buffer.copy_(value)
             m._buffers[name] = buffer
 
 # %% ../nbs/08_scoring.ipynb #73025270

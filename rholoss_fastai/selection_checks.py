@@ -33,6 +33,7 @@ def check_sentence(
     selector # A `BatchSelector`
 ):
     "Raise where the parts of a selection can't work together"
+    if selector.enlarge: selector.enlarge.check(selector.pick)
     asked,reuse = selector.asked,selector.scorer.forward == 'reuse'
     name = next((repr(k) for k,v in SCORES.items() if v is selector.score), short_name(selector.score))
     if 'il' in asked and selector.il_source is None:

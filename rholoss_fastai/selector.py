@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .beside import FallBack, TrackSubsets, TrainBeside
 from .candidates import Candidates, LossMemory, When, what_is_asked
 from .checks import check_choice, check_count, known_arguments, short_name
-from .delivery import CarriedState, Enlarge, Narrow, candidate_loader, spread
+from .delivery import EPOCHS, CarriedState, Enlarge, Narrow, candidate_loader, spread
 from .fit_callback import FitCallback, set_record_aside, weigh_loss
 from .il_source import il_source
 from .nested import plain, subset_batch, tensors
@@ -79,7 +79,6 @@ class BatchSelector(AnySelector):
         self.enlarge,self.min_items,self.beside = enlarge,min_items,list(beside)
         self.inputs = score_inputs(self.score) if self.pick.needs_scores else ()
         self.asked = what_is_asked((*self.inputs, *self.pick.needs), self.il_source is not None)
-        if enlarge: enlarge.check(self.pick)
         check_sentence(self)
         self.record,self.epochs_done,self.epochs_selected,self.off = SelectionRecord(),0,0,False
 
@@ -129,9 +128,12 @@ class BatchSelector(AnySelector):
         fit.scorer = self.scorer.begin_epoch(learn, fit.device, kept)
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules())
         fit.min_items = self.delivery.min_items(self.min_items or (2 if batch_norm else 1))
+        if self.memory is not None: self.memory.begin_epoch(learn.dls.train, dataset_size(source), fit.device)
+        scores = self.pick.now(pct_train).needs_scores and not (fit.warm or self.memory and self.memory.stale)
+        cost = fit.scorer.candidate_cost(self.asked, self.pick.fraction(pct_train) or 1.) if scores else 0.
         fit.loader,fit.n_b,fit.n_candidates = candidate_loader(
             source, None if fit.warm else self.enlarge, self.needs_rows, pick=self.pick, pct_train=pct_train,
-            min_items=fit.min_items, scoring_cost=fit.scorer.relative_cost)
+            min_items=fit.min_items, scoring_cost=cost)
         if fit.loader is not None: self.learn.dl = fit.loader
         check_epoch(learn.dl)
         if fit.first: say_what_will_happen(self, learn, source)
@@ -139,8 +141,6 @@ class BatchSelector(AnySelector):
             with explained(self, 'made'): self.record.seconds_il += self.il_source.begin(learn, fit.device)
             fit.il_of = learn.dls.train
         n_rows = dataset_size(source) if fit.loader is not None else None
-        if self.memory is not None: self.memory.begin_epoch(learn.dls.train, n_rows, fit.device)
-        scores = self.pick.now(pct_train).needs_scores and not (fit.warm or self.memory and self.memory.stale)
         self.record.start_epoch(fit.device, n_rows, fit.scorer.forward if scores else 'none', fit.scorer.relative_cost)
 
     # A batch
@@ -326,7 +326,7 @@ def selector_parts(
     "The objects of a selection, made of flat arguments"
     scorer = find_scorer(forward, proxy, precision=precision, mode=mode, compile=compile, scale_factor=scale_factor,
                          score_bs=score_bs, n_mc=n_mc)
-    check_count('staleness', staleness, 1)
+    check_count('staleness', staleness, 1); check_choice('epoch', epoch, EPOCHS)
     beside = [TrainBeside(scorer.companion)] if proxy is not None else []
     if track is not None: beside.append(TrackSubsets(track, track_columns))
     if fallback is not None: beside.append(FallBack(fallback))

@@ -94,7 +94,7 @@ def map_rows(
     rows:Tensor=None, # Ascending row numbers to go through; None for all that `dl` goes through
     step=noop, # Called after each batch
     augment:bool=False # With the transforms of training?
-)->Tensor: # `(k, ...)`, on the model's device, in the order of the data set
+)->Tensor: # `(k, ...)`, on the device of what `func` returns, in the order of the data set
     "What `func` says of every row that `dl` goes through"
     model,values,seen = get_model(learn.model),[],[]
     # of a recurrent model's state, as fastai does
@@ -119,7 +119,8 @@ def map_rows(
         raise ValueError(f"Every row must be scored exactly once: {len(wanted)} rows were wanted; {len(seen)} were "
                          f"scored, {len(seen.unique())} of them different. Pass a loader of the whole training set, "
                          "such as dls.train.")
-    return torch.cat(values)[seen.argsort().to(device)]
+    values = torch.cat(values)
+    return values[seen.argsort().to(values.device)]
 
 # %% ../nbs/11_side_models.ipynb #894902fb
 def score_rows(

@@ -93,8 +93,9 @@ class TeacherIL(ILSource):
         if temperature is not None:
             check_number('temperature', temperature, high=float('inf'), open_low=True, schedule=False)
         self.teacher,self.classes = teacher,classes
-        self.temperature,self.held_out,self.n_rows = temperature,held_out,n_rows
-        self.module,self.columns,self.ready = teacher if isinstance(teacher, nn.Module) else None,None,False
+        self.given = self.temperature = temperature
+        self.held_out,self.n_rows = held_out,n_rows
+        self.module,self.columns,self.of = teacher if isinstance(teacher, nn.Module) else None,None,None
 
     def check(self, learn):
         if self.exported:
@@ -105,13 +106,13 @@ class TeacherIL(ILSource):
         self.columns = class_columns(self.classes, names)
 
     def begin(self, learn, device):
-        "Map the classes and fit the temperature, once"
-        if self.ready: return 0.
-        began = time.perf_counter()
+        "Map the classes and fit the temperature, once for a training set"
+        of,began = (learn.dls.train, device),time.perf_counter()
+        if self.of == of: return 0.
         self.check(learn)
         if self.module is not None: self.module.to(device)
-        if self.temperature is None: self.temperature = self._fitted(learn, device)
-        self.ready = True
+        if self.given is None: self.temperature = self._fitted(learn, device)
+        self.of = of
         return time.perf_counter() - began
 
     def _fitted(self, learn, device):

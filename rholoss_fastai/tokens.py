@@ -258,6 +258,7 @@ class TokenSelector(AnySelector):
             if self.needs_rows and self._fit.first: self.il_source.check_lengths(len(losses))
         self._fit.first = False
         scores = self.score(*[known[o].flatten() for o in self.asked]) if self.asked else losses.flatten()
+        scores = scores.where(counted.flatten(), torch.nan) # what doesn't count has no rank among the others
         return top_elements(self.pick.keys(scores, learn.pct_train).view(counted.shape), counted,
                             self.pick.fraction(learn.pct_train))
 
@@ -289,7 +290,8 @@ _OF_ITEMS = {**dict.fromkeys('forward precision mode compile scale_factor score_
              **dict.fromkeys('enlarge epoch min_items'.split(), _NO_CANDIDATES),
              **dict.fromkeys('il_budget il_epochs il_lr il_folds il_seed il_arch update_il'.split(),
                              'their reference is made beforehand'),
-             **dict.fromkeys('track track_columns fallback'.split(), 'their ledger counts elements, not rows')}
+             **dict.fromkeys('track track_columns fallback'.split(), 'their ledger counts elements, not rows'),
+             'gate': 'the gate looks at the labels of items'}
 
 def _of_tokens(method, score, pick, frac, **kwargs):
     "The `TokenSelector` that these arguments speak of; those that speak of items are refused"
@@ -302,6 +304,7 @@ def _of_tokens(method, score, pick, frac, **kwargs):
     return TokenSelector(score, pick, frac, **kwargs)
 
 def _reducible_tokens(il, frac, score=None, pick=None, **kwargs):
-    return _of_tokens('rho_loss', score or 'reducible', pick or 'top', frac, il=_element_il(il), **kwargs)
+    il = _element_il('auto' if il is None else il)
+    return _of_tokens('rho_loss', score or 'reducible', pick or 'top', frac, il=il, **kwargs)
 
 UNITS['select','token'],UNITS['rho_loss','token'] = partial(_of_tokens, 'select'),_reducible_tokens

@@ -592,3 +592,22 @@ def test_cuda_and_mixed_precision(mode):
     torch.testing.assert_close(il.values, by_hand, rtol=0, atol=1e-3 if mode == 'to_fp32' else 0.1)
     make = learner_copies(getattr(make_learner(dls), mode)())
     assert torch.equal(*(crossfit_irreducible(make, dls, 2, **quiet).values for _ in range(2)))
+
+def test_what_is_degraded_is_known():
+    "Rows that a restricted loader left out stay unknown"
+    x = torch.randn(60, 2)
+    dl = restrict_rows(DataLoader(TensorDataset(x, torch.arange(60) % 3), bs=6), range(0, 60, 2))
+    table = IrreducibleLosses.of(torch.rand(30), dl)
+    worse = table.degraded(0.5)
+    assert worse.check(dl) is worse and torch.equal(worse.unknown, table.unknown)
+    assert 0 < (worse.values != table.values)[::2].sum() <= 15
+    assert torch.equal(worse.values[::2].sort().values, table.values[::2].sort().values)
+
+def test_holdout_data_share_no_row_with_what_is_scored():
+    data = TensorDataset(torch.randn(60, 2), torch.arange(60) % 3)
+    def dl(rows): return restrict_rows(DataLoader(data, bs=6), rows)
+    def learn(rows): return Learner(DataLoaders(dl(rows), dl(rows)), nn.Linear(2, 3), CrossEntropyLossFlat())
+    for train_dl, n in ((dl(range(30, 60)), 3), (DataLoader(data, bs=6), 33)):
+        with pytest.raises(ValueError, match=f'holds {n} of the rows of train_dl'):
+            fit_irreducible(learn(range(33)), train_dl, 1, **quiet)
+    assert len(fit_irreducible(learn(range(30)), dl(range(30, 60)), 1, **quiet)) == 60

@@ -417,3 +417,14 @@ def test_every_name_makes_a_pick():
     (lambda: ThenUniform(at=SchedLin(0., 1.)), TypeError, 'not a schedule')])
 def test_bad_input_is_refused_at_once(call, kind, message):
     with pytest.raises(kind, match=message): call()
+
+@pytest.mark.parametrize('cls', [TopFraction, RankSample, Boltzmann])
+def test_a_class_of_nan_has_no_quota(cls):
+    scores, targ = torch.tensor([1., 2., 3., 4., math.nan, math.nan]), torch.tensor([0, 0, 0, 0, 1, 1])
+    assert not PerClass(pick=cls(0.5))(scores, targ=targ).idxs.ge(4).any()
+
+def test_ranks_are_among_numbers():
+    scores = torch.rand(5)
+    keys = RankSample(0.25).keys(torch.cat([scores, torch.full((9,), math.nan)]))
+    torch.testing.assert_close(keys[:5], RankSample(0.25).keys(scores))
+    assert keys[5:].isnan().all()

@@ -1,7 +1,9 @@
 """Irreducible losses by ridge regression: against refits, on every kind of inputs and targets, and on inputs that
 can't work"""
 import random
+from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from fastai.optimizer import SGD
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
+from fastcore.basics import noop
 from helpers import fit
 from sklearn.linear_model import Ridge
 from torch import nn
@@ -24,7 +27,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, TensorDataset
 
+from rholoss_fastai import side_models
 from rholoss_fastai.features import BodyInputs, RandomPatches, is_trained, table_features, text_features
+from rholoss_fastai.il_source import il_values
 from rholoss_fastai.irreducible import IrreducibleLosses, small_cnn
 from rholoss_fastai.loaders import restrict_rows
 from rholoss_fastai.noise import redraw_labels
@@ -181,6 +186,40 @@ def test_one_label_yes_or_no():
     found = probe_predictions(learn, features='columns', **quiet)
     assert found.kind == 'labels' and found.probs.shape == (300, 1)
     torch.testing.assert_close(found.p_label, torch.where(y.bool(), found.probs[:,0], 1 - found.probs[:,0]))
+
+@pytest.mark.parametrize('loss', [F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss(),
+                                  partial(partial(F.binary_cross_entropy_with_logits), reduction='mean')], ids=str)
+def test_labels_by_losses_of_every_form(loss):
+    x,y = data(60)
+    targets = torch.stack([(y == 0), (y == 1), x[:,0] > 0], 1).float()
+    found = probe_predictions(make_learner(x, targets, 3, loss), features='columns', **quiet)
+    assert found.kind == 'labels'
+    expected = F.binary_cross_entropy_with_logits(found.logits, targets, reduction='none').mean(1)
+    torch.testing.assert_close(found.losses(loss), expected)
+
+def test_table_features_whatever_the_order_of_columns():
+    "Random combinations reach as far from the first column as from the last"
+    generator = torch.Generator().manual_seed(0)
+    cats = torch.stack([torch.randint(k, (2000,), generator=generator) for k in (64, 2)], 1)
+    spreads = [table_features(o, None)[:,66:].std(0).mean().item() for o in (cats, cats.flip(1))]
+    assert spreads == pytest.approx([spreads[0]]*2, rel=0.05)
+
+def test_made_by_name_outside_of_a_fit():
+    "Where there is no bill of a fit"
+    x,y = data()
+    learn = make_learner(x, y)
+    learn.logger = noop
+    assert torch.equal(il_values('auto', learn.dls, learn), il_values('probe', learn.dls, learn))
+
+def test_averaged_with_losses_of_some_rows_alone(tmp_path):
+    "Of a restricted loader: what they don't know is the probe's alone"
+    learn = make_learner(*data())
+    dl = restrict_rows(learn.dls.train, range(0, 120, 2))
+    table = probe_irreducible(learn, dl, features='columns', **quiet,
+                              average_with=IrreducibleLosses.of(torch.rand(60), dl))
+    assert table.values.isfinite().all() and table.info['mean'] == pytest.approx(table.values.mean().item())
+    table.save(tmp_path/'il')
+    assert IrreducibleLosses.load(tmp_path/'il').check(dl)
 
 def test_labels_that_are_wrong_stand_out():
     x,y = data(600)
@@ -711,3 +750,22 @@ def test_patches_tell_wrong_labels_of_cifar10(cifar):
     learn = make_learner(images.float()/255, labels, model=small_cnn(10), bs=100)
     il = probe_irreducible(learn, **quiet)
     assert il.info['features'] == 'patches' and il.info['accuracy'] > 0.38 and auc(il.values, wrong) > 0.85
+
+
+# ---- another device than the host
+
+def test_values_may_stay_on_the_host(monkeypatch):
+    "A batch's values in another place than the model, which stands on `meta` here for want of CUDA"
+    monkeypatch.setattr(side_models, 'autocast', lambda *args: nullcontext())
+    learn = make_learner(*data())
+    learn.model.to('meta')
+    rows = side_models.map_rows(learn, learn.dls.train, lambda model, xb, yb, rows: rows)
+    assert torch.equal(rows, torch.arange(120))
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('features', ['columns', 'auto', lambda x: x.cpu()])
+def test_a_probe_on_cuda(features):
+    learn = make_learner(*data())
+    host = probe_irreducible(learn, features=features, **quiet)
+    learn.dls.to('cuda'); learn.model.to('cuda')
+    assert torch.allclose(probe_irreducible(learn, features=features, **quiet).values, host.values, atol=1e-3)

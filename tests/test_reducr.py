@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rholoss_fastai.all import ClassWeights, WorstGroup, class_irreducible, probe_features, restrict_rows
 from rholoss_fastai.noise import row_targets
@@ -68,6 +69,19 @@ def test_the_references_are_weighted_ridge():
         best = min(np.linspace(0.05, 20, 2000), key=lambda s: losses(s).mean().item())
         assert torch.allclose(table[:, c].double(), losses(best), atol=0.03)
 
+def test_memory_of_many_classes():
+    "No tensor of predictions by every reference of every class"
+    largest = 0
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor): largest = max(largest, out.numel())
+            return out
+    n, C = 60, 20
+    with Sizes(): table = class_irreducible(torch.randn(n, 4), torch.arange(n) % C, folds=2)
+    assert table.shape == (n, C) and n*C <= largest < 2*n*C
+
 class Items(list):
     def new_empty(self): return Items() # for `export`
 
@@ -111,6 +125,15 @@ def test_references_by_the_probe():
     assert torch.allclose(learn.selector.il_source.values_by_class, class_irreducible(features, targets), atol=1e-5)
     ledger = learn.selection.ledger
     assert ledger.seconds_il[0] > 0 == ledger.seconds_il[1] and ledger.selected.max() < 0.5
+
+@pytest.mark.cuda
+def test_references_on_cuda():
+    learn, table = learner_and_table()
+    learn.dls.to('cuda')
+    fit(learn.reducr(frac=0.25), 2)
+    host = learner_and_table()[0].reducr(frac=0.25)
+    assert torch.allclose(learn.selector.il_source.values_by_class, fit(host, 1).selector.il_source.values_by_class,
+                          atol=1e-3)
 
 def test_rows_that_the_loader_leaves_out():
     learn, table = learner_and_table()
@@ -163,3 +186,9 @@ def test_refused():
     with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])
     with pytest.raises(ValueError, match='expected one of probe'): learn.reducr('crossfit')
     with pytest.raises(ValueError, match='give one of them'): ClassWeights(0.2, pick=Uniform(0.5))
+
+def test_other_classes_have_weights_of_their_own():
+    pick = ClassWeights(0.5)
+    for C in (3, 2):
+        pick(torch.rand(4), loss=torch.rand(4), class_il=torch.rand(4, C))
+        assert pick.class_weights.shape == (C,)

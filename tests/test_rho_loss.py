@@ -41,7 +41,7 @@ from rholoss_fastai.all import (
     probe_irreducible,
     small_cnn,
 )
-from rholoss_fastai.il_source import MadeIL
+from rholoss_fastai.il_source import AutoIL, MadeIL
 from rholoss_fastai.loaders import restrict_rows
 
 N, BS, FRAC = 120, 8, 0.25
@@ -451,6 +451,42 @@ def test_irreducible_losses_cost_is_booked_once(tmp_path):
     again = fit(first.rho_loss(frac=0.5, epoch='candidates'), 1) # a second call keeps the irreducible losses
     assert again.selector.il is il
     assert again.selection.ledger.selected.tolist() == [0.5]
+
+
+def test_a_model_of_irreducible_losses_is_asked_for_as_few_at_a_time():
+    sizes = []
+    class Model(nn.Linear):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x.flatten(1))
+    fit(conv_learner().rho_loss(Model(36, 3), frac=0.5, score_bs=3), 1)
+    assert max(sizes) == 3
+
+
+def test_a_second_call_says_what_changes():
+    "What isn't said stays; what is, also where it is the default, takes the place of what there was"
+    learn = conv_learner().rho_loss(il_epochs=1)
+    crossfit = learn.selector.il_source
+    assert learn.rho_loss(frac=0.25).selector.il_source is crossfit
+    assert learn.rho_loss(il_epochs=2, il_folds=3).selector.il_source.settings == dict(n_epoch=2, lr=None, n_folds=3,
+                                                                                       seed=0)
+    auto = learn.rho_loss('auto').selector.il_source
+    assert isinstance(auto, AutoIL) and auto.budget == 0.2
+    assert learn.rho_loss(il_budget=0.7).selector.il_source is auto and auto.budget == 0.7
+    assert learn.rho_loss().selector.il_source is auto and auto.budget == 0.7
+    with pytest.raises(ValueError, match='il_budget must lie'): learn.rho_loss(il_budget=0)
+    table = conv_learner().rho_loss(il_values())
+    assert isinstance(table.rho_loss('auto').selector.il_source, AutoIL)
+    with pytest.raises(ValueError, match='^il_epochs is about cross-fitting, but il=probe'):
+        learn.rho_loss('probe', il_epochs=3)
+
+
+def test_who_asks_for_irreducible_losses_hears_that_nothing_looks_at_them():
+    with pytest.warns(UserWarning, match='they change nothing'): conv_learner().select(il='auto')
+    with pytest.warns(UserWarning, match='they change nothing'): conv_learner().rho_loss('auto', score='loss')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        conv_learner().rho_loss(score='loss')
 
 
 @pytest.mark.slow

@@ -42,10 +42,17 @@ class Hooked(nn.Sequential):
         super().__init__(nn.Linear(3, 4), nn.ReLU())
         self[0].register_forward_hook(lambda m, i, o: setattr(m, 'out', o.detach()))
 
+class Centred(nn.Module):
+    "A buffer that the first batch fills"
+    def __init__(self): super().__init__(); self.register_buffer('centre', None)
+    def forward(self, x):
+        if self.centre is None: self.centre = x.mean(0).detach()
+        return x - self.centre
+
 def numbers(): return torch.randn(4, 5, 3)
 def tokens(): return torch.randint(1, 9, (4, 5))
 models = [(Recurrent, numbers), (lambda: Recurrent(nn.GRU, 2), numbers), (lambda: Recurrent(nn.RNN), numbers),
-          (Awd, tokens), (InPlace, numbers), (Hooked, numbers)]
+          (Awd, tokens), (InPlace, numbers), (Hooked, numbers), (Centred, numbers)]
 
 def snapshot(model):
     def of(o):

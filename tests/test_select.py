@@ -14,6 +14,7 @@ from fastai.learner import load_learner
 from helpers import fit, learner
 from numbered_rows import N, Rows, rows_of
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from rholoss_fastai.all import (
@@ -23,6 +24,7 @@ from rholoss_fastai.all import (
     Boltzmann,
     ImportanceSample,
     PerClass,
+    SeparateForward,
     ThenUniform,
     TopFraction,
     Uniform,
@@ -269,6 +271,9 @@ def test_scores_with_irreducible_losses_belong_to_rho_loss(score):
     (('loss', 'top', 0), {}, ValueError, r'frac must lie in \(0, 1\]'),
     (('loss', 'percentile'), dict(enlarge=True), ValueError, 'enlarge=False'),
     (('loss',), dict(modes='train'), TypeError, 'modes'),
+    (('loss',), dict(epoch='candidate'), ValueError, "Did you mean 'candidates'"),
+    (('loss',), dict(forward=SeparateForward(), score_bs=4, precision=None), ValueError,
+     'precision, score_bs would change nothing'),
     ((partial(gradient_norm_bound, targ=None),), dict(every=0), ValueError, 'every must be')])
 def test_bad_input_is_refused_at_once(args, kwargs, kind, message):
     with pytest.raises(kind, match=message): dropout_learner().select(*args, **kwargs)
@@ -287,3 +292,33 @@ def test_no_worker_outlives_the_fit(kind):
         fit(learn, 1)
         assert set(active_children()) <= others
     assert learn.selection.ledger.trained.tolist() == [len(train)*8]*2
+
+@pytest.mark.parametrize('settings', [dict(), dict(pick='uniform'), dict(score='bald', n_mc=3), dict(forward='reuse'),
+                                      dict(score='loss_plus_conditional_entropy', n_mc=2), dict(staleness=2),
+                                      dict(pick=ThenUniform(0.5, at=0.))], ids=str)
+def test_an_epoch_of_the_same_cost(settings):
+    "By the ledger, in each epoch: also where nothing is scored, where much is, and with one forward for both"
+    frac = {} if isinstance(settings.get('pick'), ThenUniform) else dict(frac=0.5)
+    learn = fit(dropout_learner(bs=2).select(enlarge=True, epoch='cost', **frac, **settings), 2)
+    plain = len(learn.dls.train)
+    for line in learn.selection.ledger.itertuples():
+        assert abs(line.trained/2*line.step_cost - plain) <= 0.51*line.step_cost
+
+def test_several_passes_with_classes_on_an_axis_of_ones_own():
+    "Under a loss of one's own: the same figures as with the classes on the second axis"
+    class Positions(nn.Module):
+        def __init__(self, last):
+            super().__init__(); self.last, self.drop, self.out = last, nn.Dropout(0.5), nn.Linear(36, 12)
+        def forward(self, x):
+            res = self.out(self.drop(x.flatten(1))).view(-1, 4, 3)
+            return res if self.last else res.transpose(1, 2)
+    found = []
+    for last in (True, False):
+        def own(pred, y): return F.cross_entropy(pred.transpose(1, 2) if last else pred, y[:, None].expand(-1, 4))
+        def score(log_probs):
+            found.append(partial(bald, task='classes', axis=2 if last else 1)(log_probs))
+            return found[-1]
+        learn = dropout_learner(partial(Positions, last), bs=N)
+        learn.loss_func = own
+        fit(learn.select(score, frac=0.5, n_mc=3), 1, seed=0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

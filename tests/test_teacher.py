@@ -104,3 +104,14 @@ def test_no_held_out_rows():
     learn.dls.loaders = learn.dls.loaders[:1]
     with pytest.raises(ValueError, match='held_out=dl'): TeacherIL(teacher, COLUMNS).values(learn.dls.train, learn)
     assert math.isfinite(TeacherIL(teacher, COLUMNS, held_out=learn.dls.train).values(learn.dls.train, learn).sum())
+
+def test_other_classes_have_columns_and_a_temperature_of_their_own():
+    learn,source = named_learner(),TeacherIL(teacher, ['car', 'other', 'dog', 'cat'])
+    fit(learn.rho_loss(source, frac=0.5), 1)
+    rows = [(x, (y + 1) % 3) for x,y in learn.dls.train.dataset]
+    class Others(list): classes = ['car', 'cat', 'dog']
+    learn.dls = DataLoaders(DataLoader(Others(rows), bs=24, shuffle=True), DataLoader(rows[:60], bs=30))
+    fit(learn, 1)
+    anew = TeacherIL(teacher, source.classes)
+    assert torch.equal(source.values(learn.dls.train, learn), anew.values(learn.dls.train, learn))
+    assert source.temperature == anew.temperature

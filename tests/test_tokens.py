@@ -1,6 +1,7 @@
 "Selection of the loss's elements, against brute force"
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,21 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import awd_lstm_lm_config
 from fastai.text.models.core import AWD_LSTM, get_language_model
 from fastai.torch_core import set_seed
-from helpers import examples, fit, learner
+from helpers import draws, examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rholoss_fastai.all import Boltzmann, ImportanceSample, ItemLosses, TeacherIL, element_losses, top_elements
+from rholoss_fastai.all import (
+    Boltzmann,
+    ImportanceSample,
+    ItemLosses,
+    RankSample,
+    TeacherIL,
+    element_losses,
+    top_elements,
+)
 
 values = st.lists(st.floats(width=32, allow_infinity=False) | st.sampled_from([math.nan, 0., 1., math.inf]), min_size=1,
                   max_size=40)
@@ -390,6 +399,15 @@ def lm_table():
 def test_tables_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message): make()
 
+def test_ranks_are_among_the_tokens_that_count():
+    "Padding, whose loss is 0, doesn't lift the easiest tokens"
+    learn = sequence_learner().select(unit='token', pick=RankSample(0.2))
+    selector, chosen, n = learn.token_selector, 0, draws(200)
+    learn.pct_train, selector._fit = 0., SimpleNamespace(first=False)
+    losses, counted = torch.arange(1., 41).expand(1, 40), torch.arange(40)[None] < 10
+    for _ in range(n): chosen = chosen + selector.chosen(losses.where(counted, 0.), counted)[0].float()
+    assert chosen.sum() == 2*n and chosen[:3].sum() < 0.02*chosen.sum() # by their ranks 0.2 %, among all tokens 20 %
+
 # unit='token'
 
 @pytest.mark.parametrize('method', ['select', 'rho_loss'])
@@ -409,6 +427,8 @@ def test_arguments_that_say_nothing_of_tokens(method, argument, why):
 def test_arguments_that_are_as_they_are_anyway():
     fit(sequence_learner().rho_loss(LM(), unit='token', forward='reuse', enlarge=False, staleness=1, update_il=False,
                                     epoch='candidates'), 1)
+    with pytest.raises(ValueError, match='gate=False says nothing of tokens: the gate looks at the labels of items'):
+        sequence_learner().rho_loss(LM(), unit='token', gate=False)
     for argument in (dict(update_il=True), dict(il_epochs=3), dict(il_folds=2)):
         with pytest.raises(ValueError, match='made beforehand'):
             sequence_learner().rho_loss(LM(), unit='token', **argument)
