@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/learnable.html.md"""
 
 # %% auto #0
 __all__ = ['share_of_wrong_labels', 'estimated_wrong', 'rows_to_look_at', 'share_to_leave_out', 'ranked', 'learnable_rows',
-           'no_class_last']
+           'no_class_last', 'hopeless_rows']
 
 # %% ../nbs/13_learnable.ipynb #b1ae73cb
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
+
+from .noise import row_targets
+from .rows import own_rows
 
 # %% ../nbs/13_learnable.ipynb #d6100525
 class _Agreement:
@@ -157,3 +160,18 @@ def no_class_last(
     place = torch.empty_like(order).index_copy_(0, by_class, torch.arange(len(order)) - first)
     front = place < (least*n_of[own].double() + 1e-9).floor()
     return torch.cat([order[front], order[~front]])
+
+# %% ../nbs/13_learnable.ipynb #231b5ca4
+def hopeless_rows(
+    table, # `IrreducibleLosses`; a probe's say how many labels look wrong
+    dl # Loader of the data set
+)->Tensor: # `(n,)` bool
+    "The rows of highest irreducible loss, about as many as have wrong labels, of no class more than half"
+    rows,res = own_rows(dl),torch.zeros(len(table), dtype=torch.bool)
+    drop = share_to_leave_out(table.info.get('wrong', 0.))
+    if not drop: return res
+    targets = row_targets(dl)[rows].cpu()
+    classes = None if targets.is_floating_point() or targets.ndim > 1 else targets.long()
+    res[rows] = True
+    res[rows[learnable_rows(table.values[rows], drop, classes, torch.Generator().manual_seed(0))]] = False
+    return res

@@ -397,16 +397,14 @@ def irreducible(self:Probe,
 )->IrreducibleLosses: # One loss per row
     "Irreducible losses of all rows, each by a fit to the others"
     if average_with is not None: average_with.check(self.dl)
-    loss_func = self.learn.loss_func
-    predictions = self.predictions(None, folds, progress, verbose)
+    predictions,loss_func = self.predictions(None, folds, progress, verbose),self.learn.loss_func
     res = predictions.irreducible(loss_func)
-    info = dict(res.info, model='ridge', loss=short_name(loss_func))
+    res.info.update(model='ridge', loss=short_name(loss_func))
     if average_with is not None:
         old = average_with.values.where(~average_with.unknown, res.values)
         res.values = averaged(res.values, old, predictions.kind)
-        info['averaged_with'] = average_with.info.get('features') or average_with.info.get('model')
-        info['mean'] = res.values.nanmean().item()
-    res.info = info
+        res.info.update(averaged_with=average_with.info.get('features') or average_with.info.get('model'),
+                        mean=res.values.nanmean().item())
     return res
 
 @known_arguments
