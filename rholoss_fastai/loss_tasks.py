@@ -128,7 +128,7 @@ def loss_name(
 
 # %% ../nbs/00_loss_tasks.ipynb #f98e9d84
 def _told(o, depth):
-    if isinstance(o, Tensor): return 'learnt' if o.requires_grad else str([tuple(o.shape), *o.flatten()[:10_000].tolist()])
+    if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:5000].tolist()}'
     if o is None or isinstance(o, (bool, int, float, str)): return repr(o)
     if isinstance(o, partial): return _told([o.func, o.args, o.keywords], depth)
     if isinstance(o, (list, tuple)): return str([_told(v, depth) for v in o[:1000]])

@@ -188,7 +188,7 @@ def test_one_label_yes_or_no():
     torch.testing.assert_close(found.p_label, torch.where(y.bool(), found.probs[:,0], 1 - found.probs[:,0]))
 
 @pytest.mark.parametrize('loss', [F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss(),
-                                  partial(partial(F.binary_cross_entropy_with_logits), reduction='mean')], ids=str)
+                                  partial(partial(F.binary_cross_entropy_with_logits), reduction='mean')], ids=['function', 'module', 'partial'])
 def test_labels_by_losses_of_every_form(loss):
     x,y = data(60)
     targets = torch.stack([(y == 0), (y == 1), x[:,0] > 0], 1).float()
