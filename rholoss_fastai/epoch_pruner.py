@@ -167,6 +167,7 @@ class EpochPruner(FitCallback):
     def begin_fit(self):
         "Check what can be checked before the first batch, say what will happen, and add the column"
         learn,dl = self.learn,self.learn.dls.train
+        if not learn.n_epoch: return # as in fine_tune(5, freeze_epochs=0)
         check_alone(learn, self.rule)
         _check_rows(dl)
         self.rule.check(learn)

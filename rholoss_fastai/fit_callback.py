@@ -96,7 +96,6 @@ class FitCallback(NotSaved, Callback):
         self._tidy()
         # a fit has made its optimizer before this event; `tta` on a loaded Learner has none
         if learn.opt is None or any(isinstance(cb, LRFinder) for cb in learn.cbs): return
-        if vars(learn).get('n_epoch') == 0: return # as in fine_tune(5, freeze_epochs=0)
         if fits_now(learn):
             raise ValueError("fit was called in the midst of a fit of the same Learner, which would end what "
                              f"{type(self).__name__} does in that one: call it after the fit, or fit another Learner.")
