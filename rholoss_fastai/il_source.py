@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/il_source.html.md"""
 
 # %% auto #0
 __all__ = ['IL_NAMES', 'ILSource', 'hopeless_rows', 'TableIL', 'ModelIL', 'MadeIL', 'CrossFitIL', 'ProbeIL', 'AutoIL', 'il_name',
-           'il_source', 'il_values']
+           'il_source', 'il_values', 'given_table']
 
 # %% ../nbs/16_il_source.ipynb #29048d2b
 import math
@@ -397,3 +397,14 @@ def il_values(
     "Irreducible losses of every row of `dl`'s data set"
     if isinstance(dl, DataLoaders): dl = dl.train
     return il_source(il).values(dl, learn)
+
+def given_table(
+    il, # Irreducible losses in any form
+    learn:Learner, # The target
+    dl # Loader of its training set
+)->tuple: # The table, and seconds to bill: what was spent on it and is in no ledger yet
+    "Irreducible losses in any form as a table for the data set of `dl`"
+    source,began = il_source(il),time.perf_counter()
+    if source.needs_rows: seconds = source.begin(learn, torch.device('cpu'))
+    else: table,seconds = IrreducibleLosses.of(source.values(dl, learn), dl),time.perf_counter() - began
+    return source.table if source.needs_rows else table,seconds
