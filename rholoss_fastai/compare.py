@@ -17,12 +17,14 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
 
@@ -39,7 +41,7 @@ from .loaders import seeded_loaders
 from .picks import Uniform
 from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
-from .rows import dataset_size, loader_batch_size, preserve_rng
+from .rows import dataset_size, loader_batch_size, own_rows, preserve_rng
 from .side_models import batch_progress, new_learner
 
 # %% ../nbs/52_compare.ipynb #bcea50bb
@@ -90,7 +92,9 @@ def _set_up(label, func, learn, il):
     return res if isinstance(res, Learner) else learn
 
 # %% ../nbs/52_compare.ipynb #12f734c9
-def _digest(o): return hashlib.sha256(o if isinstance(o, bytes) else str(o).encode()).hexdigest()[:12]
+def _digest(o):
+    "Of bytes, or of a text, in which addresses in memory say nothing: they are others in each process"
+    return hashlib.sha256(o if isinstance(o, bytes) else re.sub(r' at 0x\w+', '', str(o)).encode()).hexdigest()[:12]
 
 def _source(func):
     "What a function does, as far as its text, or its code, and the settings in it tell"
@@ -100,6 +104,18 @@ def _source(func):
     try: return f"{inspect.getsource(func)} {settings}"
     except (OSError, TypeError):
         return f"{getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)} {settings}"
+
+def _said(o): return _source(o) if isinstance(o, (FunctionType, partial)) else repr(o)
+
+def _of_callbacks(learn):
+    "What a Learner's own callbacks are, and their plain settings"
+    own = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (Recorder, ProgressCallback))]
+    return [(type(cb).__name__, [(k, v) for k,v in vars(cb).items() if isinstance(v, (int, float, str, tuple))])
+            for cb in own]
+
+def _of_transforms(dl):
+    "What is done to the items of a fastai loader"
+    return [_said(vars(dl)[o]) for o in ('after_item', 'before_batch', 'after_batch') if o in vars(dl)]
 
 def _of_data(dl):
     "What tells a data set from others"
@@ -111,8 +127,11 @@ def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy
     return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr),
                 evaluations=evaluations, metric=metric, bs=loader_batch_size(learn.dls.train),
                 data=_of_data(learn.dls.train), test=_of_data(test_dl), model=_digest(repr(learn.model)),
-                loss=_digest(repr(learn.loss_func)), learner_lr=str(learn.lr), noisy=None if noisy is None
-                else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
+                loss=_digest(_said(learn.loss_func)), learner_lr=str(learn.lr), wd=str(learn.wd),
+                opt=_digest(_said(learn.opt_func)), callbacks=_digest(_of_callbacks(learn)),
+                transforms=_digest(_of_transforms(learn.dls.train)),
+                noisy=None if noisy is None else _digest(noisy.numpy().tobytes()), prices=vars(prices),
+                version=rholoss_fastai.__version__)
 
 # %% ../nbs/52_compare.ipynb #7d9276ca
 def _crossfit_epochs(learn, prices, most):
@@ -133,10 +152,16 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
     if not callable(il) and il_name(il) != 'auto': return TableIL(il).belonging(dls.train)
-    if file and file.exists(): return IrreducibleLosses.load(file).check(dls.train)
+    made_by = _digest(_source(il)) if callable(il) else il
+    if file and file.exists():
+        there = IrreducibleLosses.load(file).check(dls.train)
+        if there.info.get('made_by') != made_by:
+            raise ValueError(f"{file} holds irreducible losses that were made otherwise, with another il=...: choose "
+                             "another folder, or remove it.")
+        return there
     began = time.process_time()
     il = il(make_learner, dls) if callable(il) else _make_il(make_learner, dls, prices, most, progress)
-    il.info['process_seconds'] = time.process_time() - began
+    il.info.update(process_seconds=time.process_time() - began, made_by=made_by)
     if file: il.save(file)
     return il
 
@@ -170,7 +195,7 @@ def _wrong(learn, noisy):
     "Share of the items trained on whose label is known to be wrong, or None"
     record = getattr(learn, 'selection', None)
     if noisy is None: return
-    if not isinstance(record, SelectionRecord): return noisy.float().mean().item()
+    if not isinstance(record, SelectionRecord): return noisy[own_rows(learn.dls.train)].float().mean().item()
     if record.selected is None: return
     times = record.selected.cpu().double()
     return (times[noisy].sum()/times.sum()).item()
@@ -284,7 +309,7 @@ def _all_runs(runs, unit, executor, threads, step, evaluations):
 def _forecast(make_learner, dls, methods, n_epoch, unit, n_seeds, prices, evaluations, test_dl, steps=6):
     "A row for each method: what its runs will take, as a handful of steps tells"
     rows = []
-    with preserve_rng():
+    with preserve_rng(), seeded_loaders(dls, 0):
         for label,func in methods.items():
             il = IrreducibleLosses.of(torch.rand(dataset_size(dls.train)), dls.train) if _needs_il(func) else None
             learn = make_learner(dls)

@@ -30,7 +30,7 @@ from .scoring import native_bfloat16
 
 # %% ../nbs/51_comparison.ipynb #13a269fe
 LOWER_IS_BETTER = ('loss', 'error', 'perplexity', 'mse', 'mae', 'brier', 'hamming', 'wer', 'cer', 'distance', 'entropy',
-                   'deviance')
+                   'deviance', 'msle', 'rmsle', 'mape')
 
 def greater_is_better(
     name:str # Of a metric
@@ -163,9 +163,11 @@ class Verdict:
 
     def of(self, method):
         "A sentence about a method"
-        row,n = self.table.loc[method],int(self.table.loc[method].seeds)
-        if math.isnan(row.difference):
-            return f"`{method}` can't be compared: {self.comparison.metric} is NaN, it diverged in at least one run."
+        row,n = self.table.loc[method],len(self.comparison.of(method).keys() & self.comparison.of('plain').keys())
+        if not n: return f"`{method}` can't be compared: there is no run of plain training with a seed of its own."
+        if not math.isfinite(row.difference):
+            kind = 'NaN' if math.isnan(row.difference) else 'infinite'
+            return f"`{method}` can't be compared: {self.comparison.metric} is {kind}, it diverged in at least one run."
         where = 'above' if row.difference > 0 else 'below'
         if n < 2:
             return (f"`{method}` ends {self.amount(row.difference)} {where} plain training, with one seed: no "
@@ -265,8 +267,15 @@ def load(cls:Comparison,
     "The comparison that is in a file or folder"
     path = Path(path)
     if path.is_dir():
-        return cls([json.loads(o.read_text())
-                    for o in sorted(path.glob('*-seed*.json'), key=lambda o: o.stat().st_mtime)])
+        files = sorted(path.glob('*-seed*.json'), key=lambda o: o.stat().st_mtime)
+        runs = [json.loads(o.read_text()) for o in files]
+        for file,run in zip(files, runs):
+            differ = [k for k in runs[0]['settings'] if k not in ('method', 'il', 'bill')
+                      and run['settings'].get(k) != runs[0]['settings'][k]]
+            if differ:
+                raise ValueError(f"{files[0]} and {file} hold runs with other settings ({', '.join(differ)}), which "
+                                 "can't be compared: keep each comparison in a folder of its own.")
+        return cls(runs)
     return cls(**json.loads(path.read_text()))
 
 # %% ../nbs/51_comparison.ipynb #de90ad8b
@@ -299,8 +308,8 @@ def plot(self:Comparison,
         ax.set(xlabel=ticks[key], ylabel=self.metric if ax is axs[0] else '')
         ax.spines[['top', 'right']].set_visible(False)
         # where a curve begins says little, and may lie far off
-        late = [v for _,y in curves.values() for v in y[len(y)//3:]]
-        low,high = min(late) - 0.1*(max(late) - min(late)),max(late) + 0.1*(max(late) - min(late))
-        if high > low: ax.set_ylim(low, high)
+        late = np.concatenate([y[len(y)//3:] for _,y in curves.values()])
+        late = late[np.isfinite(late)] # a run that diverged is not in the picture
+        if len(late) and np.ptp(late): ax.set_ylim(late.min() - 0.1*np.ptp(late), late.max() + 0.1*np.ptp(late))
         name_lines(ax, 0.06)
     return axs
