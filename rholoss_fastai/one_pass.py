@@ -45,8 +45,10 @@ def _split(dl, share, bs, split_seed, seed):
         rows = own_rows(dl)
         n,order = round(share*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(split_seed))
         with preserve_rng():
-            return (restrict_rows(dl, rows[order[n:].sort().values]),
-                    shuffled_loader(dl, rows[order[:n].sort().values], bs, seed))
+            parts = (restrict_rows(dl, rows[order[n:].sort().values]),
+                     shuffled_loader(dl, rows[order[:n].sort().values], bs, seed))
+        if hasattr(dl, 'randomize'): dl.randomize() # as a fit does: the next one's order is another
+        return parts
     except ValueError as e:
         raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: "
                          "pass valid_dl= in its place.") from e
