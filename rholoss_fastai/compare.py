@@ -99,7 +99,8 @@ def _digest(o):
 def _source(func):
     "What a function does, as far as its text, or its code, and the settings in it tell"
     if isinstance(func, partial): return f"{_source(func.func)} {func.args} {sorted(func.keywords.items())}"
-    inside = [o.cell_contents for o in getattr(func, '__closure__', None) or ()]
+    inside = [*[o.cell_contents for o in getattr(func, '__closure__', None) or ()],
+              *(getattr(func, '__defaults__', None) or ())]
     settings = [o for o in inside if isinstance(o, (int, float, str, tuple, dict))]
     try: return f"{inspect.getsource(func)} {settings}"
     except (OSError, TypeError):

@@ -311,6 +311,9 @@ def test_another_method_of_that_name_machine_or_damage_is_refused(tmp_path):
     quick([('mine', lambda learn: learn.select('loss', frac=0.5))], folder=tmp_path, seeds=1)
     with pytest.raises(ValueError, match='other settings \\(method'):
         quick([('mine', lambda learn: learn.select('loss', frac=0.25))], folder=tmp_path, seeds=1)
+    mine = [[('loop', lambda learn, frac=frac: learn.select('loss', frac=frac))] for frac in (0.5, 0.25)]
+    quick(mine[0], folder=tmp_path, seeds=1)
+    with pytest.raises(ValueError, match='other settings \\(method'): quick(mine[1], folder=tmp_path, seeds=1)
     file = tmp_path/'plain-seed0.json'
     run = json.loads(file.read_text())
     file.write_text(json.dumps({**run, 'machine': dict(run['machine'], cpu='an abacus')}))
