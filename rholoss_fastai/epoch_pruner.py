@@ -235,7 +235,7 @@ class EpochPruner(FitCallback):
         n_scored = rule.prepare(self.learn, self.source, epoch, self.memory)
         if not n_scored: return
         self.memory.turn(is_distributed(dl)) # each process has looked at all of them, perhaps augmented otherwise
-        if rule.bills == 'il': self.record.seconds_il += time.perf_counter() - began
+        if rule.bills == 'il': self.record.apart(time.perf_counter() - began)
         else:
             self.record.batch(0, n_scored, 0)
             self.record.watch.stop('scoring')
@@ -321,7 +321,8 @@ class EpochPruner(FitCallback):
             if getattr(self._fit, 'rounds', None) is not None: self._fit.rounds.close()
         super()._tidy()
 
-    def _figures(self): return dict(selected=self.share) # of the whole training set: the rest isn't even loaded
+    # of the whole training set, the rest isn't even loaded; and its rows
+    def _figures(self): return dict(selected=self.share, rows=len(self.rows))
 
 
 # %% ../nbs/32_epoch_pruner.ipynb #8187a22c
