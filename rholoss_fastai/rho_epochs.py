@@ -173,7 +173,7 @@ class RhoEpochs(Reducible):
         self.drop = share_to_leave_out(self.wrong, self.by_memory) if asked['drop'] is None else asked['drop']
         self.will_refresh = (self.by_memory and not fine_tune and learn.n_epoch >= self.long if asked['refresh'] is None
                              else asked['refresh'])
-        made = self.share if judged and self.il is None else 0.
+        made = self.share if judged else 0. # where they are given, of a look at the labels
         anew = probe_cost(learn, dl, 'body') if self.will_refresh else None
         self.own_cost = min(0.9, (made or 0.) + (anew.steps/(learn.n_epoch*len(dl)) if anew is not None
                                                  and anew.steps else 0.))

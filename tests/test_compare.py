@@ -515,6 +515,10 @@ def test_a_meter_counts_its_own_fits_only():
     assert spent[0].cost_il > 0 == spent[1].cost_il # the irreducible losses are made once
 
 
+def test_what_was_too_dear_to_be_made_is_not_billed():
+    assert fit_within(noisy_learner().rho_epochs(il_budget=1e-9), 2).cost_il == 0
+
+
 @pytest.mark.parametrize('method', [lambda learn, il: learn.rho_epochs(il, drop=0.1, gate=False, refresh=False),
                                     lambda learn, il: learn.prune_epochs(score='reducible', il=il)])
 def test_irreducible_losses_that_others_paid_for_are_not_billed_again(method):
