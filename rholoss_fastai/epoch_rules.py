@@ -243,8 +243,8 @@ class SeTa(EpochRule):
         n = epoch.n_epoch
         if n*self.delta < 2:
             return f"does next to nothing in {n} epoch(s): the first has no losses to go by; fit for more epochs"
-        return (f"{max(1, round(self.window*self.n_groups))} of {self.n_groups} groups of rows of like loss per epoch, from "
-                "easy to hard and again")
+        return (f"{max(1, round(self.window*self.n_groups))} of {self.n_groups} groups of rows of like loss per epoch, "
+                "from easy to hard and again")
 
 # %% ../nbs/31_epoch_rules.ipynb #df4e6ebe
 class _FunctionRule(EpochRule):
