@@ -795,6 +795,7 @@ def test_a_function_is_a_rule():
 
 
 def test_it_says_what_it_will_do():
+    assert '1 of 5 groups' in SeTa(window=0.05).says(EpochInfo(torch.arange(5), n_epoch=10))
     def said(n_epoch, *args, **kwargs):
         lines = []
         learn = epoch_learner().prune_epochs(*args, **kwargs)
