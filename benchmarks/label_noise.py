@@ -23,6 +23,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'recipes'))
 from cifar10_data import ImageRows, image_loaders, read_images  # noqa: E402
+from common import accept_underscores  # noqa: E402
 
 from rholoss_fastai.features import BodyInputs, RandomPatches  # noqa: E402
 from rholoss_fastai.label_noise import LabelNoise  # noqa: E402
@@ -110,6 +111,7 @@ def run(name, x, images, truth, share, confusion, seed, route):
 
 
 def main():
+    accept_underscores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--path', required=True, help='folder of CIFAR-10, with train/<class>/*')
     parser.add_argument('--n', type=int, nargs='+', default=[4000, 25_000], help='rows')

@@ -175,6 +175,8 @@ def main(
     out:str=None, # Write the table of all runs in `folder` to this file
 ):
     "Plain training and `rho_epochs` at equal cost"
+    if setting not in SETTINGS: raise SystemExit(f"--setting must be one of {', '.join(SETTINGS)}; got {setting!r}.")
+    if rows and tail > 1: raise SystemExit('--rows and --tail both choose training rows: give one of them.')
     folder,defaults = Path(folder),SETTINGS[setting]
     noise = defaults['noise'] if noise is None else noise
     torch.set_num_threads(threads)

@@ -97,7 +97,9 @@ def read_value(text):
 def read_method(run):
     "A method of `compare` out of `name:setting=value,setting=value`; the name is one of the Learner's methods then"
     name,_,options = run.partition(':')
-    settings = dict((k, read_value(v)) for k,v in (o.split('=') for o in options.split(',') if o))
+    parts = [o.partition('=') for o in options.split(',') if o]
+    if not all(is_ for _,is_,_ in parts): raise SystemExit(f"{run!r} must be name:setting=value,setting=value.")
+    settings = {k: read_value(v) for k,_,v in parts}
     if not settings: return name
     if name == 'rho_loss': return run,lambda learn, il: learn.rho_loss(il, **{'epoch': 'candidates', **settings})
     if not hasattr(Learner, name): raise SystemExit(f"{run!r} names no method of a Learner.")

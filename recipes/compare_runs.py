@@ -18,7 +18,7 @@ def main(
 ):
     "Print the table and the verdict, and save the figure beside the runs"
     try: result = Comparison.load(folder)
-    except ValueError as e: raise SystemExit(f"{folder}: {e}") from e
+    except (OSError, ValueError) as e: raise SystemExit(f"{folder}: {e}") from e
     print(result)
     result.plot()[0].figure.savefig((Path(folder) if Path(folder).is_dir() else Path(folder).parent)/'comparison.png',
                                     dpi=110)

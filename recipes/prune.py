@@ -57,7 +57,8 @@ class Scores:
 def pruned(method, keep, scores, per_class, offset, seed):
     "A method of `compare` that trains on a part of the rows for good; what the scores cost isn't in the bill"
     name,how = PRUNING[method]
-    def put_in(learn):
+    made = dict(scores.settings[PRUNING[method][0]], il_epochs=scores.il_epochs) # by which `compare` knows runs again
+    def put_in(learn, made=made):
         il = dict(il=scores.il, offset=offset) if method == 'el2n_il' else {}
         learn.dls = prune(learn.dls, scores(name), keep, seed=seed, per_class=per_class, **how, **il)
     return f'{method} {keep:g}',put_in

@@ -282,6 +282,8 @@ def main(
     if path:
         if method not in (*LOOPS, *TUNED, *RAY):
             raise SystemExit(f"--method must be one of {', '.join((*LOOPS, *TUNED, *RAY))}; got {method!r}.")
+        with np.load(path) as arrays: known = [o[:-2] for o in arrays if o.endswith('_x')]
+        if data not in known: raise SystemExit(f"--data must be one of {', '.join(known)}; got {data!r}.")
         rows, file = Regression(path, data), Path(out)/f'{data}-{method}.json'
         stored = json.loads(file.read_text()) if file.exists() else dict(steps=steps, seed=seed, runs=[])
         runs = stored['runs']

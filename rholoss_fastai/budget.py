@@ -25,6 +25,7 @@ from fastai.learner import AvgLoss, Learner, Metric, mk_metric, noop
 from .checks import check_choice, check_count, check_number
 from .features import FEATURES
 from .fit_callback import FitCallback
+from .loaders import seeded_loaders
 from .nested import batch_size
 from .probe import probe_cost
 from .record import STEP_COST, SelectionRecord
@@ -107,6 +108,7 @@ class _Clocks:
     def seconds(self): return self.spent + (0 if self.running is None else self._now() - self.running)
 
 # %% ../nbs/44_budget.ipynb #589ad24c
+def _totals(record): return [record.total(o) for o in ('loaded', 'scored', 'trained')]
 def _il_seconds(record): return record.seconds_il + sum(line['seconds_il'] for line in record.lines)
 
 def il_epochs(
@@ -128,11 +130,11 @@ def _made_in_fit(learn, prices):
     "As `il_epochs`, of those that a callback has just made; of a first look that led to none, its share"
     for cb in learn.cbs:
         rule = getattr(cb, 'rule', None)
-        table = getattr(getattr(cb, 'il_source', None), 'table', None) or getattr(rule, 'table', None)
-        if hasattr(table, 'info'): return il_epochs(learn, table.info, prices)
-        if getattr(rule, 'bills', None) == 'il':
-            return (il_epochs(learn, dict(features='auto'),
-                              prices)*min(1., getattr(rule, 'look', math.inf)/dataset_size(learn.dls.train)))
+        given = getattr(rule, 'il', None) # by `rho_epochs`, looks at labels all the same
+        table = next((o.table for o in (getattr(cb, 'il_source', None), rule, given) if hasattr(o, 'table')), None)
+        if getattr(rule, 'wrong', None) is not None and (table is None or given is not None):
+            return il_epochs(learn, dict(features='auto'), prices)*min(1., rule.look/dataset_size(learn.dls.train))
+        if table is not None: return il_epochs(learn, table.info, prices)
     return 0.
 
 # %% ../nbs/44_budget.ipynb #16d4288c
@@ -156,12 +158,13 @@ class FitMeter(FitCallback):
         self.unit,self.plain_epochs,self.prices = unit,n_epoch,prices
         self.bill,self.owed,self.every,self.step = bill,bill,every,step
         self.per_epoch = {'cost': 1., 'steps': len(train)}.get(unit) if per_epoch is None else per_epoch
-        self.plain_steps = len(train)
         self.epoch_price,self.test_dl,self.metric = prices.plain_epoch(train),dl,metric
-        self.clocks = _Clocks(getattr(learn.dls, 'device', None) or 'cpu')
-        self.steps,self.epochs,self.loaded,self.scored,self.trained = 0,0,0,0,0
-        self.cost,self.history,self.share_at_end,self.lr_at_end = 0.,[],0.,0.
-        self.seen,self.seen_il,self.cost_il,self.seconds_il,self.marked = [0, 0, 0],0.,0.,0.,0.
+        self.plain_steps,self.clocks = len(train),_Clocks(getattr(learn.dls, 'device', None) or 'cpu')
+        self.steps,self.epochs,self.loaded,self.scored,self.trained,self.history = 0,0,0,0,0,[]
+        record = getattr(learn, 'selection', None) # of earlier fits, too
+        self.seen,self.seen_il = [0, 0, 0],0.
+        if isinstance(record, SelectionRecord): self.seen,self.seen_il = _totals(record),_il_seconds(record)
+        self.cost,self.share_at_end,self.lr_at_end,self.cost_il,self.seconds_il,self.marked = 0.,0.,0.,0.,0.,0.
         self.evaluating,self.next_look = False,math.inf if every is None else every
 
     @property
@@ -231,7 +234,7 @@ class FitMeter(FitCallback):
         learn,record = self.learn,getattr(self.learn, 'selection', None)
         loaded = scored = trained = 0
         if isinstance(record, SelectionRecord):
-            now = [record.total(o) for o in ('loaded', 'scored', 'trained')]
+            now = _totals(record)
             loaded,scored,trained = (int(b - a) for a,b in zip(self.seen, now))
             self.seen = now
         if not loaded and len(learn.yb): loaded = trained = batch_size(learn.yb)
@@ -398,7 +401,7 @@ def measure_prices(
 )->Prices: # In forward passes of an item, and the seconds of one
     "What loading, scoring and training cost here, by timed handfuls of steps in alternation"
     bs,kinds,seconds = loader_batch_size(dls.train),_kinds(frac),{}
-    with preserve_rng():
+    with preserve_rng(), seeded_loaders(dls, 0):
         for _ in range(rounds):
             for name,method in kinds.items():
                 learn = method(make_learner(dls))

@@ -8,14 +8,12 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/compare.html.md"""
 __all__ = ['METHODS', 'find_methods', 'train_run', 'compare']
 
 # %% ../nbs/52_compare.ipynb #11513bd6
-import hashlib
 import inspect
 import json
 import math
 import re
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +24,17 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
 
-import rholoss_fastai
-
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epochs, measure_prices, timed_steps
 from .checks import by_name, check_choice, check_count, check_number
-from .comparison import Comparison, machine, same_machine, write_json
+from .comparison import Comparison, comparison_settings, machine, same_machine, source_text, text_digest, write_json
 from .executors import run_tasks, worker_threads
 from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
-from .item_table import fingerprint
 from .loaders import seeded_loaders
-from .loss_tasks import loss_settings
 from .picks import Uniform
 from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
-from .rows import dataset_size, loader_batch_size, preserve_rng
+from .rows import dataset_size, own_rows, preserve_rng
 from .side_models import batch_progress, new_learner
 
 # %% ../nbs/52_compare.ipynb #bcea50bb
@@ -90,31 +84,6 @@ def _set_up(label, func, learn, il):
         raise ValueError(f"The method {label!r} can't be used on this Learner: {e}") from e
     return res if isinstance(res, Learner) else learn
 
-# %% ../nbs/52_compare.ipynb #12f734c9
-def _digest(o): return hashlib.sha256(o if isinstance(o, bytes) else str(o).encode()).hexdigest()[:12]
-
-def _source(func):
-    "What a function does, as far as its text, or its code, and the settings in it tell"
-    if isinstance(func, partial): return f"{_source(func.func)} {func.args} {sorted(func.keywords.items())}"
-    inside = [o.cell_contents for o in getattr(func, '__closure__', None) or ()]
-    settings = [o for o in inside if isinstance(o, (int, float, str, tuple, dict))]
-    try: return f"{inspect.getsource(func)} {settings}"
-    except (OSError, TypeError):
-        return f"{getattr(getattr(func, '__code__', None), 'co_code', type(func).__name__)} {settings}"
-
-def _of_data(dl):
-    "What tells a data set from others"
-    try: return fingerprint(dl)
-    except (ValueError, TypeError): return dict(batches=len(dl))
-
-def _settings(learn, n_epoch, fit, lr, unit, evaluations, metric, test_dl, noisy, prices):
-    "What all runs of a comparison have in common, and what another comparison may have otherwise"
-    return dict(n_epoch=n_epoch, budget=unit, fit=fit if isinstance(fit, str) else _digest(_source(fit)), lr=str(lr),
-                evaluations=evaluations, metric=metric, bs=loader_batch_size(learn.dls.train),
-                data=_of_data(learn.dls.train), test=_of_data(test_dl), model=_digest(repr(learn.model)),
-                loss=_digest(loss_settings(learn.loss_func)), learner_lr=str(learn.lr), noisy=None if noisy is None
-                else _digest(noisy.numpy().tobytes()), prices=vars(prices), version=rholoss_fastai.__version__)
-
 # %% ../nbs/52_compare.ipynb #7d9276ca
 def _crossfit_epochs(learn, prices, most):
     "As many epochs of cross-fitting as cost at most `most` plain epochs, from 1 to 5"
@@ -134,10 +103,16 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
     if not callable(il) and il_name(il) != 'auto': return TableIL(il).belonging(dls.train)
-    if file and file.exists(): return IrreducibleLosses.load(file).check(dls.train)
+    made_by = text_digest(source_text(il)) if callable(il) else il
+    if file and file.exists():
+        there = IrreducibleLosses.load(file).check(dls.train)
+        if there.info.get('made_by') != made_by:
+            raise ValueError(f"{file} holds irreducible losses that were made otherwise, with another il=...: choose "
+                             "another folder, or remove it.")
+        return there
     began = time.process_time()
     il = il(make_learner, dls) if callable(il) else _make_il(make_learner, dls, prices, most, progress)
-    il.info['process_seconds'] = time.process_time() - began
+    il.info.update(process_seconds=time.process_time() - began, made_by=made_by)
     if file: il.save(file)
     return il
 
@@ -171,7 +146,7 @@ def _wrong(learn, noisy):
     "Share of the items trained on whose label is known to be wrong, or None"
     record = getattr(learn, 'selection', None)
     if noisy is None: return
-    if not isinstance(record, SelectionRecord): return noisy.float().mean().item()
+    if not isinstance(record, SelectionRecord): return noisy[own_rows(learn.dls.train)].float().mean().item()
     if record.selected is None: return
     times = record.selected.cpu().double()
     return (times[noisy].sum()/times.sum()).item()
@@ -245,12 +220,12 @@ def _file(folder, label, seed):
     "Of a run"
     if folder is None: return
     safe = re.sub(r'[^\w.]+', '_', label)
-    return Path(folder)/f"{safe}{'' if safe == label else '-' + _digest(label)[:6]}-seed{seed}.json"
+    return Path(folder)/f"{safe}{'' if safe == label else '-' + text_digest(label)[:6]}-seed{seed}.json"
 
 def _run_of(label, func, seed, settings, il, bills, **shared):
     "What `train_run` needs to know"
-    own = dict(method=_digest(_source(func)))
-    if _needs_il(func): own.update(il=_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
+    own = dict(method=text_digest(source_text(func)))
+    if _needs_il(func): own.update(il=text_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
     method = label if METHODS.get(label) is func else func # a name goes anywhere
     return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func)
                 else None,
@@ -285,7 +260,7 @@ def _all_runs(runs, unit, executor, threads, step, evaluations):
 def _forecast(make_learner, dls, methods, n_epoch, unit, n_seeds, prices, evaluations, test_dl, steps=6):
     "A row for each method: what its runs will take, as a handful of steps tells"
     rows = []
-    with preserve_rng():
+    with preserve_rng(), seeded_loaders(dls, 0):
         for label,func in methods.items():
             il = IrreducibleLosses.of(torch.rand(dataset_size(dls.train)), dls.train) if _needs_il(func) else None
             learn = make_learner(dls)
@@ -362,7 +337,8 @@ def compare(
                              evaluations, test_dl)
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast
-    settings = _settings(learn, n_epoch, fit, lr, budget, evaluations, metric_name, test_dl, noisy, prices)
+    settings = comparison_settings(learn, fit, test_dl, noisy, prices, n_epoch=n_epoch, budget=budget, lr=str(lr),
+                                   evaluations=evaluations, metric=metric_name)
     needs_il = any(map(_needs_il, methods.values()))
     most = il_budget*n_epoch*(len(seeds) if bill == 'share' else 1)
     il = _irreducible(il, make_learner, dls, folder, prices, most, progress) if needs_il else None

@@ -27,7 +27,7 @@ from torch import Tensor
 from .checks import by_name, check_choice, check_count, short_name
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
 from .fit_callback import FitCallback, batch_rows, set_record_aside, weigh_loss
-from .il_source import il_source, il_values
+from .il_source import given_table, il_source
 from .loaders import restrict_rows
 from .nested import plain, prediction
 from .pruning import row_classes
@@ -175,14 +175,14 @@ class EpochPruner(FitCallback):
             self.source,self.rows,self.since_all = reader(dl),own_rows(dl),0
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
             self.classes = cache(partial(row_classes, self.source)) # reading them may decode every item
-            self.il_values = il_values(self.rule.il, dl, learn).to(self._fit.device) if 'il' in self.inputs else None
+            if 'il' in self.inputs:
+                table,seconds = given_table(self.rule.il, learn, dl)
+                self.il_values = table.values.to(self._fit.device)
+                self.record.seconds_il += seconds
         self.memory.forget()
         self.learn.selection,self.record.learner,self.record.figures,self.share = self.record,learn,self._figures,1.
         self._fit.rounds = self._fit.weights = self._fit.loader = None
-        began = time.perf_counter()
-        seconds = self.rule.begin(learn, dl)
-        if self.rule.bills == 'il' or self.rule.il is not None:
-            self.record.seconds_il += max(seconds or 0., time.perf_counter() - began)
+        self.record.seconds_il += self.rule.begin(learn, dl) or 0.
         self.say(self.rule.says(self.epoch_info(dl)), len(track_rows(dl)))
         self.add_columns(selected=partial(self.record.last, 'selected'))
 
@@ -236,7 +236,7 @@ class EpochPruner(FitCallback):
         n_scored = rule.prepare(self.learn, self.source, epoch, self.memory)
         if not n_scored: return
         self.memory.turn(is_distributed(dl)) # each process has looked at all of them, perhaps augmented otherwise
-        if rule.bills == 'il': self.record.seconds_il += time.perf_counter() - began
+        if rule.bills == 'il': self.record.apart(time.perf_counter() - began)
         else:
             self.record.batch(0, n_scored, 0)
             self.record.watch.stop('scoring')
@@ -322,7 +322,8 @@ class EpochPruner(FitCallback):
             if getattr(self._fit, 'rounds', None) is not None: self._fit.rounds.close()
         super()._tidy()
 
-    def _figures(self): return dict(selected=self.share) # of the whole training set: the rest isn't even loaded
+    # of the whole training set, the rest isn't even loaded; and its rows
+    def _figures(self): return dict(selected=self.share, rows=len(self.rows))
 
 
 # %% ../nbs/32_epoch_pruner.ipynb #8187a22c
@@ -348,9 +349,11 @@ def prune_epochs(self:Learner,
 )->Learner: # The Learner
     "Train each epoch on the rows that a rule chooses; `learn.no_pruning()` undoes it"
     if isinstance(rule, Real): rule,args = 'infobatch',(rule, *args)
-    if isinstance(rule, str):
-        settings = by_name('rule', rule, EPOCH_RULES)
-        kwargs = {**dict(zip(signature(settings).parameters, args)), **kwargs}
+    names = list(signature(by_name('rule', rule, EPOCH_RULES)).parameters) if isinstance(rule, str) else []
+    if len(args) > len(names) or kwargs.keys() & names[:len(args)]:
+        raise TypeError(f"rule={rule!r} takes the settings {', '.join(names) or 'that it was made with'}, each once; "
+                        f"got {', '.join([*map(repr, args), *(f'{k}={v!r}' for k,v in kwargs.items())])}.")
+    kwargs.update(zip(names, args))
     return add_pruner(self, EpochPruner(find_rule(rule, **kwargs), epoch, refresh, seed))
 
 @patch

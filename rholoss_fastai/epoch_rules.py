@@ -77,7 +77,7 @@ class EpochRule(NotSaved):
 
     def check(self, learn): "Raise what can be known before the first step"
     def begin(self, learn, dl):
-        "Get ready for a fit on the data set of `dl`; may return seconds to bill beside those that it takes"
+        "Get ready for a fit on the data set of `dl`; may return seconds to bill, of irreducible losses made or used"
     def prepare(self, learn, dl, epoch, memory):
         "Look at the model before rows are chosen; may `note` more in the memory"
     def says(self, epoch): return '' # what the first line of a fit says of it
@@ -162,8 +162,9 @@ class IES(EpochRule):
     def prepare(self, learn, dl, epoch, memory):
         "Rows that were left out are looked at, as in training, so that they can come back: no backward pass"
         if self._out is None or not len(self._out): return 0
-        memory.note(self._out.to(memory.device), score_rows(learn, dl, rows=self._out, augment=True))
-        return len(self._out)
+        out,self._out = self._out,None # a refresh trains on them, whose losses are then the newest
+        memory.note(out.to(memory.device), score_rows(learn, dl, rows=out, augment=True))
+        return len(out)
 
     def __call__(self, remembered, epoch, generator):
         # NaN until five losses are known
@@ -242,8 +243,8 @@ class SeTa(EpochRule):
         n = epoch.n_epoch
         if n*self.delta < 2:
             return f"does next to nothing in {n} epoch(s): the first has no losses to go by; fit for more epochs"
-        return (f"{round(self.window*self.n_groups)} of {self.n_groups} groups of rows of like loss per epoch, from "
-                "easy to hard and again")
+        return (f"{max(1, round(self.window*self.n_groups))} of {self.n_groups} groups of rows of like loss per epoch, "
+                "from easy to hard and again")
 
 # %% ../nbs/31_epoch_rules.ipynb #df4e6ebe
 class _FunctionRule(EpochRule):

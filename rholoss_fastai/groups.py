@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .checks import NotSaved
 from .nested import plain, prediction
-from .rows import dataset_size, is_distributed, own_rows, track_rows, whole_dataset
+from .rows import dataset_size, is_distributed, knows_rows, own_rows, track_rows, whole_dataset
 
 # %% ../nbs/35_groups.ipynb #f8612419
 class Groups(NamedTuple):
@@ -82,7 +82,7 @@ def row_groups(
 # %% ../nbs/35_groups.ipynb #a84ffe32
 def _known_order(dl):
     "A loader that knows the rows of `dl`'s batches, also of one that is under way"
-    if hasattr(dl, 'rows'): return dl
+    if knows_rows(dl): return dl
     if not isinstance(dl, DataLoader) or is_distributed(dl) or dl.shuffle:
         raise ValueError("WorstGroup must know the row of each prediction, so it takes a fastai DataLoader that "
                          "doesn't shuffle, in one process: validate on one with shuffle=False.")
@@ -128,9 +128,11 @@ class WorstGroup(NotSaved, Metric):
     def value(self)->float: # None before the first validation
         "The worst group's value; the first time it is asked for, a line of `table`"
         if self.batches: self._sum_up()
-        if not self.history: return None
-        # NaN is worst
-        return self.worst(self.history[-1].values(), key=lambda o: (math.isnan(o) == (self.worst is max), o))
+        return self.worst(self.history[-1].values(), key=self.rank) if self.history else None
+
+    def rank(self, value):
+        "For `min` and `max`: NaN is worst"
+        return math.isnan(value) == (self.worst is max),value
 
     def _sum_up(self):
         pred,*targs,rows = map(torch.cat, zip(*self.batches))

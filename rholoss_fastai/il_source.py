@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/il_source.html.md"""
 
 # %% auto #0
 __all__ = ['IL_NAMES', 'ILSource', 'TableIL', 'ModelIL', 'MadeIL', 'CrossFitIL', 'ProbeIL', 'AutoIL', 'il_name', 'il_source',
-           'il_values']
+           'il_values', 'given_table']
 
 # %% ../nbs/16_il_source.ipynb #29048d2b
 import math
@@ -32,7 +32,7 @@ from .probe import Probe, choose_features
 from .record import STEP_COST
 from .rows import own_rows, track_rows
 from .scoring import ScoringForward, learner_precision, scoring_mode, unwrapped
-from .side_models import changers_in_training
+from .side_models import check_inputs_kept
 
 # %% ../nbs/16_il_source.ipynb #69b00319
 class ILSource:
@@ -201,15 +201,6 @@ def check_other_model(model, learn, role):
         raise ValueError(f"The model {role} shares parameters with the Learner's own: give another model.")
 
 # %% ../nbs/16_il_source.ipynb #6ec48b84
-def _check_inputs(learn):
-    "Raise where a callback changes what the model trains on, which copies of the Learner wouldn't see"
-    found = changers_in_training(learn, learn.dls.train)
-    if found:
-        raise ValueError("The irreducible losses can't be made by copies of this Learner, which have none of its "
-                         f"callbacks. {', '.join(f'{type(o).__name__} (order {o.order})' for o in found)} changes the "
-                         "inputs: do that in the DataLoaders' transforms (after_batch), or give irreducible losses "
-                         "made otherwise, il=...")
-
 class MadeIL(TableIL):
     "Irreducible losses that are made for the training set when a fit first needs them: subclass it and define `make`"
     loss = None # what tells the loss function that they are losses of
@@ -224,6 +215,9 @@ class MadeIL(TableIL):
     def prepare(self,
         learn:Learner # The target, before its fit
     ): "Take from `learn` what must be as it is now"
+
+    def check_cost(self, learn):
+        if why := ''.join(self.too_dear(learn) or ''): raise ValueError(why[0].upper() + why[1:])
 
     def check(self, learn):
         "Those of another data set, or of other rows of it, are let go of, to be made anew"
@@ -240,7 +234,8 @@ class MadeIL(TableIL):
         if self.table is None or self.of is not learn.dls.train: self.check(learn)
         making = self.table is None
         if making:
-            _check_inputs(learn)
+            self.check_cost(learn)
+            check_inputs_kept(learn)
             self.table = self.make(learn, any(isinstance(cb, ProgressCallback) for cb in learn.cbs))
             self.loss = loss
         spent = time.perf_counter() - began
@@ -361,20 +356,15 @@ class AutoIL(MadeIL):
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")
 
-    def values(self, dl, learn=None):
-        "Outside of a fit there is none that they could be too dear for"
-        if self.table is None and learn is not None:
-            self.prepare(learn)
-            self.table = self.made_by.make(learn, True)
-        return super().values(dl, learn)
+    def check_cost(self, learn):
+        "Of cross-fitting as many epochs as they may cost"
+        super().check_cost(learn)
+        if isinstance(self.made_by, ProbeIL): return
+        settings = self.made_by.settings
+        settings['n_epoch'] = min(settings['n_epoch'], int(self.budget/self._share(learn) + 1e-9))
 
     def make(self, learn, progress):
-        try:
-            if why := ''.join(self.too_dear(learn) or ''): raise ValueError(why[0].upper() + why[1:])
-            if not isinstance(self.made_by, ProbeIL):
-                settings = self.made_by.settings
-                settings['n_epoch'] = min(settings['n_epoch'], int(self.budget/self._share(learn) + 1e-9))
-            return self.made_by.make(learn, progress)
+        try: return self.made_by.make(learn, progress)
         finally: self.forget()
 
 # %% ../nbs/16_il_source.ipynb #64122b7b
@@ -412,3 +402,14 @@ def il_values(
     "Irreducible losses of every row of `dl`'s data set"
     if isinstance(dl, DataLoaders): dl = dl.train
     return il_source(il).values(dl, learn)
+
+def given_table(
+    il, # Irreducible losses in any form
+    learn:Learner, # The target
+    dl # Loader of its training set
+)->tuple: # The table, and seconds to bill: what was spent on it and is in no ledger yet
+    "Irreducible losses in any form as a table for the data set of `dl`"
+    source,began = il_source(il),time.perf_counter()
+    if source.needs_rows: seconds = source.begin(learn, torch.device('cpu'))
+    else: table,seconds = IrreducibleLosses.of(source.values(dl, learn), dl),time.perf_counter() - began
+    return source.table if source.needs_rows else table,seconds

@@ -34,7 +34,7 @@ from .item_table import ItemTable, fingerprint, spread
 from .loaders import restrict_rows, scoring_loader, with_loaders
 from .losses import ItemLosses
 from .nested import batch_size, class_targets, describe, prediction, subset_batch
-from .rows import is_distributed, own_rows, preserve_rng, track_rows
+from .rows import is_distributed, knows_rows, own_rows, preserve_rng, track_rows
 from .scores import SCORES, find_score, gradient_norm_bound
 from .selector import BatchSelector
 from .side_models import batch_progress, check_new_learners, fit_quietly, map_rows, score_rows, shows_progress
@@ -208,7 +208,7 @@ class ForgettingTracker(NotSaved, Callback):
         if unknowable:
             raise ValueError(f"{unknowable} changes which items a batch holds, so the predictions of training don't "
                              "tell which rows are right: use ForgettingTracker(online=False).")
-        if not hasattr(learn.dl, 'rows'): self.learn.dl = track_rows(learn.dl)
+        if not knows_rows(learn.dl): self.learn.dl = track_rows(learn.dl)
         self.now.fill_(-1)
 
     def _begin(self, marks, device):

@@ -163,11 +163,11 @@ def _worst_group(make_learner, dls, errors, n_epoch_id, upweight, by, seed, grou
     learn = _upweighted(make_learner, dls, errors, upweight, by, seed, earlier)
     learn.metrics = [measured]
     fit_quietly(learn, n_epoch, lr, one_cycle, validate=True, step=step)
-    values = measured.table.agg(worst, axis=1)
-    best = values.max() if worst is min else values.min()
+    values = [worst(o.values(), key=measured.rank) for o in measured.history]
+    best = (max if worst is min else min)(values, key=measured.rank)
     step(f'T={n_epoch_id}, upweight={upweight}: worst group {best:.4g}')
     return dict(n_epoch_id=n_epoch_id, upweight=upweight, errors=len(errors), worst_group=best,
-                epoch=values.tolist().index(best))
+                epoch=values.index(best)) # the same object, where it is NaN
 
 def tune_just_train_twice(
     make_learner:Callable, # Function of `DataLoaders` that returns a new Learner on them

@@ -44,9 +44,10 @@ def _split(dl, share, bs, split_seed, seed):
     try:
         rows = own_rows(dl)
         n,order = round(share*len(rows)),torch.randperm(len(rows), generator=torch.Generator().manual_seed(split_seed))
-        with preserve_rng():
-            return (restrict_rows(dl, rows[order[n:].sort().values]),
-                    shuffled_loader(dl, rows[order[:n].sort().values], bs, seed))
+        left,taken = (rows[o.sort().values] for o in (order[n:], order[:n]))
+        with preserve_rng(): parts = restrict_rows(dl, left),shuffled_loader(dl, taken, bs, seed)
+        if hasattr(dl, 'randomize'): dl.randomize() # as a fit does: the next one's order is another
+        return parts
     except ValueError as e:
         raise ValueError(f"valid_pct can't split the rows of {type(dl).__name__} over {type(dl.dataset).__name__}: "
                          "pass valid_dl= in its place.") from e
@@ -203,12 +204,11 @@ class OnePassTuner(FitCallback):
 
     def before_fit(self):
         "What an interrupted fit left goes back to good weights; the hyper-parameters that this fit was given stay"
-        learn = self.learn
-        if self._fit is not None and not learn.lock.locked():
-            given = {name: [hyper[name] for hyper in learn.opt.hypers] for name in SCALES
-                     if name in learn.opt.hypers[0]}
+        if self._fit is not None and not self.learn.lock.locked():
+            opt = self.learn.opt
+            given = {name: [hyper[name] for hyper in opt.hypers] for name in SCALES if name in opt.hypers[0]}
             self._tidy()
-            for name,values in given.items(): learn.opt.set_hyper(name, values)
+            for name,values in given.items(): opt.set_hyper(name, values)
         super().before_fit()
 
     def begin_fit(self):

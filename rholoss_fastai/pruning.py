@@ -122,7 +122,7 @@ def prune(
     gone = [] if classes is None else sorted(set(classes.tolist()) - set(classes[kept].tolist()))
     if gone:
         raise ValueError(f"No row of class {', '.join(map(str, gone[:5]))} would be left of "
-                         f"{(classes[:,None] == torch.tensor(gone)).sum()}: keep more, use per_class=True, or another "
+                         f"{torch.isin(classes, torch.tensor(gone)).sum()}: keep more, use per_class=True, or another "
                          "strategy.")
     res = with_loaders(dls, [restrict_rows(dl, rows[kept])])
     if not len(res.train):

@@ -294,6 +294,13 @@ class SelectionRecord:
         self._epoch = EpochSums(device, self._rows, self.track)
         self._began = self._last = time.perf_counter()
 
+    def apart(self,
+        seconds:float # Spent within an epoch on irreducible losses
+    ):
+        "Count seconds beside the epoch's own"
+        self.seconds_il += seconds
+        self._began += seconds
+
     def batch(self,
         loaded:int, # n_B, items in the candidate batch
         scored:int, # Items that went through a scoring forward

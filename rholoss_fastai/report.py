@@ -29,8 +29,11 @@ class SelectionReport:
             check_number('plain_seconds', plain_seconds, high=math.inf, open_low=True, schedule=False)
         self.plain_seconds,self.ledger,self.il = plain_seconds,ledger,_il_quality(record)
         # `prune_epochs` doesn't even load what it leaves out
-        at_hand = (ledger.trained
-                   /ledger.selected.where(ledger.selected > 0)).round().fillna(0).clip(lower=ledger.loaded).astype(int)
+        whole = (ledger.trained/ledger.selected.where(ledger.selected > 0)).round().fillna(0)
+        # an epoch of several rounds, each on what is chosen then, has as many steps as a plain one
+        rows = ledger.rows if 'rows' in ledger else math.inf
+        self.in_rounds = bool((whole > 1.02*rows).any())
+        at_hand = whole.clip(upper=rows).clip(lower=ledger.loaded).astype(int)
         loading = (ledger.seconds - ledger.seconds_scoring - ledger.seconds_training).clip(lower=0)
         columns = ['epoch', 'at_hand', 'loaded', 'scored', 'trained', 'selected', 'forward', 'seconds',
                    'seconds_loading', 'seconds_scoring', 'seconds_training',
@@ -101,6 +104,9 @@ def _against(report):
     plain,saved,pruned = report.plain_seconds,report.saved,(report.table.at_hand > report.table.loaded).any()
     against = (f'the plain run of {_seconds(plain)}' if plain is not None else 'training on every row' if pruned
                else 'training on every candidate')
+    if plain is None and report.in_rounds:
+        return ("Rows were chosen anew for each round, and a plain epoch takes about as many steps: whether this ends "
+                "better, a plain run tells: report(plain_seconds=...).")
     if plain is None and not report.left_out:
         cost = f", though {_seconds(report.seconds_scoring)} went into scoring" if report.seconds_scoring else ''
         return f"Nothing was left out, so this was plain training{cost}."
@@ -118,6 +124,7 @@ def _il_bill(report):
     "What the irreducible losses cost, and how good they are"
     cost = f"The irreducible losses cost {_seconds(report.seconds_il)}"
     if report.il: cost += f" ({report.il})"
+    if report.in_rounds and report.plain_seconds is None: return f"{cost}."
     if report.saved > 0:
         return (f"{cost}, which "
                 f"{'one run brings' if report.break_even == 1 else f'{report.break_even} runs that share them bring'} "
@@ -128,8 +135,10 @@ def _sentences(report):
     "The report in words"
     table = report.table
     scoring = f", of which {_seconds(report.seconds_scoring)} scoring" if report.seconds_scoring else ''
-    trained = f"{table.trained.sum():,} of {table.at_hand.sum():,}"
-    yield f"{trained} items at hand were trained on, in {_seconds(report.seconds)}{scoring}."
+    trained,at_hand = f"{table.trained.sum():,}",f"{table.at_hand.sum():,}"
+    items = (f"{trained} items were trained on, of plain training's {at_hand}" if report.in_rounds
+             else f"{trained} of {at_hand} items at hand were trained on")
+    yield f"{items}, in {_seconds(report.seconds)}{scoring}."
     bought = _bought(report)
     if bought: yield bought
     yield _against(report)

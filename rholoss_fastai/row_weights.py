@@ -26,7 +26,7 @@ from .fit_callback import FitCallback, batch_rows, weigh_loss
 from .groups import row_groups
 from .loaders import restrict_rows, with_loaders
 from .nested import as_tensor
-from .rows import dataset_size, is_distributed, own_rows, track_rows
+from .rows import dataset_size, is_distributed, knows_rows, own_rows, track_rows
 
 # %% ../nbs/36_row_weights.ipynb #bccc3182
 def _checked_weights(weights, dl):
@@ -76,7 +76,7 @@ class RowLoss(FitCallback):
 
     def before_train(self):
         "A loader that knows its rows; `learn.dls` stays as it is"
-        if not hasattr(self.learn.dl, 'rows'): self.learn.dl = track_rows(self.learn.dl)
+        if not knows_rows(self.learn.dl): self.learn.dl = track_rows(self.learn.dl)
 
     def after_loss(self):
         "Weigh the loss of the batch"

@@ -6,8 +6,8 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/rows.html.md"""
 
 # %% auto #0
 __all__ = ['RowSubset', 'whole', 'row_dtype', 'RowsUnknown', 'is_distributed', 'reader', 'check_batch_size', 'check_rows_known',
-           'untracked', 'copy_loader', 'RowTracker', 'copy_torch_loader', 'TorchRows', 'track_rows', 'dataset_size',
-           'loader_batch_size', 'epoch_size', 'whole_dataset', 'own_rows', 'some_rows', 'preserve_rng']
+           'untracked', 'copy_loader', 'RowTracker', 'copy_torch_loader', 'TorchRows', 'track_rows', 'knows_rows',
+           'dataset_size', 'loader_batch_size', 'epoch_size', 'whole_dataset', 'own_rows', 'some_rows', 'preserve_rng']
 
 # %% ../nbs/05_rows.ipynb #22c4582a
 import copy
@@ -304,6 +304,12 @@ def track_rows(
     # the old one's workers end with it
     if dl not in _with_workers or _with_workers[dl].bs != bs: _with_workers[dl] = TorchRows(dl, bs)
     return _with_workers[dl]
+
+def knows_rows(
+    dl # Any loader
+)->bool:
+    "Has it a method `rows` of its own? A loader also answers for its data set, which may have an attribute `rows`"
+    return 'rows' in vars(dl) or hasattr(type(dl), 'rows')
 
 # %% ../nbs/05_rows.ipynb #7acd411c
 def dataset_size(

@@ -25,7 +25,7 @@ from .item_table import fingerprint
 from .label_noise import row_names
 from .nested import batch_size, plain, prediction
 from .noise import class_names, row_targets
-from .rows import track_rows
+from .rows import knows_rows, track_rows
 
 # %% ../nbs/34_trajectories.ipynb #20fba05a
 def mean_margin(
@@ -111,9 +111,7 @@ class LossHistory(FitCallback):
 
     def before_train(self):
         "Know the rows of the epoch's batches"
-        dl = self.learn.dl
-        # nothing before this one has
-        if 'rows' not in vars(dl) and not hasattr(type(dl), 'rows'): self.learn.dl = track_rows(dl)
+        if not knows_rows(self.learn.dl): self.learn.dl = track_rows(self.learn.dl)
         self._fit.now.fill_(torch.nan); self._fit.valid.zero_()
 
     def after_loss(self):

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
@@ -23,7 +24,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import F1Score, Perplexity, RocAucBinary, accuracy, error_rate, rmse
-from fastai.optimizer import Adam
+from fastai.optimizer import SGD, Adam
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.torch_core import set_seed
 from helpers import learner, processes, start_process
@@ -42,6 +43,7 @@ from rholoss_fastai.all import (
     prune,
     run_tasks,
 )
+from rholoss_fastai.compare import _settings
 
 N, BS = 192, 16
 SOME = ('random', 'infobatch', 'batch_loss_filter', 'selective_backprop', 'rho_loss')
@@ -296,6 +298,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize('changed', [dict(n_epoch=3), dict(lr=0.1), dict(fit='fit_flat_cos'), dict(evaluations=4),
                                      dict(metric='valid_loss'),
                                      dict(dls=data(n=N+16)[0]), dict(make=partial(make_learner, lr=0.1)),
+                                     dict(make=partial(make_learner, cbs=MixUp())),
+                                     dict(make=partial(make_learner, wd=0.5)),
+                                     dict(make=partial(make_learner, opt_func=SGD)),
+                                     dict(dls=data(after_batch=lambda b: b)[0]),
                                      dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
 def test_runs_with_other_settings_are_refused(runs, changed):
     with pytest.raises(ValueError, match='other settings'): quick(folder=runs, seeds=1, **changed)
@@ -305,6 +311,9 @@ def test_another_method_of_that_name_machine_or_damage_is_refused(tmp_path):
     quick([('mine', lambda learn: learn.select('loss', frac=0.5))], folder=tmp_path, seeds=1)
     with pytest.raises(ValueError, match='other settings \\(method'):
         quick([('mine', lambda learn: learn.select('loss', frac=0.25))], folder=tmp_path, seeds=1)
+    mine = [[('loop', lambda learn, frac=frac: learn.select('loss', frac=frac))] for frac in (0.5, 0.25)]
+    quick(mine[0], folder=tmp_path, seeds=1)
+    with pytest.raises(ValueError, match='other settings \\(method'): quick(mine[1], folder=tmp_path, seeds=1)
     file = tmp_path/'plain-seed0.json'
     run = json.loads(file.read_text())
     file.write_text(json.dumps({**run, 'machine': dict(run['machine'], cpu='an abacus')}))
@@ -312,6 +321,33 @@ def test_another_method_of_that_name_machine_or_damage_is_refused(tmp_path):
     with pytest.raises(ValueError, match='another machine|threads'): quick(folder=tmp_path, seeds=1, threads=2)
     file.write_text('{"method": "pl')
     with pytest.raises(ValueError, match='remove it'): quick(folder=tmp_path, seeds=1)
+
+
+def test_settings_are_the_same_in_every_process():
+    "A function shows itself with its address in memory, which is another each time"
+    def of(loss):
+        learn = make_learner(data()[0], loss_func=loss)
+        return _settings(learn, 1, 'fit', None, 'cost', 1, 'accuracy', learn.dls.valid, None, Prices())
+    def made(wrong=0):
+        def loss(pred, targ): return nn.functional.cross_entropy(pred, targ) + wrong
+        return loss
+    assert of(made()) == of(made()) and of(made()) != of(made(1)) and of(partial(made(), b=made())) == of(
+        partial(made(), b=made()))
+
+
+def test_irreducible_losses_of_another_making_are_refused(tmp_path):
+    def zeros(make_learner, dls): return IrreducibleLosses.of(torch.zeros(N), dls.train)
+    def ones(make_learner, dls): return IrreducibleLosses.of(torch.ones(N), dls.train)
+    for _ in range(2): quick(['rho_loss'], folder=tmp_path, seeds=1, il=zeros)
+    for il in (ones, 'auto'):
+        with pytest.raises(ValueError, match='il.safetensors holds irreducible losses that were made otherwise'):
+            quick(['rho_loss'], folder=tmp_path, seeds=1, il=il)
+
+
+def test_a_folder_of_two_comparisons_is_told(runs, tmp_path):
+    shutil.copytree(runs, tmp_path/'runs')
+    quick(folder=tmp_path/'runs', seeds=[1], n_epoch=3)
+    with pytest.raises(ValueError, match='other settings \\(n_epoch\\)'): Comparison.load(tmp_path/'runs')
 
 
 SCRIPT = """
@@ -383,6 +419,21 @@ def test_the_verdict_knows_more_from_less():
     with pytest.raises(ValueError, match='no run of plain training'): made(dict(rho=[0.1]))
 
 
+def test_seeds_without_a_plain_run_tell_nothing():
+    result = made(dict(plain=[0.6], mine=[0.65, 0.7]))
+    assert '5.0 points above plain training, with one seed: no interval' in result.verdict
+    result.runs = [o for o in result.runs if (o['method'], o['seed']) != ('mine', 0)]
+    assert "`mine` can't be compared: there is no run of plain training with a seed of its own" in result.verdict
+
+
+def test_a_run_that_diverged_leaves_the_picture_to_the_others():
+    result = made(dict(plain=[0.6, 0.7], lost=[math.inf, 0.7]), metric='valid_loss')
+    assert "`lost` can't be compared: valid_loss is infinite" in result.verdict
+    low,high = result.plot()[0].get_ylim()
+    assert 0.6 < low < high < 0.7
+    made(dict(plain=[math.nan, 0.7])).plot()
+
+
 def test_tables_and_pictures():
     result = made({'plain': [0.6, 0.7], **{f'm{i}': [0.6 + i/100, 0.7 + i/100] for i in range(8)}})
     lines = result.to_markdown().split('\n')
@@ -403,6 +454,7 @@ def test_wrong_labels_trained_on_are_counted():
     assert result.table.steps.without == result.table.steps.plain
     assert result.table.cost.without == result.table.cost.plain
     assert result.table.wrong_labels.plain == pytest.approx(wrong.float().mean().item())
+    assert result.table.wrong_labels.without == 0
     assert 0 < result.table.wrong_labels.batch_loss_filter < 1
 
 
@@ -453,6 +505,27 @@ def test_a_forecast_trains_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and list(forecast.index) == ['plain', *SOME]
     assert (forecast.all_seconds > 0).all()
     assert '12 runs, about' in capsys.readouterr().out and forecast.steps['plain'] == 2*N/BS
+    assert forecast.steps['random'] == forecast.steps['plain'] # a step costs the same
+
+
+def test_a_meter_counts_its_own_fits_only():
+    learn = noisy_learner().rho_epochs(features='columns', il_budget=9., drop=0.1, gate=False, refresh=False)
+    spent = [fit_within(learn, 4) for _ in range(2)]
+    assert spent[1].trained + spent[0].trained == learn.selection.total('trained')
+    assert spent[0].cost_il > 0 == spent[1].cost_il # the irreducible losses are made once
+
+
+def test_what_was_too_dear_to_be_made_is_not_billed():
+    assert fit_within(noisy_learner().rho_epochs(il_budget=1e-9), 2).cost_il == 0
+
+
+@pytest.mark.parametrize('method', [lambda learn, il: learn.rho_epochs(il, drop=0.1, gate=False, refresh=False),
+                                    lambda learn, il: learn.prune_epochs(score='reducible', il=il)])
+def test_irreducible_losses_that_others_paid_for_are_not_billed_again(method):
+    learn = noisy_learner()
+    il = IrreducibleLosses.of(torch.rand(N), learn.dls.train, n_epoch=3, n_folds=2, seconds=7.)
+    meters = [fit_within(method(o, il), 4) for o in (learn, noisy_learner())]
+    assert [bool(o.cost_il) for o in meters] == [True, False] and learn.selection.ledger.seconds_il.sum() == 7
 
 
 # Bad input
@@ -485,4 +558,6 @@ def test_random_state_and_loaders_are_left_alone():
     set_seed(3)
     state,order = torch.get_rng_state(),dls.train.rng.getstate()
     quick(dls=dls)
+    quick(dls=dls, dry_run=True)
+    measure_prices(make_learner, dls, steps=1, rounds=1)
     assert torch.equal(torch.get_rng_state(), state) and dls.train.rng.getstate() == order

@@ -34,6 +34,7 @@ from rholoss_fastai.all import (
     EpochRule,
     ForgettingTracker,
     InfoBatch,
+    IrreducibleLosses,
     RandomSubset,
     SelectionRecord,
     SeTa,
@@ -267,6 +268,20 @@ def test_reducible_leaves_noise_out_and_is_unweighted():
     watch = Watch()
     fit(weighted, 3, cbs=watch)
     assert not np.allclose([o.mean().item() for o in watch.losses[1]], watch.loss[1], atol=1e-4)
+
+
+def test_rows_that_a_refresh_trained_on_are_not_scored_besides():
+    learn = fit(epoch_learner().prune_epochs('ies', 1e9, 0.1, refresh=2), 10)
+    ledger = learn.selection.ledger
+    assert (ledger.scored[6:] > 0).tolist() == [True, False]*2 == (ledger.trained[6:] == N).tolist()
+
+
+def test_irreducible_losses_are_billed():
+    learn = epoch_learner()
+    il = IrreducibleLosses.of(torch.rand(N), learn.dls.train, seconds=7.)
+    assert fit(learn.prune_epochs(score='reducible', il=il), 2).selection.ledger.seconds_il.tolist() == [7, 0]
+    learn = fit(epoch_learner().prune_epochs(score='reducible', il='crossfit'), 2)
+    assert learn.selection.ledger.seconds_il[0] > learn.selection.ledger.seconds[0] > learn.selection.seconds_il
 
 
 @pytest.mark.parametrize('refresh', [2, 3])
@@ -772,11 +787,15 @@ def test_a_function_is_a_rule():
     with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio"):
         epoch_learner().prune_epochs('infobatch', keep=0.5)
     with pytest.raises(ValueError, match="Did you mean 'random'"): epoch_learner().prune_epochs('randon')
+    for args,kwargs in ((('random', 0.3, 9), {}), (('random', 0.3), dict(keep=0.5)), ((IES(), 0.3), {}),
+                        ((0.3,), dict(ratio=0.5))):
+        with pytest.raises(TypeError, match='each once; got 0.3'): epoch_learner().prune_epochs(*args, **kwargs)
     with pytest.raises(TypeError, match='settings of a rule that is given by name'):
         epoch_learner().prune_epochs(HardHalf(), keep=0.5)
 
 
 def test_it_says_what_it_will_do():
+    assert '1 of 5 groups' in SeTa(window=0.05).says(EpochInfo(torch.arange(5), n_epoch=10))
     def said(n_epoch, *args, **kwargs):
         lines = []
         learn = epoch_learner().prune_epochs(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Just Train Twice, against its parts done by hand."""
 import importlib
 import json
+import math
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_tune_takes_the_same_error_sets_and_sorts_by_the_worst_group():
     def make(dls): return row_learner(dls, metrics=worst)
     just_train_twice(make, loaders(), int(best.n_epoch_id), 2, best.upweight, seed=3, progress=False)
     assert worst.table[-2:].min(axis=1).max() == pytest.approx(best.worst_group) # the pair by itself gives the same
+
+
+def test_nan_is_the_worst_of_groups_and_epochs():
+    values = iter([1., math.nan, 3., 5., *[math.nan]*4]) # of two groups, two epochs, two pairs
+    def metric(pred, targ): return torch.tensor(next(values))
+    table = tune_just_train_twice(row_learner, loaders(), ['ab'[i % 2] for i in range(60)], [1], 2, [1, 10], metric,
+                                  worst=max, progress=False)
+    assert table.upweight.tolist() == [1, 10] and table.epoch.tolist() == [1, 0]
+    assert table.worst_group[0] == 5 and math.isnan(table.worst_group[1])
 
 
 def never(pred, targ): return torch.zeros(len(targ))

@@ -122,6 +122,21 @@ def test_text(tmp_path, capsys, model):
         assert (table.cost_il > 0).tolist() == [False, False, data == 'cola']
 
 
+def test_settings_of_scores_are_settings_of_runs(tmp_path):
+    from prune import Scores, pruned
+
+    from rholoss_fastai.compare import _source
+    def method(runs): return pruned('el2n', 0.5, Scores(tmp_path, None, None, 2, runs, 10, 5, 0), False, 0.1, 0)[1]
+    assert _source(method(2)) == _source(method(2)) != _source(method(3))
+
+
+def test_bad_options_end_with_a_sentence(regression, tmp_path):
+    from common import read_method
+    with pytest.raises(SystemExit, match='must be name:setting=value'): read_method('rho_loss:frac')
+    with pytest.raises(SystemExit, match='--data must be one of'): run('uci_one_pass', path=regression, data='none')
+    with pytest.raises(SystemExit, match='No such file'): run('compare_runs', folder=tmp_path/'none')
+
+
 def test_text_says_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match='--data must be one of cola, sst2'):
         run('text_rho_loss', path=tmp_path, data='imdb')

@@ -1,4 +1,6 @@
 """What the report says of runs of every kind: right counts, and no advice that can't be followed."""
+import time
+
 import pytest
 import torch
 from helpers import fit
@@ -19,6 +21,19 @@ def test_pruned_epochs_count_the_rows_that_were_left_out(bs):
     assert not any(o in str(report) for o in KNOBS)
     assert 'candidate' not in str(report) and 'irreducible' not in str(report)
     assert report.seconds_all > report.seconds_as_many
+
+
+@pytest.mark.parametrize('epoch', ['steps', 'cost'])
+def test_rounds_save_nothing(epoch):
+    "As many steps as plain training has, each on what was chosen last; what is spent on the way is billed once"
+    learn = row_learner(loaders()).rho_epochs(torch.rand(N), drop=0.1, gate=False, epoch=epoch, refresh=True)
+    began = time.perf_counter()
+    ledger, report = fit(learn, 4).selection.ledger, learn.selection.report()
+    assert ledger.seconds_il.sum() > 0 and (ledger.seconds + ledger.seconds_il).sum() < time.perf_counter() - began
+    assert report.table.at_hand.max() <= N + 32 and 'Rows were chosen anew for each round' in str(report)
+    assert 'brings back' not in str(report) and 'saved' not in str(report)
+    learn.rho_epochs(torch.rand(N), drop=0.1, gate=False, epoch='rows')
+    assert 'items at hand' in str(fit(learn, 2).selection.report())
 
 
 def test_where_nothing_was_left_out_nothing_is_advised():

@@ -296,6 +296,9 @@ def test_an_epoch_of_the_same_cost_is_shorter_by_what_the_probe_takes():
     rule.__class__ = Dear.__mro__[1]
     fit(learn, 2, cbs=[Count()]) # the first fit has paid
     assert rule.own_cost == 0 and len(steps) == 2*n
+    # of those that are given a look at the labels, here at all of them
+    learn = fit(noisy_learner().rho_epochs(torch.rand(N), features=features, threshold=0., refresh=False), 3)
+    assert learn.epoch_pruner.rule.own_cost == pytest.approx(share)
 
 
 def test_a_fine_tune_without_frozen_epochs():

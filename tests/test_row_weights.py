@@ -20,6 +20,7 @@ from fastai.losses import (
     LabelSmoothingCrossEntropyFlat,
     MSELossFlat,
 )
+from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from helpers import examples, fit
 from hypothesis import given
@@ -30,8 +31,11 @@ from torch.nn import functional as F
 
 from rholoss_fastai.all import (
     FitCallback,
+    ForgettingTracker,
     GroupDRO,
+    LossHistory,
     RowWeights,
+    WorstGroup,
     prune,
     restrict_rows,
     track_rows,
@@ -333,3 +337,16 @@ def test_an_interrupted_fit_leaves_nothing(weigh, tmp_path):
     noted = Trained()
     fit(learn.remove_cb(cb), 1, cbs=noted)
     np.testing.assert_allclose(noted.ratios(), 1, rtol=1e-6) # without it the loss is the plain one
+
+
+class OwnRows(Rows):
+    "A data set that has an attribute `rows`, for which fastai's loader answers too"
+    def __init__(self, n=N): super().__init__(n); self.rows = ['some', 'thing']
+
+
+@pytest.mark.parametrize('callback', [lambda: RowWeights(torch.ones(N)), lambda: GroupDRO(Rows().targets),
+                                      ForgettingTracker, LossHistory], ids=['weights', 'dro', 'forgetting', 'history'])
+def test_rows_of_a_data_sets_own_are_no_rows_of_a_batch(callback):
+    worst = WorstGroup(accuracy, VALID.targets)
+    fit(row_learner(loaders(train=OwnRows(), valid=OwnRows(60)), metrics=worst, cbs=callback()), 1)
+    assert worst.table.notna().all(axis=None)
