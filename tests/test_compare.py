@@ -43,7 +43,7 @@ from rholoss_fastai.all import (
     prune,
     run_tasks,
 )
-from rholoss_fastai.compare import _settings
+from rholoss_fastai.comparison import comparison_settings
 
 N, BS = 192, 16
 SOME = ('random', 'infobatch', 'batch_loss_filter', 'selective_backprop', 'rho_loss')
@@ -327,7 +327,7 @@ def test_settings_are_the_same_in_every_process():
     "A function shows itself with its address in memory, which is another each time"
     def of(loss):
         learn = make_learner(data()[0], loss_func=loss)
-        return _settings(learn, 1, 'fit', None, 'cost', 1, 'accuracy', learn.dls.valid, None, Prices())
+        return comparison_settings(learn, 'fit', learn.dls.valid, None, Prices(), n_epoch=1)
     def made(wrong=0):
         def loss(pred, targ): return nn.functional.cross_entropy(pred, targ) + wrong
         return loss
