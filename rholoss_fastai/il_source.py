@@ -26,7 +26,7 @@ from .fit_callback import loss_in_force
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies
 from .item_table import ItemTable
 from .learnable import hopeless_rows
-from .loss_tasks import loss_settings
+from .loss_tasks import same_loss
 from .nested import prediction
 from .probe import Probe, choose_features
 from .record import STEP_COST
@@ -203,7 +203,7 @@ def check_other_model(model, learn, role):
 # %% ../nbs/16_il_source.ipynb #6ec48b84
 class MadeIL(TableIL):
     "Irreducible losses that are made for the training set when a fit first needs them: subclass it and define `make`"
-    loss = None # what tells the loss function that they are losses of
+    loss = None # the loss function that they are losses of
     def __init__(self): super().__init__()
 
     def make(self,
@@ -229,8 +229,8 @@ class MadeIL(TableIL):
         self.prepare(learn)
 
     def begin(self, learn, device):
-        began,loss = time.perf_counter(),loss_settings(loss_in_force(learn))
-        if self.loss not in (None, loss): self.table = self.of = None
+        began,loss = time.perf_counter(),loss_in_force(learn)
+        if self.loss is not None and not same_loss(self.loss, loss): self.table = self.of = None
         if self.table is None or self.of is not learn.dls.train: self.check(learn)
         making = self.table is None
         if making:

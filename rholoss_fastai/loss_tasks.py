@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/loss_tasks.html.md"""
 
 # %% auto #0
 __all__ = ['inner_loss', 'known_loss', 'mentioned_losses', 'loss_task', 'takes_probabilities', 'from_library', 'call_parameters',
-           'loss_name', 'loss_settings']
+           'loss_name', 'loss_settings', 'same_loss']
 
 # %% ../nbs/00_loss_tasks.ipynb #a60287d7
 from collections.abc import Callable
@@ -147,3 +147,10 @@ def loss_settings(
 )->str:
     "What tells it from others: its name and what it holds, but for what it has learnt"
     return _told(loss_func, 4)
+
+def same_loss(
+    loss_func:Callable, # A loss function
+    other:Callable # Another, or the same, which may have noted something since
+)->bool:
+    "Are they one, or alike in all that they hold?"
+    return loss_func is other or loss_settings(loss_func) == loss_settings(other)

@@ -25,7 +25,7 @@ from .features import FEATURES
 from .fit_callback import loss_in_force
 from .il_source import given_table, il_name
 from .learnable import learnable_rows, no_class_last, ranked, rows_to_look_at, share_to_leave_out
-from .loss_tasks import loss_settings
+from .loss_tasks import same_loss
 from .probe import Probe, probe_cost, probe_irreducible
 from .rows import own_rows, reader
 
@@ -137,7 +137,7 @@ def is_log_loss(
 # %% ../nbs/33_rho_epochs.ipynb #9edc90be
 class RhoEpochs(Reducible):
     "`Reducible` with irreducible losses of its own making, where the labels and the length of the fit call for it"
-    _not_saved = dict(_source=None, table=None) # an export leaves the irreducible losses out
+    _not_saved = dict(_source=None, _loss=None, table=None) # an export leaves the irreducible losses out
     short = 8 # a fine-tune of fewer epochs leaves out and does not choose
     long = 4 # a fit from scratch of so many epochs refreshes the irreducible losses
     def __init__(self,
@@ -165,10 +165,10 @@ class RhoEpochs(Reducible):
 
     def begin(self, learn, dl):
         "Look at the labels, make irreducible losses where they are worth it, and settings for a fit of this length"
-        of_loss = loss_settings(loss_in_force(learn))
-        judged = self._source is None or self._source() is not reader(dl) or self._loss != of_loss
+        loss = loss_in_force(learn)
+        judged = self._source is None or self._source() is not reader(dl) or not same_loss(self._loss, loss)
         if judged: self._judge(learn, dl)
-        self._loss,self._refreshed,self.own_cost,booked = of_loss,False,0.,self.seconds if judged else 0.
+        self._loss,self._refreshed,self.own_cost,booked = loss,False,0.,self.seconds if judged else 0.
         if self.plain: return booked
         fine_tune = self.table.info.get('features') == 'body' or bool(vars(learn).get('pretrained'))
         asked = self.asked

@@ -206,12 +206,19 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
 
 @pytest.mark.parametrize('method', ['rho_loss', 'rho_epochs'])
 def test_of_another_loss_function_they_are_made_anew(method):
-    "A copy of it is the same"
+    "A copy of it is the same, and so is one that notes what it has seen"
+    class Notes(CrossEntropyLossFlat):
+        def __call__(self, *args):
+            self.seen = super().__call__(*args).detach()
+            return super().__call__(*args)
     smoothed = CrossEntropyLossFlat(label_smoothing=0.2)
-    learn = getattr(learner(), method)(gate=False, il_budget=99.)
+    learn = getattr(learner(loss_func=Notes()), method)(gate=False, il_budget=99.)
     def table(): return learn.selector.il if method == 'rho_loss' else learn.epoch_pruner.rule.table
     fit(learn, 1)
-    first, learn.loss_func = table(), deepcopy(learn.loss_func)
+    first = table()
+    fit(learn, 1)
+    assert table() is first
+    learn.loss_func = deepcopy(learn.loss_func)
     fit(learn, 1)
     assert table() is first
     learn.loss_func = smoothed
