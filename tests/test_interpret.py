@@ -124,6 +124,7 @@ def no_figures_stay():
 
 
 @pytest.mark.parametrize('kind', learners)
+@pytest.mark.many(3)
 def test_tables(kind, tmp_path):
     learn = fitted(kind, tmp_path)
     record, il = learn.selection, learn.selector.il.values

@@ -296,6 +296,7 @@ def test_no_worker_outlives_the_fit(kind):
 @pytest.mark.parametrize('settings', [dict(), dict(pick='uniform'), dict(score='bald', n_mc=3), dict(forward='reuse'),
                                       dict(score='loss_plus_conditional_entropy', n_mc=2), dict(staleness=2),
                                       dict(pick=ThenUniform(0.5, at=0.))], ids=str)
+@pytest.mark.many(3)
 def test_an_epoch_of_the_same_cost(settings):
     "By the ledger, in each epoch: also where nothing is scored, where much is, and with one forward for both"
     frac = {} if isinstance(settings.get('pick'), ThenUniform) else dict(frac=0.5)
