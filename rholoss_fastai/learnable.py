@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .noise import row_targets
@@ -84,8 +85,9 @@ def share_of_wrong_labels(
         raise ValueError("logits hold NaN or infinite numbers: check the features that they were made by.")
     top = logits.topk(2, 1)
     agreement = _Agreement(top.values[:,0] - top.values[:,1], top.indices[:,0] == labels, logits.shape[1])
-    params,loss = agreement.best()
-    low,high = (agreement.bound(params, loss, end) for end in (0, 0.999/(1 + agreement.accident)))
+    with threadpool_limits(1, 'blas'): # with so few numbers, more threads only wait for one another, at full speed
+        params,loss = agreement.best()
+        low,high = (agreement.bound(params, loss, end) for end in (0, 0.999/(1 + agreement.accident)))
     return float(params[2]), float(low), float(high)
 
 # %% ../nbs/13_learnable.ipynb #85ac0fba

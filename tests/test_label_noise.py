@@ -12,9 +12,11 @@ from fastai.text.core import BaseTokenizer
 from fastai.text.data import TextDataLoaders
 from fastai.vision.core import PILImage
 from helpers import draws
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from rholoss_fastai import learnable
 from rholoss_fastai.label_noise import LabelNoise, label_noise, row_names
 from rholoss_fastai.learnable import share_of_wrong_labels
 from rholoss_fastai.loaders import restrict_rows
@@ -38,6 +40,16 @@ def make_dls(x, y, bs=50):
     return DataLoaders(*(DataLoader(TensorDataset(x, y), bs=bs, shuffle=s) for s in (True, False)), device='cpu')
 
 # ---- how many
+
+def test_the_estimate_takes_one_thread(monkeypatch):
+    "Of BLAS: a second would wait for the first as busily as it works, and processor seconds are billed"
+    threads,minimize = [],learnable.minimize
+    def counted(*args, **kwargs):
+        threads.append({o['num_threads'] for o in threadpool_info() if o['user_api'] == 'blas'})
+        return minimize(*args, **kwargs)
+    monkeypatch.setattr(learnable, 'minimize', counted)
+    with threadpool_limits(2, 'blas'): share_of_wrong_labels(*calibrated(500, 3, 3.))
+    assert threads and all(o == {1} for o in threads)
 
 @pytest.mark.parametrize('n_classes', [2, 3, 10])
 @pytest.mark.parametrize('redrawn', [0., 0.05, 0.2, 0.4])
