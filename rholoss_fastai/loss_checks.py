@@ -122,7 +122,7 @@ def _reproduced(of, losses, pred, targs, bs, derivatives):
     "Is the batch's loss made of the item losses: their sum, a mean of them, or as PyTorch reduces?"
     whole,again = (of.whole(pred, targs) for _ in range(2))
     # not to be told: diverged, or random
-    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again) or of.one_tensor: return True
+    if whole.numel() != 1 or not whole.isfinite() or not torch.equal(whole, again): return True
     # in double precision, unless the loss has class weights, say, in single
     for to in (torch.Tensor.double, torch.Tensor.float):
         try:
@@ -183,8 +183,9 @@ def check_item_losses(
     mend = (own_loss_mend if not isinstance(pred, Tensor)
             else ("Use a loss that is a sum or a mean over items, or don't select by loss: "
                   "learn.select(pick='uniform')."))
+    known = of.one_tensor and bool((losses != losses[0]).any()) # PyTorch's and fastai's compare no items with another
     with random_state_kept(device), torch.enable_grad():
-        try: derivatives = _derivatives(of, pred, targs, bs)
+        try: derivatives = None if known else _derivatives(of, pred, targs, bs)
         except torch.cuda.OutOfMemoryError: raise
         except Exception: derivatives = None # it can't be differentiated, for example since it leaves PyTorch
         if derivatives is not None:
@@ -206,7 +207,7 @@ def check_item_losses(
             raise ValueError(f"{name} is a number for the batch, but not for {int((~finite).sum())} of its {bs} items "
                              f"alone: {_say(losses)}. Where an item can have nothing that counts, let the loss know: "
                              f"partial(F.cross_entropy, ignore_index=...). {mend}")
-        if not _reproduced(of, losses, prepared, prepared_targs, bs, derivatives):
+        if not of.one_tensor and not _reproduced(of, losses, prepared, prepared_targs, bs, derivatives):
             whole = of.whole(prepared, prepared_targs).item()
             raise ValueError(f"{name} of the batch is {whole:.4g}, which is neither the sum nor a mean of its items' "
                              f"losses ({_say(losses)}): the loss is not made of the items' own losses, so these mean "
