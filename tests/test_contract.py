@@ -188,12 +188,14 @@ def test_events_exist(method):
     assert names and names <= {o for o in dir(event) if not o.startswith('_')}
 
 @METHOD
+@pytest.mark.many(2)
 def test_one_item_with_batch_norm(method):
     "The last batch has two items, of which half would be one, more than batch norm can take"
     learn = with_method(method, model=mlp, dls=loaders(14))
     assert weights_of(fit(learn, 3)).isfinite().all()
 
 @METHOD
+@pytest.mark.many(2)
 def test_twice_in_a_row(method):
     """A second fit goes on, with the same columns and no more; validation and predictions in between are the Learner's
     own"""
@@ -212,6 +214,7 @@ def test_twice_in_a_row(method):
     assert learn.selection.total('trained') == int(learn.selection.selected.sum()) <= learn.selection.total('loaded')
 
 @METHOD
+@pytest.mark.many(2)
 def test_lr_find(method, tmp_path):
     "A search for the rate trains plainly: the same losses as without, and the method acts in the next fit"
     def search(learn):
@@ -227,6 +230,7 @@ def test_lr_find(method, tmp_path):
     assert noted.rows and (not method.rows or with_it.selection.total('trained') > 0)
 
 @METHOD
+@pytest.mark.many(2)
 def test_export_and_load(method, tmp_path):
     "What is loaded predicts the same and validates; after undoing, the file needs this package no more"
     learn = fit(with_method(method, path=tmp_path), 2)
@@ -252,7 +256,7 @@ EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_l
 
 @METHOD
 @pytest.mark.parametrize('part', range(3))
-@pytest.mark.many(3)
+@pytest.mark.many(6)
 def test_interrupted_in_any_event(method, part, tmp_path):
     """The user's ctrl-C before a method's callbacks, and in a second fit after them: nothing is left behind, and the
     Learner goes on"""

@@ -98,6 +98,7 @@ CASES = dict(
 
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('max_bytes', [2**30, 2**17])
+@pytest.mark.many(3)
 def test_grand_equals_a_loop_in_float64(case, max_bytes):
     make, loss, targets = CASES[case]
     torch.manual_seed(0)
@@ -173,6 +174,7 @@ def to_float(x): return x
 
 
 @pytest.mark.parametrize('kind', ['fastai', 'workers', 'drop_last', 'torch', 'weighted'])
+@pytest.mark.many(3)
 def test_scores_are_in_data_set_order(kind):
     torch.manual_seed(0)
     rows = Rows()

@@ -560,6 +560,7 @@ def test_columns_history_and_the_next_fit():
 
 @pytest.mark.parametrize('name', ['sgd', 'adamw', 'torch_adamw'])
 @pytest.mark.parametrize('per', ['group', 'parameter'])
+@pytest.mark.many(3)
 def test_two_fits_are_one(name, per, tmp_path):
     "Also where the second is another process's: weights and moments by learn.save, what was learnt by state_dict"
     lr = 1e-2 if 'torch' in name else [1e-2, 2e-2]
@@ -677,6 +678,7 @@ def finite(learn): return weights(learn).isfinite().all()
 
 
 @pytest.mark.parametrize('name', ['sgd', 'sgd_l2'])
+@pytest.mark.many(2)
 def test_a_rate_that_blows_up_recovers(name):
     learn = double_learner(name, dls=loaders(n=300, n_valid=100), lr=10.).one_pass()
     with pytest.warns(UserWarning) as caught: fit(learn, 20)

@@ -283,6 +283,7 @@ def test_another_method_is_refused():
         dropout_learner().batch_loss_filter().select('loss')
 
 @pytest.mark.parametrize('kind', [DataLoader, TorchDataLoader])
+@pytest.mark.many(2)
 def test_no_worker_outlives_the_fit(kind):
     "A pass that isn't used up is let go: garbage collection would wait for its workers, five seconds for each"
     train = kind(Rows(), 8, shuffle=True, num_workers=2)

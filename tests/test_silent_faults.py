@@ -177,6 +177,7 @@ STATEFUL = dict(top=lambda l: l.select('loss', 'top', frac=0.5, forward='twice',
 
 @methods(STATEFUL)
 @pytest.mark.parametrize('has_reset', [True, False])
+@pytest.mark.many(3)
 def test_rows_go_on_from_their_own_state(method, has_reset):
     "A model that stands still (rate 0): all rows' states are those of plain training in every batch"
     plain, ours = states_of(lambda l: None, has_reset), states_of(method, has_reset)
@@ -273,7 +274,7 @@ class TrainedOn(Callback):
 
 @pytest.mark.filterwarnings('ignore') # PyTorch's on KL divergence's mean and on broadcasting
 @pytest.mark.parametrize('make_loss, make_batch', cases(weighable))
-@pytest.mark.many(3)
+@pytest.mark.many(6)
 def test_weights_of_one_of_every_loss(make_loss, make_batch):
     "4: to 1e-6, by every route; train twice by='loss' is by row weights"
     torch.manual_seed(3)
@@ -871,6 +872,7 @@ def test_a_loss_that_comes_later_is_looked_at_too(method):
 
 @pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_step', 'before_validate'])
 @methods(dict(top=METHODS['top'], rho=METHODS['rho'], random=lambda l: l.prune_epochs('random')))
+@pytest.mark.many(3)
 def test_interrupted_beside_mixup(method, event, tmp_path):
     learn = learner(path=tmp_path, cbs=MixUp())
     method(learn)
