@@ -401,8 +401,7 @@ def irreducible(self:Probe,
     res = predictions.irreducible(loss_func)
     res.info.update(model='ridge', loss=short_name(loss_func))
     if average_with is not None:
-        old = average_with.values.where(~average_with.unknown, res.values)
-        res.values = averaged(res.values, old, predictions.kind)
+        res.values = averaged(res.values, average_with.values, predictions.kind)
         res.info.update(averaged_with=average_with.info.get('features') or average_with.info.get('model'),
                         mean=res.values.nanmean().item())
     return res
