@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports pyplot
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before anything imports torch: tests run side by side, one per core
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')  # to ask for CUDA must not start it: tests fork
 
 import numpy as np
 import pytest
