@@ -3,6 +3,7 @@ import csv
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -94,6 +95,10 @@ def read_value(text):
     except json.JSONDecodeError: return text
 
 
+def with_il(learn, il, settings): return learn.rho_loss(il, **settings)
+def called(learn, name, settings): return getattr(learn, name)(**settings)
+
+
 def read_method(run):
     "A method of `compare` out of `name:setting=value,setting=value`; the name is one of the Learner's methods then"
     name,_,options = run.partition(':')
@@ -101,9 +106,9 @@ def read_method(run):
     if not all(is_ for _,is_,_ in parts): raise SystemExit(f"{run!r} must be name:setting=value,setting=value.")
     settings = {k: read_value(v) for k,_,v in parts}
     if not settings: return name
-    if name == 'rho_loss': return run,lambda learn, il: learn.rho_loss(il, **{'epoch': 'candidates', **settings})
+    if name == 'rho_loss': return run,partial(with_il, settings={'epoch': 'candidates', **settings})
     if not hasattr(Learner, name): raise SystemExit(f"{run!r} names no method of a Learner.")
-    return run,lambda learn: getattr(learn, name)(**settings)
+    return run,partial(called, name=name, settings=settings)
 
 
 def accept_underscores():

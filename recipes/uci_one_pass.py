@@ -160,7 +160,7 @@ def run_learner(tune, data, start, seed, steps):
     began = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     seconds = time.perf_counter() - began
-    with torch.no_grad(): mse = F.mse_loss(learn.model(data.test[0]), data.test[1]).item()*data.unit
+    with torch.no_grad(): mse = F.mse_loss(learn.model.cpu()(data.test[0]), data.test[1]).item()*data.unit
     hypers = learn.opt.hypers[0]
     return dict(start=start, mse=mse, seconds=seconds, last={k: hypers[k] for k in ('lr', 'wd', 'mom')},
                 rolled_back=sum(line['rolled_back'] for line in learn.one_pass_tuner.lines) if tune else 0)

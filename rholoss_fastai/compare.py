@@ -27,7 +27,7 @@ from fastcore.basics import noop
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epochs, measure_prices, timed_steps
 from .checks import by_name, check_choice, check_count, check_number
 from .comparison import Comparison, comparison_settings, machine, same_machine, source_text, text_digest, write_json
-from .executors import run_tasks, worker_threads
+from .executors import check_executor, run_tasks, worker_threads
 from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .loaders import seeded_loaders
@@ -327,6 +327,7 @@ def compare(
         raise ValueError("There is nothing to evaluate on: the validation set of dls is empty. Split one off, or pass "
                          "test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
+    check_executor(executor, threads, make_learner, fit, metric, [o for k,o in methods.items() if METHODS.get(k) is not o])
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')
     noisy,threads = None if noisy is None else _mask(noisy, dataset_size(dls.train)),threads or worker_threads(executor)

@@ -23,7 +23,7 @@ from fastcore.xtras import ContextManagers
 from torch import Tensor
 
 from .checks import check_count, check_number
-from .executors import run_in_order
+from .executors import check_executor, run_in_order
 from .groups import WorstGroup, row_groups
 from .il_source import il_values
 from .loaders import restrict_rows, scoring_loader, with_loaders
@@ -195,6 +195,7 @@ def tune_just_train_twice(
     _check(dls, n_epoch, upweights, by, noise, seed)
     row_groups(dls.valid, groups)
     table,earlier = [],[]
+    check_executor(executor, None, make_learner, metric, worst)
     if executor is not None: check_new_learners(make_learner, dls)
     with preserve_rng():
         sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise,

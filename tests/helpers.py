@@ -159,7 +159,8 @@ def fit(learn, n_epoch=1, *args, method='fit', seed=None, **kwargs):
 
 
 def weights_of(learn):
-    return torch.cat([o.detach().flatten().clone() for o in learn.model.state_dict().values() if o.is_floating_point()])
+    weights = [o.detach().flatten().clone() for o in learn.model.state_dict().values() if o.is_floating_point()]
+    return torch.cat(weights).cpu()
 
 
 class Interrupt(Callback):

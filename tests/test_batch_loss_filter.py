@@ -692,8 +692,11 @@ def test_one_host_sync_a_batch(forward):
             if self.event == 'after_pred': self.toggle()
     event = 'before_batch' if forward == 'twice' else 'after_pred'
     learn = lazy_learner().batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    torch.set_warn_always(True) # else PyTorch says it once
     try: fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
-    finally: torch.cuda.set_sync_debug_mode('default')
+    finally:
+        torch.set_warn_always(False)
+        torch.cuda.set_sync_debug_mode('default')
     assert counts == [1]*(2*(N//BS - 1))
 
 @pytest.mark.cuda

@@ -1,5 +1,8 @@
 "Runs in several processes give what they give one after the other"
+import sys
+import time
 from functools import partial
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -8,10 +11,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from rholoss_fastai.all import crossfit_irreducible, score_dataset, tune_just_train_twice
+from rholoss_fastai.all import compare, crossfit_irreducible, run_tasks, score_dataset, tune_just_train_twice
 from rholoss_fastai.executors import run_in_order
 
 
@@ -71,15 +75,14 @@ def test_a_model_that_is_not_new_is_told_beforehand(dls, call):
         call(same_model, dls, executor=2, **quiet)
 
 
+def seeds(n, generator): return [int(torch.randint(2**31, (), generator=generator)) for _ in range(n)]
+
+def third_fails(dls):
+    learn = make_learner(dls)
+    if torch.initial_seed() == seeds(4, torch.Generator().manual_seed(0))[2]: learn.loss_func = None
+    return learn
+
 def test_runs_before_one_that_fails_are_kept(dls, tmp_path):
-    calls = []
-    def third_fails(dls):
-        calls.append(1)
-        learn = make_learner(dls)
-        if torch.initial_seed() == seeds[2]: learn.loss_func = None
-        return learn
-    generator = torch.Generator().manual_seed(0)
-    seeds = [int(torch.randint(2**31, (), generator=generator)) for _ in range(4)]
     path = tmp_path/'scores.safetensors'
     with pytest.raises(RuntimeError, match='run 2: '):
         score_dataset(third_fails, dls, epochs=1, n_runs=4, path=path, executor=2, **quiet)
@@ -88,12 +91,44 @@ def test_runs_before_one_that_fails_are_kept(dls, tmp_path):
     assert torch.equal(whole.values, score_dataset(make_learner, dls, epochs=1, n_runs=4, **quiet).values)
 
 
+def later_sooner(i, step):
+    time.sleep(0.03*(4 - i))
+    return i
+
 def test_results_come_in_order_whatever_ends_first():
-    import time
-    def task(i, step):
-        time.sleep(0.03*(4 - i))
-        return i
     taken,steps = [],[]
-    run_in_order(task, [dict(i=i) for i in range(5)], taken.append, 3, threads=1, step=lambda: steps.append(1),
+    run_in_order(later_sooner, [dict(i=i) for i in range(5)], taken.append, 3, threads=1, step=lambda: steps.append(1),
                  n_steps=10)
     assert taken == list(range(5)) and len(steps) == 10
+
+
+# New processes, which import what they run
+
+@pytest.mark.parametrize('call', [compare, partial(crossfit_irreducible, n_epoch=1), partial(score_dataset, epochs=1),
+                                  partial(tune_just_train_twice, groups=torch.arange(96) % 2, n_epochs_id=[1],
+                                          n_epoch=1, upweights=[2.])])
+def test_what_no_new_process_finds_is_told_beforehand(dls, call, monkeypatch):
+    built = []
+    def inside(dls):
+        built.append(1)
+        return Learner(dls, nn.Linear(5, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.raises(TypeError, match="CUDA is here.*inside.*top of a file and import them, or pass executor=None"):
+        call(inside, dls, executor=2, **quiet)
+    assert len(built) < 3 # looked at, not trained
+
+def test_several_threads_ask_for_new_processes_too():
+    tasks = dict(a=1, b=2)
+    with pytest.raises(TypeError, match='each has 2 threads.*pass threads=1, or executor=None'):
+        run_tasks(lambda o: 2*o, tasks, 2, threads=2)
+    for mend in (dict(executor=2, threads=1), dict(executor=None)):
+        assert run_tasks(lambda o: 2*o, tasks, **mend)[0] == dict(a=2, b=4)
+
+def test_functions_of_a_notebook(monkeypatch):
+    def of_notebook(o): return o
+    of_notebook.__module__, of_notebook.__qualname__ = '__main__', 'of_notebook'
+    notebook = ModuleType('__main__')
+    notebook.of_notebook = of_notebook
+    monkeypatch.setitem(sys.modules, '__main__', notebook)
+    with pytest.raises(TypeError, match=r'\(of_notebook of this notebook\)'):
+        run_tasks(partial(later_sooner, step=of_notebook), dict(a=torch.zeros(3)), 2, threads=2)

@@ -268,8 +268,9 @@ class Script(nn.Module):
         self.table, self.targets, self.epoch, self.weight = table, targets, 0, nn.Parameter(torch.zeros(()))
     def forward(self, x):
         rows = (x[:, 0, 0, 0]*1024).round().long()
-        right = self.table[self.epoch][rows]
-        return F.one_hot((self.targets[rows] + ~right) % 3, 3).float() + self.weight
+        table, targets = self.table.to(x.device), self.targets.to(x.device)
+        right = table[self.epoch][rows]
+        return F.one_hot((targets[rows] + ~right) % 3, 3).float() + self.weight
 
 
 class NextEpoch(Callback):
@@ -315,7 +316,7 @@ def test_forgetting_of_every_row(kind, online):
     fit(learn, 2, cbs=tracker)
     fit(learn, 2, cbs=tracker) # counts go on
     forgotten, learnt = counted(table)
-    assert torch.equal(tracker.forgotten.long(), forgotten) and torch.equal(tracker.learnt, learnt)
+    assert torch.equal(tracker.forgotten.long().cpu(), forgotten) and torch.equal(tracker.learnt.cpu(), learnt)
     assert tracker.never_learnt.sum() >= 5
     scores = tracker.scores()
     assert torch.equal(scores.values, torch.where(learnt, forgotten.float(), 4.))

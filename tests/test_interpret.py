@@ -110,8 +110,9 @@ def losses_and_predictions(learn, kind):
         if kind == 'tabular': *x, y = dl.after_batch(dataset.iloc[[i]])
         elif kind == 'torch': *x, y = (o[None] for o in dataset[i])
         else: *x, y = dl.after_batch(tuple(o[None] for o in dl.after_item(dataset[i])))
-        with torch.no_grad(): pred = model(*(o.as_subclass(torch.Tensor) for o in x))
-        pred, y = pred[0] if isinstance(pred, tuple) else pred, y.as_subclass(torch.Tensor)
+        device = next(model.parameters()).device
+        with torch.no_grad(): pred = model(*(o.as_subclass(torch.Tensor).to(device) for o in x))
+        pred, y = pred[0] if isinstance(pred, tuple) else pred, y.as_subclass(torch.Tensor).to(device)
         loss = F.mse_loss(pred, y) if y.is_floating_point() else F.cross_entropy(pred, y.reshape(-1).long())
         res.append((loss.item(), pred.item() if y.is_floating_point() else pred.argmax().item()))
     return torch.tensor(res).unbind(1)

@@ -123,7 +123,7 @@ def read(dl):
         y = batch['labels'] if isinstance(batch, dict) else batch[-1]
         rows.append(x.reshape(len(x), -1)[:, 0].round().long())
         targets.append(y.reshape(-1).long())
-    return torch.cat(rows), torch.cat(targets)
+    return torch.cat(rows).cpu(), torch.cat(targets).cpu()
 
 
 def rng_state(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -287,7 +287,7 @@ def test_noisy_inputs(kind):
         for batch in dl:
             x = batch['x'] if isinstance(batch, dict) else batch[-2]
             res.update({round(o.flatten()[0].item()): o for o in x})
-        return torch.stack([res[i] for i in range(N)])
+        return torch.stack([res[i] for i in range(N)]).cpu()
     clean, once, again = (inputs(scoring_loader(o.train)) for o in (dls, noisy, noisy))
     changed = (once != clean).flatten(1).any(1)
     assert torch.equal(changed, noisy.noisy_inputs) and torch.equal(once, again)

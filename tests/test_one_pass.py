@@ -86,7 +86,7 @@ def double_learner(opt='sgd', model=None, dls=None, seed=0, double=True, lr=0.05
     return learner(dls, model, nn.MSELoss(), seed, lr, opt_func=opt_func, **kwargs).add_cb(FloatLoss())
 
 
-def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()]).cpu()
 def tuner(learn): return learn.one_pass_tuner
 
 
