@@ -327,7 +327,8 @@ def compare(
         raise ValueError("There is nothing to evaluate on: the validation set of dls is empty. Split one off, or pass "
                          "test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
-    check_executor(executor, threads, make_learner, fit, metric, [o for k,o in methods.items() if METHODS.get(k) is not o])
+    own = [func for label,func in methods.items() if METHODS.get(label) is not func]
+    check_executor(executor, threads, make_learner, fit, metric, own)
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')
     noisy,threads = None if noisy is None else _mask(noisy, dataset_size(dls.train)),threads or worker_threads(executor)
