@@ -96,8 +96,9 @@ def _check_travels(threads, *what):
         found = f"{', '.join(dict.fromkeys(finder.names))} of this notebook"
     cuda = torch.cuda.is_available()
     why = 'CUDA is here' if cuda else f'each has {threads} threads'
-    raise TypeError(f"executor= starts new processes, since {why}, and they can't import all they need "
-                    f"({found}). Write your functions at the top of a file and import them, or pass {'' if cuda else 'threads=1, or '}executor=None: one run after the other.")
+    raise TypeError(f"executor= starts new processes, since {why}, and they can't import all they need ({found}). "
+                    "Write your functions at the top of a file and import them, or pass "
+                    f"{'' if cuda else 'threads=1, or '}executor=None: one run after the other.")
 
 def check_executor(
     executor, # As of `run_tasks`

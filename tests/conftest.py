@@ -24,7 +24,7 @@ def pytest_configure(config):
     if 'not slow' in config.option.markexpr: os.environ['RHOLOSS_QUICK'] = '1'
     else: os.environ.pop('RHOLOSS_QUICK', None)
 
-n_modules, native = 0, None
+n_modules = 0
 
 def set_imports_aside():
     "What is imported by now stays: the garbage collector needn't look at it again and again"
@@ -34,9 +34,6 @@ def set_imports_aside():
     n_modules = len(sys.modules)
 
 def pytest_collection_finish(session):
-    global native
-    if scoring := sys.modules.get('rholoss_fastai.scoring'): native = scoring.native_bfloat16
-    score_as_on_any_machine()
     starts = any(vars(o.module).keys() & {'run_in_process', 'two_processes', 'start_process'} for o in session.items)
     if starts and sys.platform == 'linux':
         from helpers import start_server
@@ -45,17 +42,9 @@ def pytest_collection_finish(session):
     gc.set_threshold(20_000, 20, 20) # and seldom at what comes
     seed_only_what_is_there()
 
-def pytest_runtest_setup(item):
-    """Some tests import torchvision or the compiler: each `gc.collect()` of the package would take 0.15 s from then on.
-    A GPU that multiplies in bfloat16 scores in it, so what is chosen is its own: in tests of CUDA alone"""
+def pytest_runtest_setup():
+    "Some tests import torchvision or the compiler: each `gc.collect()` of the package would take 0.15 s from then on"
     if len(sys.modules) > n_modules + 50: set_imports_aside()
-    scoring = sys.modules.get('rholoss_fastai.scoring')
-    if scoring is not None: scoring.native_bfloat16 = native if 'cuda' in item.keywords else lambda device: False
-
-def score_as_on_any_machine():
-    "Processors that multiply in bfloat16 score in it, so what is chosen is their own: tests of that say so"
-    torch = sys.modules.get('torch')
-    if torch is not None and hasattr(torch.cpu, 'get_capabilities'): torch.cpu.get_capabilities = dict
 
 def seed_only_what_is_there():
     "`torch.manual_seed` notes a whole stack for each kind of device that isn't there, a millisecond each time"

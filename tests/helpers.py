@@ -25,6 +25,11 @@ from torch import nn
 
 N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 24, 6, 3
 
+# A processor that multiplies in bfloat16 scores in it, and chooses other items than the float32 that these tests compute
+if hasattr(torch.cpu, 'get_capabilities'):
+    def in_float32(capabilities=torch.cpu.get_capabilities): return {**capabilities(), 'amx_bf16': False}
+    torch.cpu.get_capabilities = in_float32
+
 
 def examples(n, **kwargs):
     "So many examples of hypothesis; an eighth, but five at least, where slow tests are left out"
@@ -143,6 +148,10 @@ def learner(dls=None, model=linear, loss_func=None, seed=0, lr=0.05, **kwargs):
     dls = loaders() if dls is None else dls() if callable(dls) else dls
     return Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), lr=lr, **{'opt_func': SGD, **kwargs})
 
+
+def on_cuda(learn):
+    learn.dls.to(torch.device('cuda'))
+    return learn
 
 def quiet(learn):
     "Without bars and lines, whatever is called"

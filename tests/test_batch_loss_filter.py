@@ -25,7 +25,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.text.models.awdlstm import RNNDropout
 from fastai.torch_core import set_seed
-from helpers import examples, fit, learner, quiet
+from helpers import examples, fit, learner, on_cuda, quiet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -685,13 +685,14 @@ def test_one_host_sync_a_batch(forward):
             else:
                 torch.cuda.set_sync_debug_mode('default')
                 self.learn.caught.__exit__(None, None, None)
-                counts.append(sum('synchronizing' in str(o.message) for o in self.learn.messages))
+                counts.append(sum('called a synchronizing' in str(o.message) for o in self.learn.messages))
         def before_batch(self):
             if self.event == 'before_batch': self.toggle()
         def after_pred(self):
             if self.event == 'after_pred': self.toggle()
     event = 'before_batch' if forward == 'twice' else 'after_pred'
-    learn = lazy_learner().batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0, forward=forward)
+    learn = on_cuda(lazy_learner()).batch_loss_filter(0.7, multiple_of=2, keep_easiest=0.1, warmup_epochs=0,
+                                                      forward=forward)
     torch.set_warn_always(True) # else PyTorch says it once
     try: fit(learn, 2, cbs=[Count(-6, event, True), Count(-4, event, False)])
     finally:
@@ -703,7 +704,8 @@ def test_one_host_sync_a_batch(forward):
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('forward', ['twice', 'reuse'])
 def test_mixed_precision(half, forward):
-    learn = lazy_learner(model=usual_model).batch_loss_filter(0.7, scale_lr='sqrt', forward=forward, warmup_epochs=0)
+    learn = on_cuda(lazy_learner(model=usual_model))
+    learn.batch_loss_filter(0.7, scale_lr='sqrt', forward=forward, warmup_epochs=0)
     getattr(learn, half)()
     steps = Steps()
     fit(learn, 3, 1e-2, cbs=steps)

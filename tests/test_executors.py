@@ -117,7 +117,8 @@ def test_what_no_new_process_finds_is_told_beforehand(dls, call, monkeypatch):
         call(inside, dls, executor=2, **quiet)
     assert len(built) < 3 # looked at, not trained
 
-def test_several_threads_ask_for_new_processes_too():
+def test_several_threads_ask_for_new_processes_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     tasks = dict(a=1, b=2)
     with pytest.raises(TypeError, match='each has 2 threads.*pass threads=1, or executor=None'):
         run_tasks(lambda o: 2*o, tasks, 2, threads=2)
@@ -127,6 +128,7 @@ def test_several_threads_ask_for_new_processes_too():
 def test_functions_of_a_notebook(monkeypatch):
     def of_notebook(o): return o
     of_notebook.__module__, of_notebook.__qualname__ = '__main__', 'of_notebook'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     notebook = ModuleType('__main__')
     notebook.of_notebook = of_notebook
     monkeypatch.setitem(sys.modules, '__main__', notebook)

@@ -23,7 +23,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from helpers import Toy, fit, learner, loaders
+from helpers import Toy, fit, learner, loaders, on_cuda
 from numbered_rows import Rows, image_learner, rows_of
 from torch import nn
 from torch.autograd import DeviceType
@@ -659,7 +659,7 @@ def test_every_event_of_the_selectors_exists():
 @pytest.mark.cuda
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 def test_mixed_precision(half):
-    learn = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = on_cuda(conv_learner()).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     getattr(learn, half)()
     fit(learn, 2)
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
@@ -679,7 +679,7 @@ def test_no_host_sync():
     class Resume(Callback):
         order = -4
         def before_batch(self): torch.cuda.set_sync_debug_mode('default')
-    learn = conv_learner().rho_loss(il_values(), frac=FRAC, epoch='candidates')
+    learn = on_cuda(conv_learner()).rho_loss(il_values(), frac=FRAC, epoch='candidates')
     fit(learn, 2, cbs=[NoSync(), Resume()])
 
 
@@ -700,7 +700,7 @@ def test_nothing_is_copied_to_the_host(settings):
             if self.training and self.iter > 0: self.enter.span.__exit__(None, None, None)
     settings = dict(settings)
     il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
-    learn = fit(conv_learner().rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
+    learn = fit(on_cuda(conv_learner()).rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         fit(learn, 1, cbs=[Enter(), Leave()])
     spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
