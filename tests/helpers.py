@@ -25,7 +25,7 @@ from torch import nn
 
 N, N_VALID, BS, N_FEATURES, N_CLASSES = 72, 24, 24, 6, 3
 
-# A processor that multiplies in bfloat16 scores in it, and chooses other items than the float32 that these tests compute
+# A processor that multiplies in bfloat16 scores in it, and chooses other items than these tests compute in float32
 if hasattr(torch.cpu, 'get_capabilities'):
     def in_float32(capabilities=torch.cpu.get_capabilities): return {**capabilities(), 'amx_bf16': False}
     torch.cpu.get_capabilities = in_float32

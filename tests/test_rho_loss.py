@@ -700,7 +700,8 @@ def test_nothing_is_copied_to_the_host(settings):
             if self.training and self.iter > 0: self.enter.span.__exit__(None, None, None)
     settings = dict(settings)
     il = model().cuda() if settings.pop('on_the_fly', False) else il_values()
-    learn = fit(on_cuda(conv_learner()).rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1) # compiled, and checked
+    # compiled, and checked
+    learn = fit(on_cuda(conv_learner()).rho_loss(il, frac=FRAC, **settings, epoch='candidates'), 1)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         fit(learn, 1, cbs=[Enter(), Leave()])
     spans = [e.time_range for e in trace.events() if e.name == 'selection' and e.device_type == DeviceType.CPU]
