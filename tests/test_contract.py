@@ -1,8 +1,12 @@
 """What every method keeps to, a line of METHODS each: the loop stays fastai's, and nothing is left behind."""
+import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +16,9 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
-from helpers import Interrupt, N, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, weights_of
+from helpers import Interrupt, N, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, on_cuda, weights_of
 
+import rholoss_fastai
 from rholoss_fastai.all import (
     GroupDRO,
     ImportanceSample,
@@ -280,6 +285,36 @@ def test_interrupted_in_any_event(method, part, tmp_path):
         undo(learn, method)
         assert not own(learn) and [m.name for m in learn.metrics] == ['accuracy'], name
         assert type(learn.loss_func).__module__.startswith('fastai'), name
+
+
+class WarnOfWaits(Callback):
+    "PyTorch warns of each wait for the device in a step, but for a fit's first, in which what is given is looked at"
+    order = -100
+    def before_batch(self):
+        if self.training and self.train_iter: torch.cuda.set_sync_debug_mode('warn')
+
+class NoLonger(Callback):
+    order = 200
+    def after_batch(self): torch.cuda.set_sync_debug_mode('default')
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('name', [o for o in METHODS if o != 'one_pass'])
+def test_the_host_waits_once_a_step_at_most(name, monkeypatch):
+    waits, package = Counter(), Path(rholoss_fastai.__file__).parent
+    def noted(message, *args, **kwargs):
+        if 'called a synchronizing' in str(message) and any(Path(frame.filename).parent == package
+                                                            for frame in traceback.extract_stack()):
+            waits[learn.epoch, learn.iter] += 1
+    learn = on_cuda(with_method(METHODS[name]))
+    monkeypatch.setattr(warnings, 'showwarning', noted)
+    warnings.simplefilter('always')
+    torch.set_warn_always(True) # else PyTorch says it once
+    try: fit(learn, 3, cbs=[WarnOfWaits(), NoLonger()])
+    finally:
+        torch.set_warn_always(False)
+        torch.cuda.set_sync_debug_mode('default')
+    assert max(waits.values(), default=0) <= 1, waits
+    assert weights_of(learn).isfinite().all() and next(learn.model.parameters()).is_cuda
 
 
 @pytest.mark.parametrize('first,second,undo_first', [
