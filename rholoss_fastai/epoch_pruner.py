@@ -26,9 +26,10 @@ from torch import Tensor
 
 from .checks import by_name, check_choice, check_count, short_name
 from .epoch_rules import EPOCH_RULES, EpochInfo, find_rule
-from .fit_callback import FitCallback, batch_rows, set_record_aside, weigh_loss
+from .fit_callback import FitCallback, batch_rows, loss_in_force, set_record_aside, weigh_loss
 from .il_source import given_table, il_source
 from .loaders import restrict_rows
+from .loss_tasks import same_loss
 from .nested import plain, prediction
 from .pruning import row_classes
 from .record import SelectionRecord
@@ -137,7 +138,7 @@ def check_alone(learn, rule=None):
 class EpochPruner(FitCallback):
     "Train each epoch on the rows that a rule chooses by what is remembered of them"
     order = TrainEvalCallback.order + 5 # after the mode is set, before GradientAccumulation (6) divides the loss
-    _not_saved = dict.fromkeys(('memory', 'source', 'il_values', 'rows', 'classes'))
+    _not_saved = dict.fromkeys(('memory', 'source', '_loss', 'il_values', 'rows', 'classes'))
 
     def __init__(self,
         rule='infobatch', # A name in `EPOCH_RULES`, an `EpochRule`, or a function of `(remembered, epoch, generator)`
@@ -171,8 +172,10 @@ class EpochPruner(FitCallback):
         check_alone(learn, self.rule)
         _check_rows(dl)
         self.rule.check(learn)
-        if self.source is not reader(dl): # `distrib_ctx` wraps it anew for each fit
-            self.source,self.rows,self.since_all = reader(dl),own_rows(dl),0
+        loss = loss_in_force(learn)
+        # `distrib_ctx` wraps the loader anew for each fit; what another loss function said is no score by this one
+        if self.source is not reader(dl) or not same_loss(self._loss, loss):
+            self.source,self._loss,self.rows,self.since_all = reader(dl),loss,own_rows(dl),0
             self.memory = EpochMemory(dataset_size(dl), self.rule.last, self._fit.device)
             self.classes = cache(partial(row_classes, self.source)) # reading them may decode every item
             if 'il' in self.inputs:

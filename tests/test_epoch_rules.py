@@ -302,6 +302,22 @@ def test_memory_over_several_fits():
     assert len(learn.epoch_pruner.remembered) == 100
 
 
+def test_of_another_loss_function_nothing_is_remembered():
+    "Its irreducible losses are made anew, too, and billed"
+    def fitted(*losses):
+        learn = learner().prune_epochs(score='reducible', il='probe')
+        for learn.loss_func in losses: fit(learn, 2)
+        return learn
+    plain, smoothed = CrossEntropyLossFlat(), CrossEntropyLossFlat(label_smoothing=0.2)
+    learn = fitted(plain, smoothed)
+    assert torch.equal(learn.epoch_pruner.il_values, fitted(smoothed).epoch_pruner.il_values)
+    assert not torch.equal(learn.epoch_pruner.il_values, fitted(plain).epoch_pruner.il_values)
+    for ledger, anew in ((learn.selection.ledger, True),
+                         (fitted(plain, CrossEntropyLossFlat()).selection.ledger, False)):
+        assert ledger.seconds_il.gt(0).tolist() == [True, False, anew, False]
+        assert ledger.selected.lt(1).tolist() == [False, False, not anew, False]
+
+
 def test_of_a_pruned_data_set():
     "Both ways together"
     dls = prune(dataloaders(), random_scores(), 0.5, 'random')
