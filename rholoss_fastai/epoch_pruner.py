@@ -138,6 +138,7 @@ def check_alone(learn, rule=None):
 class EpochPruner(FitCallback):
     "Train each epoch on the rows that a rule chooses by what is remembered of them"
     order = TrainEvalCallback.order + 5 # after the mode is set, before GradientAccumulation (6) divides the loss
+    name = 'epoch_pruner' # whatever the class: by it a selector that is added knows of a pruner
     _not_saved = dict.fromkeys(('memory', 'source', '_loss', 'il_values', 'rows', 'classes'))
 
     def __init__(self,

@@ -386,6 +386,10 @@ def test_selection_and_mixup_are_refused():
                          (lambda o: o.batch_loss_filter(), lambda o: o.prune_epochs())):
         with pytest.raises(ValueError, match='one of them|no_pruning|no_selection'):
             fit(second(first(epoch_learner())), 1)
+    class Own(EpochPruner): pass
+    learn = epoch_learner()
+    learn.add_cb(Own())
+    with pytest.raises(ValueError, match='one of them'): learn.batch_loss_filter()
     with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner().prune_epochs(), 1, cbs=MixUp())
     with pytest.raises(ValueError, match='makes one item of two'): epoch_learner(cbs=MixUp()).prune_epochs()
 
