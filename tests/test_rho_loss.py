@@ -204,6 +204,17 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
     assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
 
 
+def test_the_data_are_looked_at_once_a_loader(monkeypatch):
+    looks, belonging = [], MadeIL.belonging
+    monkeypatch.setattr(MadeIL, 'belonging', lambda self, dl: looks.append(dl) or belonging(self, dl))
+    learn = learner().rho_loss('probe', gate=False)
+    first = learn.dls
+    for dls in (first, first, loaders(bs=12)):
+        learn.dls = dls
+        fit(learn, 1)
+    assert looks == [first.train, dls.train]
+
+
 @pytest.mark.parametrize('method', ['rho_loss', 'rho_epochs'])
 def test_of_another_loss_function_they_are_made_anew(method):
     "A copy of it is the same, and so is one that notes what it has seen"
