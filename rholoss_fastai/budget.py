@@ -23,6 +23,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, Learner, Metric, mk_metric, noop
 
 from .checks import check_choice, check_count, check_number
+from .epoch_pruner import il_in_force
 from .features import FEATURES
 from .fit_callback import FitCallback
 from .loaders import seeded_loaders
@@ -128,14 +129,12 @@ def il_epochs(
 
 def _made_in_fit(learn, prices):
     "As `il_epochs`, of those that a callback has just made; of a first look that led to none, its share"
-    for cb in learn.cbs:
-        rule = getattr(cb, 'rule', None)
-        given = getattr(rule, 'il', None) # by `rho_epochs`, looks at labels all the same
-        table = next((o.table for o in (getattr(cb, 'il_source', None), rule, given) if hasattr(o, 'table')), None)
-        if getattr(rule, 'wrong', None) is not None and (table is None or given is not None):
-            return il_epochs(learn, dict(features='auto'), prices)*min(1., rule.look/dataset_size(learn.dls.train))
-        if table is not None: return il_epochs(learn, table.info, prices)
-    return 0.
+    rule,il = getattr(vars(learn).get('epoch_pruner'), 'rule', None),il_in_force(learn)
+    table = il and il.table
+    # `rho_epochs` looks at labels where some are given, too
+    if getattr(rule, 'wrong', None) is not None and (table is None or rule.il is not None):
+        return il_epochs(learn, dict(features='auto'), prices)*min(1., rule.look/dataset_size(learn.dls.train))
+    return 0. if table is None else il_epochs(learn, table.info, prices)
 
 # %% ../nbs/44_budget.ipynb #16d4288c
 class FitMeter(FitCallback):

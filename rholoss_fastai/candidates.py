@@ -79,11 +79,9 @@ class Candidates:
             self.scorer(self)
         return self._known[name]
 
-    def chunks(self,
-        size:int=None # Items at a time; default the scorer's `score_bs`, all at once where it has none
-    ): # Iterator of `(xb, yb)`
-        "The batch, `size` items at a time"
-        size = size or getattr(self.scorer, 'score_bs', None)
+    def chunks(self): # Iterator of `(xb, yb)`
+        "The batch, as many items at a time as the scorer's `score_bs`; all at once where it has none"
+        size = getattr(self.scorer, 'score_bs', None)
         if not size or size >= self.n: return iter([(self.xb, self.yb)])
         device = self.rows.device if self.rows is not None else prediction(self.xb).device
         return (subset_batch((self.xb, self.yb), torch.arange(i, min(i+size, self.n), device=device))

@@ -129,9 +129,9 @@ class TableIL(ILSource):
 
     def begin(self, learn, device):
         dl = learn.dls.train
-        if self.of is not dl or self.on_device is None or self.on_device.device != device:
-            self.check(learn)
-            self.of,self.on_device,self._hopeless = dl,self.table.values.to(device),None
+        if self.of is not dl: self.check(learn); self.of,self.on_device = dl,None
+        if self.on_device is None or self.on_device.device != device:
+            self.on_device,self._hopeless = self.table.values.to(device),None
         seconds = 0. if getattr(self.table, 'booked', False) else self.table.info.get('seconds', 0.)
         self.table.booked = True # the first run that uses them pays
         return seconds
@@ -231,7 +231,9 @@ class MadeIL(TableIL):
     def begin(self, learn, device):
         began,loss = time.perf_counter(),loss_in_force(learn)
         if self.loss is not None and not same_loss(self.loss, loss): self.table = self.of = None
-        if self.table is None or self.of is not learn.dls.train: self.check(learn)
+        if self.table is None or self.of is not learn.dls.train:
+            self.check(learn)
+            if self.table is not None: self.of,self.on_device = learn.dls.train,None # their fingerprint is taken
         making = self.table is None
         if making:
             self.check_cost(learn)

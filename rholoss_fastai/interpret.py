@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .checks import check_count
+from .epoch_pruner import il_in_force
 from .il_source import il_values
 from .loaders import scoring_loader
 from .losses import ItemLosses
@@ -260,11 +261,7 @@ def never(self:SelectionRecord,
 # %% ../nbs/50_interpret.ipynb #9ebf2b72
 def _il_values(learn, il):
     "`(n,)`, irreducible losses of the training set of `learn`"
-    if il is None:
-        selector,pruner = vars(learn).get('selector'),vars(learn).get('epoch_pruner')
-        rule = getattr(pruner, 'rule', None)
-        found = getattr(selector, 'il_source', None),getattr(rule, 'table', None),getattr(rule, 'il', None)
-        il = next((o for o in found if o is not None), None)
+    if il is None: il = il_in_force(learn)
     if il is None:
         raise ValueError("There are no irreducible losses: train with learn.rho_loss() or learn.rho_epochs(), which "
                          "make some unless they train plainly, or pass some, il=probe_irreducible(learn).")

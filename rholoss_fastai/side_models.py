@@ -295,12 +295,17 @@ class Companion:
         lr:float=None, # Learning rate of this step; default the optimiser's own
         weights:Tensor=None # `(bs,)` weights of the items' losses, whose weighted mean is the loss then
     ):
-        "One training step"
+        "One training step, after which each module is in its own mode again"
         if lr is not None: self.opt.set_hyper('lr', float(lr))
+        modes = [(m, m.training) for m in self.model.modules()]
         self.model.train()
-        with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [],
-                                   device_type='cuda'), torch.enable_grad():
-            pred = prediction(self.model(*xb))
-            (self.loss_func(pred, *yb) if weights is None else (weights*self.item_losses(pred, *yb)).mean()).backward()
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type=='cuda' else [],
+                                       device_type='cuda'), torch.enable_grad():
+                pred = prediction(self.model(*xb))
+                loss = self.loss_func(pred, *yb) if weights is None else (weights*self.item_losses(pred, *yb)).mean()
+                loss.backward()
+        finally:
+            for module,mode in modes: module.training = mode
         self.opt.step()
         self.opt.zero_grad()

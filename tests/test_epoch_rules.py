@@ -302,6 +302,22 @@ def test_memory_over_several_fits():
     assert len(learn.epoch_pruner.remembered) == 100
 
 
+def test_of_another_loss_function_nothing_is_remembered():
+    "Its irreducible losses are made anew, too, and billed"
+    def fitted(*losses):
+        learn = learner().prune_epochs(score='reducible', il='probe')
+        for learn.loss_func in losses: fit(learn, 2)
+        return learn
+    plain, smoothed = CrossEntropyLossFlat(), CrossEntropyLossFlat(label_smoothing=0.2)
+    learn = fitted(plain, smoothed)
+    assert torch.equal(learn.epoch_pruner.il_values, fitted(smoothed).epoch_pruner.il_values)
+    assert not torch.equal(learn.epoch_pruner.il_values, fitted(plain).epoch_pruner.il_values)
+    for ledger, anew in ((learn.selection.ledger, True),
+                         (fitted(plain, CrossEntropyLossFlat()).selection.ledger, False)):
+        assert ledger.seconds_il.gt(0).tolist() == [True, False, anew, False]
+        assert ledger.selected.lt(1).tolist() == [False, False, not anew, False]
+
+
 def test_of_a_pruned_data_set():
     "Both ways together"
     dls = prune(dataloaders(), random_scores(), 0.5, 'random')
@@ -370,6 +386,10 @@ def test_selection_and_mixup_are_refused():
                          (lambda o: o.batch_loss_filter(), lambda o: o.prune_epochs())):
         with pytest.raises(ValueError, match='one of them|no_pruning|no_selection'):
             fit(second(first(epoch_learner())), 1)
+    class Own(EpochPruner): pass
+    learn = epoch_learner()
+    learn.add_cb(Own())
+    with pytest.raises(ValueError, match='one of them'): learn.batch_loss_filter()
     with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner().prune_epochs(), 1, cbs=MixUp())
     with pytest.raises(ValueError, match='makes one item of two'): epoch_learner(cbs=MixUp()).prune_epochs()
 

@@ -17,13 +17,24 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
-from helpers import fit, learner
+from helpers import fit, learner, loaders
 from numbered_rows import Rows
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from rholoss_fastai.all import IrreducibleLosses, SelectionRecord, dataset_size, long_tail, row_targets, whole_dataset
+from rholoss_fastai.all import (
+    EpochPruner,
+    InfoBatch,
+    IrreducibleLosses,
+    SelectionRecord,
+    dataset_size,
+    il_in_force,
+    long_tail,
+    row_targets,
+    whole_dataset,
+)
+from rholoss_fastai.il_source import ProbeIL
 
 N = 96
 NAMES = ['ant', 'bee', 'cat']
@@ -204,6 +215,16 @@ def test_suspects_by_what_the_epochs_were_pruned_by(method):
     method(learn, il)
     record = fit(learn, 1).selection
     assert record.suspects(9).equals(record.suspects(9, il=il))
+
+
+def test_irreducible_losses_of_a_pruner_added_by_hand_are_made_once(monkeypatch):
+    made, make = [], ProbeIL.make
+    monkeypatch.setattr(ProbeIL, 'make', lambda self, *args: made.append(self) or make(self, *args))
+    learn = fit(learner(cbs=EpochPruner(InfoBatch(score='reducible', il='probe'))), 1)
+    learn.dls = loaders(bs=12)
+    fit(learn, 1)
+    learn.selection.suspects(9)
+    assert made == [il_in_force(learn)]
 
 
 def ledger_of(**columns):

@@ -612,6 +612,29 @@ def test_a_divisor_is_not_guessed():
             assert_close(losses.weighted(torch.ones(4), pred, targ), plain(loss_func(pred, targ)), rtol=1e-6, atol=1e-6)
         assert list(losses.divisors.values()) == ['class weights' if divides else 'mean']
 
+def test_class_weights_of_1_are_tried_once(monkeypatch):
+    "And what is found stays right when they change, in place or for others"
+    from rholoss_fastai import losses as module
+    tried, dividing = [], module.dividing
+    monkeypatch.setattr(module, 'dividing', lambda *args: tried.append(args) or dividing(*args))
+    loss_func = CrossEntropyLossFlat(weight=torch.ones(5))
+    losses, own = ItemLosses(loss_func), loss_func.func
+    def changed():
+        yield
+        yield own.weight.data.mul_(3.)
+        own.weight = torch.rand(5) + 0.5
+        yield
+    for _ in changed():
+        for ones in (True, False):
+            pred, targ = torch.randn(6, 5, requires_grad=True), torch.randint(5, (6,))
+            weights = torch.ones(6) if ones else torch.rand(6)
+            class_weights = own.weight[targ]
+            expected = (weights*class_weights*F.cross_entropy(pred, targ, reduction='none')).sum()/class_weights.sum()
+            got = losses.weighted(weights, pred, targ)
+            for one, other in ((got, expected), *zip(*(torch.autograd.grad(o, pred) for o in (got, expected)))):
+                assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert len(tried) == 1
+
 class OfCounted:
     "Takes a reduction, and says nothing of what it leaves out"
     reduction = 'mean'

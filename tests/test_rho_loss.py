@@ -23,7 +23,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from helpers import Toy, fit, learner, loaders, on_cuda
+from helpers import Toy, fit, learner, loaders, on_cuda, weights_of
 from numbered_rows import Rows, image_learner, rows_of
 from torch import nn
 from torch.autograd import DeviceType
@@ -202,6 +202,17 @@ def test_of_another_data_set_they_are_made_anew_and_billed(again):
     fit(again(learn), 8) # which the default budget allows
     assert torch.equal(learn.selector.il.values, probe_irreducible(learn, progress=False, verbose=False).values)
     assert len(learn.selector.il) == 60 and learn.selection.ledger.seconds_il.iloc[-8] > 0
+
+
+def test_the_data_are_looked_at_once_a_loader(monkeypatch):
+    looks, belonging = [], MadeIL.belonging
+    monkeypatch.setattr(MadeIL, 'belonging', lambda self, dl: looks.append(dl) or belonging(self, dl))
+    learn = learner().rho_loss('probe', gate=False)
+    first = learn.dls
+    for dls in (first, first, loaders(bs=12)):
+        learn.dls = dls
+        fit(learn, 1)
+    assert looks == [first.train, dls.train]
 
 
 @pytest.mark.parametrize('method', ['rho_loss', 'rho_epochs'])
@@ -542,6 +553,17 @@ def test_a_proxy_is_trained_with_weights_and_measured_without_a_trace():
                 steps.append((proxy.model[1].num_batches_tracked.item(), self.learn.selector._fit.weights.clone()))
     fit(learn, 1, cbs=Updates())
     assert [n for n, _ in steps] == list(range(1, len(steps) + 1)) and any((w != 1).any() for _, w in steps)
+
+
+@pytest.mark.parametrize('make', [lambda learn, other: learn.select(frac=FRAC, proxy=other),
+                                  lambda learn, other: learn.rho_loss(other, frac=FRAC, update_il=True)],
+                         ids=['proxy', 'il'])
+def test_a_model_beside_keeps_its_modes(make):
+    other = conv_learner(seed=1)
+    other.model.eval()[4].train()
+    modes, before = [m.training for m in other.model.modules()], weights_of(other)
+    fit(make(conv_learner(), other), 1)
+    assert [m.training for m in other.model.modules()] == modes and not torch.equal(weights_of(other), before)
 
 
 def test_weights_of_a_companion():
