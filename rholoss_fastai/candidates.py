@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from torch import Tensor
 
 from .checks import NotSaved, check_count, check_number
+from .loss_tasks import same_loss
 from .losses import ItemLosses
 from .nested import batch_size, prediction, subset_batch
 from .scores import FIGURES
@@ -158,21 +159,22 @@ def what_is_asked(
 # %% ../nbs/09_candidates.ipynb #08a1de59
 class LossMemory(NotSaved):
     "Each row's loss is scored every so many epochs, and remembered in between (Stale-SB, Jiang et al. 2019)"
-    _not_saved = dict(values=None, source=None, epochs=0)
+    _not_saved = dict(values=None, source=None, loss=None, epochs=0)
     def __init__(self,
         staleness:int=1 # Epochs from one scoring to the next
     ):
         self.staleness = check_count('staleness', staleness, 1)
-        self.values,self.source,self.epochs,self.stale = None,None,0,False
+        self.values,self.source,self.loss,self.epochs,self.stale = None,None,None,0,False
 
     def begin_epoch(self,
         source, # The training loader: another data set is another memory
         n_rows:int, # Rows of its data set
-        device:torch.device # Where losses are kept
+        device:torch.device, # Where losses are kept
+        loss:Callable=None # The loss function: of another nothing is remembered
     ):
         "Is this epoch's loss remembered, or scored?"
-        if self.source is not source or self.values.device != device:
-            self.source,self.epochs = source,0
+        if self.source is not source or self.values.device != device or not same_loss(self.loss, loss):
+            self.source,self.loss,self.epochs = source,loss,0
             self.values = torch.full((n_rows,), torch.inf, device=device) # a row that was never scored ranks first
         self.stale = self.epochs % self.staleness != 0
 

@@ -21,7 +21,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder, load_learner
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 from helpers import fit
 from numbered_rows import Rows, image_learner, rows_of
@@ -554,6 +554,14 @@ def test_rows_never_scored_rank_first():
     assert sum(len(rows) for rows, _ in unknown) > 0
     for rows, scores in unknown: assert set(scores.argsort(descending=True)[:len(rows)].tolist()) == set(rows.tolist())
     assert learn.selection.ledger.forward.tolist() == ['twice', 'none']
+
+
+def test_losses_of_another_loss_function_are_not_remembered():
+    learn = fit(conv_learner().selective_backprop(staleness=2, warmup_epochs=0), 1)
+    learn.loss_func = CrossEntropyLossFlat()
+    fit(learn, 1)
+    learn.loss_func = LabelSmoothingCrossEntropyFlat()
+    assert fit(learn, 2).selection.ledger.forward.tolist() == ['twice', 'none', 'twice', 'none']
 
 
 def test_epochs_before_start_do_not_count_as_scored():
