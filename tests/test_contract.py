@@ -15,6 +15,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from helpers import Interrupt, N, Noted, Toy, fit, learner, linear, loaders, mlp, no_trace, on_cuda, weights_of
 
@@ -27,6 +28,8 @@ from rholoss_fastai.all import (
     RowWeights,
     ThenUniform,
     TopFraction,
+    grand,
+    irreducible_losses,
 )
 
 IL = torch.rand(N, generator=torch.Generator().manual_seed(4))
@@ -316,6 +319,19 @@ def test_the_host_waits_once_a_step_at_most(name, monkeypatch):
     assert max(waits.values(), default=0) <= 1, waits
     assert weights_of(learn).isfinite().all() and next(learn.model.parameters()).is_cuda
 
+
+class Elsewhere(CrossEntropyLossFlat):
+    "With class weights that are on another device until somebody puts them where the model is"
+    def __init__(self): super().__init__(weight=torch.ones(3))
+    def to(self, device): self.at = device
+    def __call__(self, *args, **kwargs):
+        assert self.at == torch.device('cpu')
+        return super().__call__(*args, **kwargs)
+
+@pytest.mark.parametrize('use', [
+    lambda l: irreducible_losses(l, l.dls.train, progress=False), lambda l: grand(l, l.dls.train, progress=False),
+    lambda l: fit(learner().select(proxy=l, frac=0.5)), lambda l: fit(learner().rho_loss(l, frac=0.5, update_il=True))])
+def test_class_weights_are_put_where_the_model_is_before_a_fit_too(use): use(learner(loss_func=Elsewhere()))
 
 @pytest.mark.parametrize('first,second,undo_first', [
     (lambda l: l.prune_epochs(), lambda l: l.select('loss'), 'no_pruning'),
