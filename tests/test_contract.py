@@ -330,7 +330,7 @@ class Elsewhere(CrossEntropyLossFlat):
 
 @pytest.mark.parametrize('use', [
     lambda l: irreducible_losses(l, l.dls.train, progress=False), lambda l: grand(l, l.dls.train, progress=False),
-    lambda l: fit(learner().select(proxy=l, frac=0.5)), lambda l: fit(learner().rho_loss(l, frac=0.5, update_il=True))])
+    lambda l: fit(learner().select(proxy=l, frac=0.5))])
 def test_class_weights_are_put_where_the_model_is_before_a_fit_too(use): use(learner(loss_func=Elsewhere()))
 
 @pytest.mark.parametrize('first,second,undo_first', [
