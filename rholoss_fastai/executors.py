@@ -189,7 +189,7 @@ def run_tasks(
     return results,errors
 
 # %% ../nbs/10_executors.ipynb #ffdc9909
-def _with_arguments(func, task): return func(**task, step=noop)
+def _with_arguments(func, task): return func(**task, step=noop), # a result may be None, as a lost one is
 
 def run_in_order(
     func, # Does a task; called with its arguments and with `step`, to be called after each batch
@@ -209,7 +209,7 @@ def run_in_order(
         nonlocal next_one
         waiting[k] = result
         while waiting.get(next_one) is not None:
-            take(waiting.pop(next_one))
+            take(waiting.pop(next_one)[0])
             next_one += 1
         for _ in range(n_steps//max(1, len(tasks))): step()
     _,errors = run_tasks(partial(_with_arguments, func), dict(enumerate(tasks)), executor, threads, done)

@@ -1,6 +1,7 @@
 "Runs in several processes give what they give one after the other"
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import ModuleType
 
@@ -100,6 +101,18 @@ def test_results_come_in_order_whatever_ends_first():
     run_in_order(later_sooner, [dict(i=i) for i in range(5)], taken.append, 3, threads=1, step=lambda: steps.append(1),
                  n_steps=10)
     assert taken == list(range(5)) and len(steps) == 10
+
+
+def some_none(i, step):
+    if i == 3: raise ValueError('lost')
+    return i or None
+
+@pytest.mark.parametrize('executor', [2, ThreadPoolExecutor(2), map])
+def test_none_is_a_result_like_others_and_a_lost_one_is_not(executor):
+    taken = []
+    with pytest.raises(RuntimeError, match='1 of 5 runs are lost: run 3: ValueError: lost'):
+        run_in_order(some_none, [dict(i=i) for i in range(5)], taken.append, executor, threads=1)
+    assert taken == [None, 1, 2]
 
 
 # New processes, which import what they run
