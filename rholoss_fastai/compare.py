@@ -26,11 +26,12 @@ from fastcore.basics import noop
 
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epochs, measure_prices, timed_steps
 from .checks import by_name, check_choice, check_count, check_number
-from .comparison import Comparison, comparison_settings, machine, same_machine, source_text, text_digest, write_json
+from .comparison import Comparison, comparison_settings, machine, same_machine, write_json
 from .executors import check_executor, run_tasks, worker_threads
 from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .loaders import seeded_loaders
+from .loss_tasks import brief, in_words, text_digest
 from .picks import Uniform
 from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
@@ -103,7 +104,7 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
     if not callable(il) and il_name(il) != 'auto': return TableIL(il).belonging(dls.train)
-    made_by = text_digest(source_text(il)) if callable(il) else il
+    made_by = brief(in_words(il)) if callable(il) else il
     if file and file.exists():
         there = IrreducibleLosses.load(file).check(dls.train)
         if there.info.get('made_by') != made_by:
@@ -224,7 +225,7 @@ def _file(folder, label, seed):
 
 def _run_of(label, func, seed, settings, il, bills, **shared):
     "What `train_run` needs to know"
-    own = dict(method=text_digest(source_text(func)))
+    own = dict(method=brief(in_words(func)))
     if _needs_il(func): own.update(il=text_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
     method = label if METHODS.get(label) is func else func # a name goes anywhere
     return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func)
