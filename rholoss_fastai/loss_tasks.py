@@ -140,7 +140,7 @@ def loss_name(
 
 # %% ../nbs/00_loss_tasks.ipynb #f98e9d84
 _IN_PLACE = r'add|append|clear|extend|insert|pop|setdefault|update|.*[^_]_' # methods of lists and others; of tensors
-_LEARNT = ('training', 'running_mean', 'running_var', 'num_batches_tracked')
+_LEARNT = ('training', '_is_full_backward_hook', 'running_mean', 'running_var', 'num_batches_tracked')
 _PLAIN = (int, float, complex, str, bytes, PurePath, Enum, torch.dtype, type(None))
 _PYTHON = f'Python{sys.version_info.major}.{sys.version_info.minor}' # each has instructions of its own
 _NAMED = (type, ModuleType, BuiltinFunctionType, Learner, DataLoaders, DataLoader, data.DataLoader, Optimizer)
@@ -207,8 +207,10 @@ def _told(o, depth):
         held = [v for v in (o.__defaults__, o.__kwdefaults__, *_found(o)) if v]
         return f'{name} {_PYTHON} {code}' + (f' {_told(held, depth-1)}' if held else '')
     if isinstance(o, MethodType): return f'{name} of {_told(o.__self__, depth-1)}'
-    held = {k: v for k,v in sorted(getattr(o, '__dict__', {}).items())
-            if not k.startswith('__') and k not in _LEARNT and k not in _noted(type(o))
+    held = getattr(o, '__dict__', {})
+    copied = getattr(held.get('__wrapped__'), '__dict__', ()) # as `update_wrapper` does
+    held = {k: v for k,v in sorted(held.items()) if not k.startswith('__')
+            and k not in _LEARNT and k not in copied and k not in _noted(type(o))
             and not isinstance(v, Learner) and not (isinstance(v, (dict, list, set, L)) and not len(v))}
     return f"{name}({', '.join(f'{k}={_told(v, depth-1)}' for k,v in held.items())})"
 
