@@ -210,6 +210,14 @@ def test_prices_are_positive_and_count():
                                         + 8*meter.steps)/plain)
 
 
+@pytest.mark.parametrize('n_epoch,unit', [(1, 'steps'), (3, 'cost')])
+def test_fine_tuning_is_evaluated_as_often_as_asked_in_even_steps(n_epoch, unit):
+    for run in quick(fit='fine_tune', n_epoch=n_epoch, evaluations=5, seeds=1, budget=unit).runs:
+        apart = np.diff([0, *[o['cost'] for o in run['history']]])
+        assert len(apart) == 5 and run['cost'] == pytest.approx(n_epoch + 1, abs=0.05)
+        assert apart == pytest.approx((n_epoch + 1)/5, abs=1.1*BS/N)
+
+
 # Executors
 
 @pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
