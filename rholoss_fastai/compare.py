@@ -334,7 +334,7 @@ def compare(
                          "test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
     own = [func for label,func in methods.items() if METHODS.get(label) is not func]
-    check_executor(executor, threads, make_learner, fit, metric, own)
+    check_executor(executor, threads, make_learner, fit, metric, own, dls, test_dl)
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')
     noisy,threads = None if noisy is None else _mask(noisy, dataset_size(dls.train)),threads or worker_threads(executor)
