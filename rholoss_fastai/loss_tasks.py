@@ -181,14 +181,18 @@ def _noted(cls):
     return res - {name for c in classes for name in call_parameters(c.__init__)}
 
 def _found(func):
-    "What a function's code finds beside its arguments: what it closes over, plain globals, functions of its own module"
-    steps = _steps(func.__code__)
-    changed = {o.argval for o in steps if o.opname == 'STORE_GLOBAL'}
-    names = sorted({o.argval for o in steps if o.opname == 'LOAD_GLOBAL'} - changed)
-    there = {k: func.__globals__[k] for k in names if k in func.__globals__ and func.__globals__[k] is not func}
-    plain = {k: v for k,v in there.items() if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
-             or isinstance(v, FunctionType) and v.__module__ == func.__module__}
-    return [c.cell_contents for c in func.__closure__ or () if c != CellType()],plain
+    "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals, functions"
+    steps,loads,changed = _steps(func.__code__),('LOAD_DEREF', 'LOAD_GLOBAL'),set()
+    for i,o in enumerate(steps):
+        if o.opname in ('STORE_GLOBAL', 'STORE_DEREF'): changed.add(o.argval)
+        filled = o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval)
+        what = i-1 if filled else _before_key(steps, i) if o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')) else -1
+        if what >= 0 and steps[what].opname in loads: changed.add(steps[what].argval)
+    names = sorted({o.argval for o in steps if o.opname == 'LOAD_GLOBAL'} & set(func.__globals__))
+    there = {k: v for k,v in ((k, func.__globals__[k]) for k in names) if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
+             or isinstance(v, FunctionType) and v.__module__ == func.__module__ and v is not func}
+    held = {k: o.cell_contents for k,o in zip(func.__code__.co_freevars, func.__closure__ or ()) if o != CellType()}
+    return {k: v for k,v in {**there, **held}.items() if k not in changed}
 
 def _told(o, depth):
     if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:5000].tolist()}'
@@ -204,7 +208,7 @@ def _told(o, depth):
     if not depth or isinstance(o, _NAMED): return name
     if isinstance(o, FunctionType):
         code = text_digest([(s.opname, _told(s.argval, 0)) for s in _steps(o.__code__)])
-        held = [v for v in (o.__defaults__, o.__kwdefaults__, *_found(o)) if v]
+        held = [v for v in (o.__defaults__, o.__kwdefaults__, _found(o)) if v]
         return f'{name} {_PYTHON} {code}' + (f' {_told(held, depth-1)}' if held else '')
     if isinstance(o, MethodType): return f'{name} of {_told(o.__self__, depth-1)}'
     held = getattr(o, '__dict__', {})

@@ -363,6 +363,21 @@ def test_words_are_the_same_in_every_process():
         assert said == f'{various()}\n'
 
 
+def test_what_a_function_notes_tells_it_from_nothing():
+    def noting(factor):
+        n, seen, by = 0, [], {}
+        def func(x):
+            nonlocal n
+            n += 1
+            seen.append(x)
+            by[n % 2] = factor
+            return factor*x
+        return func
+    one, before = noting(1), in_words(noting(1))
+    for x in range(3): one(x)
+    assert in_words(one) == before != in_words(noting(2))
+
+
 def test_functions_are_told_apart_by_what_they_do_and_find():
     scale = 2
     def by(factor): return lambda x: factor*x
