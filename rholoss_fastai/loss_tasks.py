@@ -181,15 +181,16 @@ def _noted(cls):
     return res - {name for c in classes for name in call_parameters(c.__init__)}
 
 def _found(func):
-    "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals, functions"
+    "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals and such"
     steps,loads,changed = _steps(func.__code__),('LOAD_DEREF', 'LOAD_GLOBAL'),set()
     for i,o in enumerate(steps):
         if o.opname in ('STORE_GLOBAL', 'STORE_DEREF'): changed.add(o.argval)
         filled = o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval)
         what = i-1 if filled else _before_key(steps, i) if o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')) else -1
         if what >= 0 and steps[what].opname in loads: changed.add(steps[what].argval)
-    names = sorted({o.argval for o in steps if o.opname == 'LOAD_GLOBAL'} & set(func.__globals__))
-    there = {k: v for k,v in ((k, func.__globals__[k]) for k in names) if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
+    names = {o.argval for o in steps if o.opname == 'LOAD_GLOBAL'}
+    there = {k: func.__globals__[k] for k in sorted(names & set(func.__globals__))}
+    there = {k: v for k,v in there.items() if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
              or isinstance(v, FunctionType) and v.__module__ == func.__module__ and v is not func}
     held = {k: o.cell_contents for k,o in zip(func.__code__.co_freevars, func.__closure__ or ()) if o != CellType()}
     return {k: v for k,v in {**there, **held}.items() if k not in changed}
