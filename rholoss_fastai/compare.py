@@ -26,11 +26,12 @@ from fastcore.basics import noop
 
 from .budget import UNITS, Prices, find_metric, fit_function, fit_within, il_epochs, measure_prices, timed_steps
 from .checks import by_name, check_choice, check_count, check_number
-from .comparison import Comparison, comparison_settings, machine, same_machine, source_text, text_digest, write_json
+from .comparison import Comparison, comparison_settings, machine, same_machine, write_json
 from .executors import check_executor, run_tasks, worker_threads
 from .il_source import TableIL, il_name
 from .irreducible import IrreducibleLosses, crossfit_irreducible
 from .loaders import seeded_loaders
+from .loss_tasks import brief, in_words, text_digest
 from .picks import Uniform
 from .probe import choose_features, probe_irreducible
 from .record import SelectionRecord
@@ -103,7 +104,7 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     "Irreducible losses: those given, those of an earlier call, or new ones that cost about `most` plain epochs"
     file = folder and Path(folder)/'il.safetensors'
     if not callable(il) and il_name(il) != 'auto': return TableIL(il).belonging(dls.train)
-    made_by = text_digest(source_text(il)) if callable(il) else il
+    made_by = brief(in_words(il)) if callable(il) else il
     if file and file.exists():
         there = IrreducibleLosses.load(file).check(dls.train)
         if there.info.get('made_by') != made_by:
@@ -117,6 +118,8 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     return il
 
 # %% ../nbs/52_compare.ipynb #34a4713e
+def _spent_epochs(fit, n_epoch): return n_epoch + (fit == 'fine_tune') # an epoch of it frozen
+
 def train_run(
     run:dict # `label`, `method`, `seed`, and what `compare` was given
 )->dict: # What came of it, as JSON can hold it
@@ -127,8 +130,11 @@ def train_run(
         metric = find_metric(learn, run['metric'])
         learn = _set_up(run['label'], METHODS.get(run['method'], run['method']), learn, run['il'])
         set_seed(run['seed'])
-        meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'],
-                           run['prices'], run['evaluations'], run['test_dl'], metric, run['step'], run['dls'].train)
+        fit = fit_function(run['fit'])
+        meter = fit_within(learn, _spent_epochs(run['fit'], run['n_epoch']),
+                           lambda learn, _: fit(learn, run['n_epoch'], run['lr']), None, run['unit'], run['per_epoch'],
+                           run['bill'], run['prices'], run['evaluations'], run['test_dl'], metric, run['step'],
+                           run['dls'].train)
     res = _outcome(run, learn, meter)
     if run['file']: write_json(run['file'], res)
     return res
@@ -224,7 +230,7 @@ def _file(folder, label, seed):
 
 def _run_of(label, func, seed, settings, il, bills, **shared):
     "What `train_run` needs to know"
-    own = dict(method=text_digest(source_text(func)))
+    own = dict(method=brief(in_words(func)))
     if _needs_il(func): own.update(il=text_digest(il.values.numpy().tobytes()), bill=round(bills[0], 6))
     method = label if METHODS.get(label) is func else func # a name goes anywhere
     return dict(shared, label=label, method=method, seed=seed, settings=dict(settings, **own), il=il if _needs_il(func)
@@ -328,14 +334,14 @@ def compare(
                          "test_dl=...")
     methods,seeds = find_methods(methods),_seeds(seeds)
     own = [func for label,func in methods.items() if METHODS.get(label) is not func]
-    check_executor(executor, threads, make_learner, fit, metric, own)
+    check_executor(executor, threads, make_learner, fit, metric, own, dls, test_dl)
     learn = _checked_learner(make_learner, dls, methods, metric)
     if noisy is None: noisy = vars(dls).get('noisy')
     noisy,threads = None if noisy is None else _mask(noisy, dataset_size(dls.train)),threads or worker_threads(executor)
     metric_name = metric if isinstance(metric, str) else find_metric(learn, metric).name
     prices = _prices(prices, make_learner, dls, folder)
     if dry_run:
-        forecast = _forecast(make_learner, dls, methods, n_epoch + (fit == 'fine_tune'), budget, len(seeds), prices,
+        forecast = _forecast(make_learner, dls, methods, _spent_epochs(fit, n_epoch), budget, len(seeds), prices,
                              evaluations, test_dl)
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast

@@ -20,6 +20,7 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import torch
 from fastcore.basics import noop
+from PIL.Image import Image
 
 from .checks import check_count
 
@@ -58,7 +59,8 @@ def _received(receive, process, name):
         return result
     except EOFError:
         process.join()
-        return name,None,f'its process died (exit code {process.exitcode})'
+        said = ', see what it printed' if process.exitcode == 1 else ''
+        return name,None,f'its process died (exit code {process.exitcode}{said})'
 
 # %% ../nbs/10_executors.ipynb #847dd348
 def worker_threads(
@@ -76,29 +78,39 @@ def _context(threads):
 
 # %% ../nbs/10_executors.ipynb #7be0d1a4
 class _NotFound(pickle.Pickler):
-    "Looks for what a new process can't import: functions and classes of a notebook"
+    "Looks for what a new process can't import: functions and classes of a notebook, or made inside of others"
     def __init__(self):
         super().__init__(SimpleNamespace(write=len))
-        self.names = []
+        self.names = {} # in order
     def reducer_override(self, o):
-        if isinstance(o, (torch.Tensor, np.ndarray)): return int,() # is only looked at
-        if isinstance(o, (FunctionType, type)) and o.__module__ == '__main__': self.names.append(o.__qualname__)
-        return NotImplemented
+        # only looked at, not copied
+        if isinstance(o, (torch.Tensor, Image)) or isinstance(o, np.ndarray) and o.dtype != object: return int,()
+        if not isinstance(o, (FunctionType, type)): return NotImplemented
+        # a script is read again by each new process
+        of_notebook = o.__module__ == '__main__' and not getattr(sys.modules['__main__'], '__file__', None)
+        found = sys.modules.get(o.__module__)
+        # as pickle does: nothing is there for a lambda, and another one where a decorator has taken its place
+        for name in o.__qualname__.split('.'): found = getattr(found, name, None)
+        if not of_notebook and (found is o or isinstance(o, type) and '<' not in o.__qualname__): return NotImplemented
+        self.names[f"{o.__qualname__} of this notebook" if of_notebook else f'{o.__module__}.{o.__qualname__}'] = None
+        return int,()
 
 def _check_travels(threads, *what):
-    "Raise where a new process couldn't find what it is to run"
+    "Raise where a new process couldn't find what it is to run, or can't be sent it"
+    cuda,copies = torch.cuda.is_available(),'fork' in multiprocessing.get_all_start_methods()
+    why = 'CUDA is here' if cuda else f'each has {threads} threads' if copies else 'this system has no others'
+    instead = f"pass {'threads=1, or ' if copies and not cuda else ''}executor=None: one run after the other."
     finder = _NotFound()
     try: finder.dump(what)
-    except (AttributeError, TypeError, pickle.PicklingError) as e: found = str(e)
-    else:
-        # a script is read again by each new process
-        if not finder.names or getattr(sys.modules['__main__'], '__file__', None): return
-        found = f"{', '.join(dict.fromkeys(finder.names))} of this notebook"
-    cuda = torch.cuda.is_available()
-    why = 'CUDA is here' if cuda else f'each has {threads} threads'
-    raise TypeError(f"executor= starts new processes, since {why}, and they can't import all they need ({found}). "
-                    "Write your functions at the top of a file and import them, or pass "
-                    f"{'' if cuda else 'threads=1, or '}executor=None: one run after the other.")
+    except Exception as e:
+        raise TypeError(f"executor= starts new processes, since {why}, and they can't be sent all they need "
+                        f"({type(e).__name__}: {e}). What is open or under way, such as a file, a connection or a "
+                        "generator, has to be opened by each where it is first used, as in a data set's "
+                        f"`__getitem__`. Or {instead}") from e
+    if finder.names:
+        raise TypeError(f"executor= starts new processes, since {why}, and they can't import all they need "
+                        f"({', '.join(finder.names)}). Write your functions and classes at the top of a file and "
+                        f"import them, or {instead}")
 
 def check_executor(
     executor, # As of `run_tasks`
@@ -113,7 +125,11 @@ def check_executor(
     if not isinstance(executor, int): return
     check_count('executor', executor, 1)
     threads = threads or worker_threads(executor)
-    if _context(threads).get_start_method() == 'spawn': _check_travels(threads, *what)
+    if _context(threads).get_start_method() != 'spawn': return
+    if getattr(multiprocessing.current_process(), '_inheriting', False):
+        raise RuntimeError("Each new process reads this script again, and has come to executor= once more: put what "
+                           "starts the runs under `if __name__ == '__main__':`.")
+    _check_travels(threads, *what)
 
 # %% ../nbs/10_executors.ipynb #3dab043c
 def _in_processes(func, tasks, n, threads):
@@ -189,7 +205,7 @@ def run_tasks(
     return results,errors
 
 # %% ../nbs/10_executors.ipynb #ffdc9909
-def _with_arguments(func, task): return func(**task, step=noop)
+def _with_arguments(func, task): return func(**task, step=noop), # a result may be None, as a lost one is
 
 def run_in_order(
     func, # Does a task; called with its arguments and with `step`, to be called after each batch
@@ -209,7 +225,7 @@ def run_in_order(
         nonlocal next_one
         waiting[k] = result
         while waiting.get(next_one) is not None:
-            take(waiting.pop(next_one))
+            take(waiting.pop(next_one)[0])
             next_one += 1
         for _ in range(n_steps//max(1, len(tasks))): step()
     _,errors = run_tasks(partial(_with_arguments, func), dict(enumerate(tasks)), executor, threads, done)

@@ -11,6 +11,7 @@ __all__ = ['DatasetScores', 'dataset_scores', 'el2n', 'grand', 'is_right', 'Forg
 import gc
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .executors import run_in_order
 from .il_source import il_values
 from .item_table import ItemTable, fingerprint, spread
 from .loaders import restrict_rows, scoring_loader, with_loaders
+from .loss_tasks import brief, in_words
 from .losses import ItemLosses
 from .nested import batch_size, class_targets, describe, prediction, subset_batch
 from .rows import is_distributed, knows_rows, own_rows, preserve_rng, track_rows
@@ -49,6 +51,11 @@ class DatasetScores(ItemTable):
             raise ValueError(f"{len(bad)} of {len(self)} scores are NaN or infinite, the first in rows {bad[:5]}: "
                              "these rows were never scored, or the model diverged. Score every row, or train with a "
                              "lower learning rate.")
+
+    def __repr__(self): # what tells runs apart is for the file
+        shown = copy(self)
+        shown.info = {k: v for k,v in self.info.items() if k != 'settings'}
+        return ItemTable.__repr__(shown)
 
 # %% ../nbs/30_importance.ipynb #c96e8f42
 class _GradientNorms:
@@ -286,13 +293,18 @@ def _run(learn, dl, score, il, n_epoch, lr, one_cycle, max_bytes, step):
     return _values(learn, dl, score, il, max_bytes, step)
 
 # %% ../nbs/30_importance.ipynb #b9e109f7
-from .side_models import new_learner, on_its_own
+from .side_models import learner_settings, new_learner, on_its_own
+
+def _settings(learn, score):
+    "What tells a run from others, in words"
+    return dict(learner_settings(learn), score=score if isinstance(score, str) else brief(in_words(score)))
 
 def _scores_of_run(make_learner, dls, dl, seed, score, function, il, epochs, lr, one_cycle, max_bytes, earlier, step):
     "A run of its own: the scores of all rows, and what is known of it"
     start,learn = time.perf_counter(),new_learner(make_learner, dls, seed, earlier)
+    settings = _settings(learn, score)
     values = _run(learn, dl, function, il, epochs, lr, one_cycle, max_bytes, step)
-    info = _info(learn, score, 1, start)
+    info = _info(learn, score, 1, start, settings=settings)
     del learn
     gc.collect() # a Learner and its callbacks hold each other: else every run's model would stay on the device
     return values,info
@@ -323,7 +335,14 @@ def score_dataset(
     settings = dict(score=short_name(score), n_epoch=epochs, seed=seed, lr=None if lr is None else str(lr),
                     one_cycle=one_cycle, mean_il=None if il is None else il.nanmean().item())
     table = DatasetScores.load(path) if path and Path(path).exists() else None
-    done = _runs_done(table, dl, settings, n_runs, path) if table else 0
+    if table:
+        table.check(dl)
+        with preserve_rng():
+            learn = new_learner(make_learner, with_loaders(dls, [restrict_rows(dl, rows, seed=seed)]), seed, [])
+        _check_alike(table, {**settings, **_settings(learn, score)}, n_runs, path)
+        del learn
+        gc.collect()
+    done = table.info['n_runs'] if table else 0
     generator = torch.Generator().manual_seed(seed)
     seeds = [int(torch.randint(2**31, (), generator=generator)) for _ in range(n_runs)]
     total = ((n_runs - done)*(epochs*len(dl) + len(scoring_loader(dl))*{'forgetting': 0,
@@ -335,8 +354,9 @@ def score_dataset(
         values,info = result
         k,info = table.info['n_runs'] if table else 0,{**settings, **info}
         if table:
-            if info['model'] != table.info['model']:
-                raise ValueError(f"Run {k} trained {info['model']}, the runs before it {table.info['model']}.")
+            if differ := _differences(table.info, info['settings']):
+                raise ValueError(f"make_learner must make Learners that train alike; run {k} is not as the runs before "
+                                 f"it: {differ}.")
             values = (k*table.values[rows.sort().values] + values)/(k+1)
             info['seconds'] = table.info['seconds'] + info['seconds']
         table = DatasetScores.of_rows(values, dl, marks, dict(info, n_runs=k+1))
@@ -350,13 +370,14 @@ def score_dataset(
     return table
 
 # %% ../nbs/30_importance.ipynb #18d77b61
-def _runs_done(table, dl, settings, n_runs, path):
-    "Runs in a file, if it is of the same data set and settings"
-    table.check(dl)
-    differ = {k: (table.info.get(k), v) for k,v in settings.items() if table.info.get(k) != v}
-    if differ or table.info['n_runs'] > n_runs:
-        what = ([f"{k}={a!r} there, {b!r} here" for k,(a,b) in differ.items()]
-                or [f"n_runs={table.info['n_runs']} there, {n_runs} here"])
-        raise ValueError(f"{path} holds scores of other settings: {'; '.join(what)}. Delete it, or choose another "
-                         "path.")
-    return table.info['n_runs']
+def _differences(there, here):
+    "What differs, in words, or nothing"
+    there = {**there, **there.get('settings', {})}
+    return '; '.join(f"{k}={there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k) != v)
+
+def _check_alike(table, settings, n_runs, path):
+    "Raise unless the runs in a file are of these settings, and no more than asked for"
+    differ = _differences(table.info, settings)
+    if table.info['n_runs'] > n_runs: differ = differ or f"n_runs={table.info['n_runs']} there, {n_runs} here"
+    if differ:
+        raise ValueError(f"{path} holds scores of other settings: {differ}. Delete it, or choose another path.")

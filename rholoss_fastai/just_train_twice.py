@@ -195,7 +195,7 @@ def tune_just_train_twice(
     _check(dls, n_epoch, upweights, by, noise, seed)
     row_groups(dls.valid, groups)
     table,earlier = [],[]
-    check_executor(executor, None, make_learner, metric, worst)
+    check_executor(executor, None, make_learner, metric, worst, dls, groups)
     if executor is not None: check_new_learners(make_learner, dls)
     with preserve_rng():
         sets = _error_sets(make_learner, dls, n_epochs_id, lr, seed, earlier, progress, il=il, noise=noise,

@@ -6,19 +6,31 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/loss_tasks.html.md"""
 
 # %% auto #0
 __all__ = ['inner_loss', 'known_loss', 'mentioned_losses', 'loss_task', 'takes_probabilities', 'from_library', 'call_parameters',
-           'loss_name', 'loss_settings', 'same_loss']
+           'loss_name', 'in_words', 'text_digest', 'brief', 'same_loss']
 
 # %% ../nbs/00_loss_tasks.ipynb #a60287d7
+import hashlib
+import re
+import sys
 from collections.abc import Callable
-from dis import get_instructions
-from functools import partial
+from dis import get_instructions, stack_effect
+from enum import Enum
+from functools import lru_cache, partial
 from inspect import signature
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from pathlib import PurePath
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Literal
 
+import numpy as np
 import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from fastai.losses import BaseLoss
+from fastai.optimizer import Optimizer
+from fastcore.foundation import L
 from torch import Tensor, nn
+from torch.utils import data
 
 # %% ../nbs/00_loss_tasks.ipynb #d37c0477
 function_types = (FunctionType, BuiltinFunctionType, MethodType, partial, torch.jit.ScriptFunction)
@@ -127,30 +139,108 @@ def loss_name(
     return getattr(loss_func, '__name__', None) or ' '.join(repr(loss_func).split())[:100]
 
 # %% ../nbs/00_loss_tasks.ipynb #f98e9d84
+_IN_PLACE = r'add|append|clear|extend|insert|pop|setdefault|update|.*[^_]_' # methods of lists and others; of tensors
+_LEARNT = ('training', '_is_full_backward_hook', 'running_mean', 'running_var', 'num_batches_tracked')
+_PLAIN = (int, float, complex, str, bytes, PurePath, Enum, torch.dtype, type(None))
+_PYTHON = f'Python{sys.version_info.major}.{sys.version_info.minor}' # each has instructions of its own
+_NAMED = (type, ModuleType, BuiltinFunctionType, Learner, DataLoaders, DataLoader, data.DataLoader, Optimizer)
+
+def _steps(code):
+    "The instructions of code, and of code inside of it"
+    return [*get_instructions(code), *(o for c in code.co_consts if isinstance(c, CodeType) for o in _steps(c))]
+
+def _attribute(steps, i, me):
+    "Name of the attribute of `me` that the instructions up to the `i`-th load, or an item of which, or None"
+    if i < 1: return
+    if steps[i].opname == 'BINARY_SUBSCR': return _attribute(steps, _before_key(steps, i), me)
+    of_me = me and (steps[i-1].argval in me or isinstance(steps[i-1].argval, tuple) and steps[i-1].argval[-1:] == me)
+    return steps[i].argval if of_me and steps[i].opname in ('LOAD_ATTR', 'STORE_ATTR') else None
+
+def _before_key(steps, i):
+    "The number of the instruction before those that load the key which the `i`-th takes"
+    missing = 1
+    while missing > 0 and i > 0:
+        i -= 1
+        missing -= stack_effect(steps[i].opcode, steps[i].arg, jump=False)
+    return i - 1
+
+@lru_cache(256)
+def _noted(cls):
+    "Names of what an object sets or fills when it has been made, unless it was made with it"
+    res,classes = set(),[o for o in cls.__mro__ if o not in (nn.Module, object)]
+    for name,f in (o for c in classes for o in vars(c).items()):
+        if not isinstance(f, FunctionType) or name.startswith('__') and name != '__call__': continue
+        me,steps = f.__code__.co_varnames[:1],_steps(f.__code__)
+        for i,(before,o) in enumerate(zip([None, *steps], steps)):
+            if o.opname == 'STORE_ATTR': # `self.n = 1`, `self.n += 1`
+                res.add(o.argval if before.opname.startswith(('SWAP', 'ROT')) else _attribute(steps, i, me))
+            elif o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')): # `self.seen[key] = 1`, `self.seen[key] += 1`
+                res.add(_attribute(steps, _before_key(steps, i), me))
+            elif o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval):
+                res.add(_attribute(steps, i-1, me))
+    return res - {name for c in classes for name in call_parameters(c.__init__)}
+
+def _found(func):
+    "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals and such"
+    steps,loads,changed = _steps(func.__code__),('LOAD_DEREF', 'LOAD_GLOBAL'),set()
+    for i,o in enumerate(steps):
+        if o.opname in ('STORE_GLOBAL', 'STORE_DEREF'): changed.add(o.argval)
+        filled = o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval)
+        what = i-1 if filled else _before_key(steps, i) if o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')) else -1
+        if what >= 0 and steps[what].opname in loads: changed.add(steps[what].argval)
+    names = {o.argval for o in steps if o.opname == 'LOAD_GLOBAL'}
+    there = {k: func.__globals__[k] for k in sorted(names & set(func.__globals__))}
+    there = {k: v for k,v in there.items() if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
+             or isinstance(v, FunctionType) and v.__module__ == func.__module__ and v is not func}
+    held = {k: o.cell_contents for k,o in zip(func.__code__.co_freevars, func.__closure__ or ()) if o != CellType()}
+    return {k: v for k,v in {**there, **held}.items() if k not in changed}
+
 def _told(o, depth):
     if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:5000].tolist()}'
-    if o is None or isinstance(o, (bool, int, float, str)): return repr(o)
-    if isinstance(o, partial): return _told([o.func, o.args, o.keywords], depth)
-    if isinstance(o, (list, tuple)): return str([_told(v, depth) for v in o[:1000]])
-    if isinstance(o, dict): return str([(k, _told(v, depth)) for k,v in o.items() if not str(k).startswith('__')])
+    if isinstance(o, _PLAIN): return repr(o)
+    if isinstance(o, partial): return f'partial{_told([o.func, o.args, sorted(o.keywords.items())], depth)}'
+    if isinstance(o, (list, tuple, L)): return f"[{', '.join(_told(v, depth) for v in o[:1000])}]"
+    if isinstance(o, (set, frozenset)): return f"{{{', '.join(sorted(_told(v, depth) for v in o))}}}"
+    if isinstance(o, dict):
+        held = {k: v for k,v in o.items() if not str(k).startswith('__') and k not in _LEARNT}
+        return f"{{{', '.join(f'{_told(k, depth)}: {_told(v, depth)}' for k,v in held.items())}}}"
+    if hasattr(type(o), '__array__'): return f'{np.shape(o)} {np.ravel(o[:5000] if np.ndim(o) else o)[:5000].tolist()}'
     name = getattr(o, '__qualname__', None) or type(o).__qualname__
+    if not depth or isinstance(o, _NAMED): return name
     if isinstance(o, FunctionType):
-        held = [c.cell_contents for c in o.__closure__ or () if c != CellType()] if depth else []
-        return f'{name} {o.__code__.co_code.hex()} {_told([*o.__code__.co_consts, o.__defaults__, *held], depth-1)}'
-    # of its own module, so not what a Learner, say, holds
-    follows = depth and isinstance(o, (nn.Module, BaseLoss)) or depth == 4 and not isinstance(o, function_types)
-    held = {k: v for k,v in getattr(o, '__dict__', {}).items() if k != 'training'} if follows else {}
-    return f'{name} {_told(held, depth-1)}' if held else name
+        code = text_digest([(s.opname, _told(s.argval, 0)) for s in _steps(o.__code__)])
+        held = [v for v in (o.__defaults__, o.__kwdefaults__, _found(o)) if v]
+        return f'{name} {_PYTHON} {code}' + (f' {_told(held, depth-1)}' if held else '')
+    if isinstance(o, MethodType): return f'{name} of {_told(o.__self__, depth-1)}'
+    held = getattr(o, '__dict__', {})
+    copied = getattr(held.get('__wrapped__'), '__dict__', ()) # as `update_wrapper` does
+    held = {k: v for k,v in sorted(held.items()) if not k.startswith('__')
+            and k not in _LEARNT and k not in copied and k not in _noted(type(o))
+            and not isinstance(v, Learner) and not (isinstance(v, (dict, list, set, L)) and not len(v))}
+    return f"{name}({', '.join(f'{k}={_told(v, depth-1)}' for k,v in held.items())})"
 
-def loss_settings(
-    loss_func:Callable # A loss function
-)->str:
-    "What tells it from others: its name and what it holds, but for what it has learnt"
-    return _told(loss_func, 4)
+def in_words(
+    o # A function, a loss, a callback, or several: anything
+)->str: # The same in every process
+    "What tells it from others: what it is called and what it holds, but for what it has learnt or noted"
+    return _told(o, 4)
+
+def text_digest(
+    o # Bytes, or what is told from others by its text
+)->str: # Twelve letters
+    "Of bytes, or of a text, in which addresses in memory say nothing: they are others in each process"
+    return hashlib.sha256(o if isinstance(o, bytes) else re.sub(r' at 0x\w+', '', str(o)).encode()).hexdigest()[:12]
+
+def brief(
+    text:str
+)->str: # For a message, too
+    "A text as it is, or if it is long its beginning and a digest"
+    text = re.sub(r' at 0x\w+', '', ' '.join(text.split()))
+    return text if len(text) <= 300 else f'{text[:80]}... ({text_digest(text)})'
 
 def same_loss(
     loss_func:Callable, # A loss function
     other:Callable # Another, or the same, which may have noted something since
 )->bool:
     "Are they one, or alike in all that they hold?"
-    return loss_func is other or loss_settings(loss_func) == loss_settings(other)
+    return loss_func is other or in_words(loss_func) == in_words(other)

@@ -7,7 +7,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/side_models.html.md"""
 # %% auto #0
 __all__ = ['input_changers', 'split_batch', 'changers_in_training', 'loss_to', 'map_rows', 'check_inputs_kept', 'score_rows',
            'shows_progress', 'batch_progress', 'new_learner', 'check_new_learners', 'on_its_own', 'fit_quietly',
-           'Companion']
+           'learner_settings', 'Companion']
 
 # %% ../nbs/11_side_models.ipynb #b73d505a
 import os
@@ -23,7 +23,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_one_cycle`)
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.losses import BaseLoss
 from fastai.torch_core import get_model, set_seed, to_device
 from fastcore.basics import noop, store_attr
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from .checks import short_name
 from .loaders import scoring_loader
+from .loss_tasks import brief, in_words
 from .losses import ItemLosses
 from .nested import map_tensors, plain, prediction, tensors
-from .rows import own_rows, preserve_rng, track_rows
+from .rows import loader_batch_size, own_rows, preserve_rng, track_rows
 from .scores import check_known_outside, for_loss, score_inputs, training_loss
 from .scoring import autocast, learner_precision, scoring_mode
 
@@ -285,6 +286,18 @@ def fit_quietly(
     display = learn._grab_cbs((ProgressCallback, ShowGraphCallback))
     with learn.no_logging(), learn.removed_cbs(display):
         (learn.fit_one_cycle if one_cycle else learn.fit)(n_epoch, lr, cbs=cbs)
+
+# %% ../nbs/11_side_models.ipynb #5d3ab0c2
+def learner_settings(
+    learn:Learner
+)->dict: # What JSON can hold
+    "What tells a Learner's training from another's, in words: the same in every process, before and after a fit"
+    own = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (Recorder, ProgressCallback))]
+    done = [getattr(learn.dls.train, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
+    return dict(bs=loader_batch_size(learn.dls.train), model=brief(repr(learn.model)),
+                loss=brief(in_words(learn.loss_func)), opt=brief(in_words(learn.opt_func)), learner_lr=str(learn.lr),
+                wd=str(learn.wd), callbacks=[brief(in_words(o)) for o in own],
+                transforms=brief(in_words([getattr(o, 'fs', o) for o in done])))
 
 # %% ../nbs/11_side_models.ipynb #8b8bfff8
 class Companion:

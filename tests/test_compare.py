@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from multiprocessing import get_context
 
@@ -17,7 +19,7 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
-from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `fit_one_cycle`)
+from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -44,6 +46,8 @@ from rholoss_fastai.all import (
     run_tasks,
 )
 from rholoss_fastai.comparison import comparison_settings
+from rholoss_fastai.loss_tasks import in_words
+from rholoss_fastai.side_models import learner_settings
 
 N, BS = 192, 16
 SOME = ('random', 'infobatch', 'batch_loss_filter', 'selective_backprop', 'rho_loss')
@@ -206,6 +210,14 @@ def test_prices_are_positive_and_count():
                                         + 8*meter.steps)/plain)
 
 
+@pytest.mark.parametrize('n_epoch,unit', [(1, 'steps'), (3, 'cost')])
+def test_fine_tuning_is_evaluated_as_often_as_asked_in_even_steps(n_epoch, unit):
+    for run in quick(fit='fine_tune', n_epoch=n_epoch, evaluations=5, seeds=1, budget=unit).runs:
+        apart = np.diff([0, *[o['cost'] for o in run['history']]])
+        assert len(apart) == 5 and run['cost'] == pytest.approx(n_epoch + 1, abs=0.05)
+        assert apart == pytest.approx((n_epoch + 1)/5, abs=1.1*BS/N)
+
+
 # Executors
 
 @pytest.mark.parametrize('kind', ['processes', 'pool', pytest.param('spawn', marks=pytest.mark.slow)])
@@ -305,6 +317,73 @@ def runs(tmp_path_factory):
                                      dict(noisy=np.arange(N) < 3), dict(prices=Prices(2.))])
 def test_runs_with_other_settings_are_refused(runs, changed):
     with pytest.raises(ValueError, match='other settings'): quick(folder=runs, seeds=1, **changed)
+
+
+class Notes(Callback):
+    "Fills what it began with in each way there is"
+    def __init__(self, share):
+        self.share, self.half, self.n, self.seen, self.by, self.sums = share, share/2, 0, [], {}, torch.zeros(2)
+    def after_batch(self):
+        self.n += 1
+        self.seen.append(self.half)
+        self.by[self.n % 3] = self.by.get(self.n % 3, 0)
+        self.by[self.n % 3] += 1
+        self.sums[0] += self.n
+        self.learn.half = self.n # of the Learner
+
+
+@pytest.mark.parametrize('there,here', [(MixUp(0.4), MixUp(0.2)), (GradientAccumulation(32), GradientAccumulation(64)),
+                                        (Notes(1), Notes(2)), (ParamScheduler(dict(lr=partial(SchedCos, 1))),
+                                                               ParamScheduler(dict(lr=partial(SchedCos, 2))))])
+def test_callbacks_are_told_apart_by_their_settings(there, here):
+    def of(cbs): return learner_settings(make_learner(data()[0], cbs=cbs))['callbacks']
+    assert of(there) == of(deepcopy(there)) != of(here)
+
+
+def test_callbacks_that_a_run_has_used_are_the_same_and_others_are_named(tmp_path):
+    cbs = [MixUp(0.4), Notes(1), EarlyStoppingCallback(patience=9)]
+    for _ in range(2): quick(make=partial(make_learner, cbs=cbs), folder=tmp_path, seeds=1)
+    assert cbs[1].n
+    with pytest.raises(ValueError, match=r'callbacks is .*MixUp.*0\.4.* there, .*MixUp.*0\.2.* here'):
+        quick(make=partial(make_learner, cbs=[MixUp(0.2)]), folder=tmp_path, seeds=1)
+
+
+def various():
+    return [in_words(o) for o in (MixUp(0.4), partial(F1Score, average='macro'), Adam,
+                                  CrossEntropyLossFlat(weight=torch.ones(2)), Prices(2.), {'b', 'a'}, Notes(1),
+                                  lambda x: x in {'a', 'b', 'c'} or N)]
+
+@pytest.mark.slow
+def test_words_are_the_same_in_every_process():
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), os.getcwd()]))
+    for seed in '12':
+        script = 'from test_compare import *; print(various())'
+        said = subprocess.check_output([sys.executable, '-W', 'ignore', '-c', script], text=True,
+                                       env=dict(env, PYTHONHASHSEED=seed))
+        assert said == f'{various()}\n'
+
+
+def test_what_a_function_notes_tells_it_from_nothing():
+    def noting(factor):
+        n, seen, by = 0, [], {}
+        def func(x):
+            nonlocal n
+            n += 1
+            seen.append(x)
+            by[n % 2] = factor
+            return factor*x
+        return func
+    one, before = noting(1), in_words(noting(1))
+    for x in range(3): one(x)
+    assert in_words(one) == before != in_words(noting(2))
+
+
+def test_functions_are_told_apart_by_what_they_do_and_find():
+    scale = 2
+    def by(factor): return lambda x: factor*x
+    funcs = [by(1), by(2), lambda x: x*scale, lambda x: x.relu(), lambda x: x.tanh(), lambda x: N*x, lambda x: BS*x,
+             lambda x: [o + 1 for o in x], lambda x: [o + 2 for o in x], lambda x, n=1: x, lambda x, *, n=2: x]
+    assert len({in_words(o) for o in funcs}) == len(funcs)
 
 
 def test_another_method_of_that_name_machine_or_damage_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `lr_find`)
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
@@ -403,7 +404,8 @@ def test_what_is_right_is_the_users_choice():
 
 # Several runs
 
-def make_learner(dls, **kwargs): return Learner(dls, cnn(), loss_func=CrossEntropyLossFlat(), lr=1e-2, **kwargs)
+def make_learner(dls, **kwargs):
+    return Learner(dls, cnn(), **{**dict(loss_func=CrossEntropyLossFlat(), lr=1e-2), **kwargs})
 def dataloaders(n=64):
     return DataLoaders(DataLoader(Rows(n), bs=16, shuffle=True, drop_last=True), DataLoader(Rows(30), bs=30),
                        device='cpu')
@@ -429,12 +431,13 @@ def test_killed_runs_go_on_with_the_next_model(score, tmp_path):
     assert DatasetScores.load(tmp_path/'scores').info['n_runs'] == 2
     torch.rand(3) # the global state doesn't matter
     alive.clear()
-    resumed = score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs)
-    assert len(calls) == 4 and torch.equal(resumed.values, whole.values) and resumed.info['n_runs'] == 3
+    resumed = score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs) # one is made to compare its settings
+    assert len(calls) == 3 + 2 and torch.equal(resumed.values, whole.values) and resumed.info['n_runs'] == 3
     assert not torch.equal(whole.values, score_dataset(make_learner, dls, n_runs=3, **dict(kwargs, seed=4)).values)
     state = torch.get_rng_state()
     done = score_dataset(make, dls, n_runs=3, path=tmp_path/'scores', **kwargs) # nothing left to do
-    assert len(calls) == 4 and torch.equal(done.values, whole.values) and torch.equal(state, torch.get_rng_state())
+    assert len(calls) == 3 + 2 + 1 and torch.equal(done.values, whole.values)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.slow
@@ -474,8 +477,19 @@ def test_files_of_other_runs_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message): score_dataset(make_learner, dls, **dict(kwargs, **change))
     with pytest.raises(ValueError, match='this data set has 80'): score_dataset(make_learner, dataloaders(80), **kwargs)
     def other(dls): return Learner(dls, Tied(), loss_func=CrossEntropyLossFlat())
-    with pytest.raises(ValueError, match='trained Tied, the runs before it Sequential'):
-        score_dataset(other, dls, **dict(kwargs, n_runs=3))
+    smooth = partial(make_learner, loss_func=CrossEntropyLossFlat(label_smoothing=0.1))
+    for made, message in ((other, r"model='Sequential\(.* there, 'Tied\(.* here"),
+                          (smooth, r'loss=.*label_smoothing=0.0.* there, .*label_smoothing=0.1.* here'),
+                          (partial(make_learner, cbs=GradientClip(0.1)), r'callbacks=.*GradientClip\(max_norm=0.1')):
+        for n_runs in (2, 3): # all there, or one to come
+            with pytest.raises(ValueError, match=message): score_dataset(made, dls, **dict(kwargs, n_runs=n_runs))
+    kept = dict(kwargs, path=tmp_path/'own')
+    for _ in range(2): score_dataset(make_learner, dls, lambda loss: loss, **kept)
+    with pytest.raises(ValueError, match='score=.* there, .* here'):
+        score_dataset(make_learner, dls, lambda loss: 2*loss, **kept)
+    made = iter([make_learner, other])
+    with pytest.raises(ValueError, match='make Learners that train alike; run 1 is not as the runs before it: model='):
+        score_dataset(lambda dls: next(made)(dls), dls, epochs=1, n_runs=2, **quiet)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match='truncated, corrupt'): score_dataset(make_learner, dls, **kwargs)
 

@@ -125,9 +125,9 @@ def test_text(tmp_path, capsys, model):
 def test_settings_of_scores_are_settings_of_runs(tmp_path):
     from prune import Scores, pruned
 
-    from rholoss_fastai.comparison import source_text
+    from rholoss_fastai.loss_tasks import in_words
     def method(runs): return pruned('el2n', 0.5, Scores(tmp_path, None, None, 2, runs, 10, 5, 0), False, 0.1, 0)[1]
-    assert source_text(method(2)) == source_text(method(2)) != source_text(method(3))
+    assert in_words(method(2)) == in_words(method(2)) != in_words(method(3))
 
 
 def test_bad_options_end_with_a_sentence(regression, tmp_path):
