@@ -183,7 +183,8 @@ def _machine_of(threads, there):
 def _mask(noisy, n):
     "Which rows have a wrong label, by position"
     if noisy is None: return
-    noisy = torch.tensor(np.asarray(noisy)) # by position, whatever a Series' index
+    # by position, whatever a Series' index
+    noisy = noisy.cpu() if isinstance(noisy, torch.Tensor) else torch.tensor(np.asarray(noisy))
     if noisy.dtype != torch.bool or noisy.shape != (n,):
         raise ValueError(f"noisy must be a mask, one True or False for each of {n} rows; got shape "
                          f"{tuple(noisy.shape)} of {noisy.dtype}.")

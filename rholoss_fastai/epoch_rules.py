@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import NotSaved, by_name, check_count, check_number, short_name
+from .learnable import place_in_class
 from .side_models import score_rows
 
 # %% ../nbs/31_epoch_rules.ipynb #f6061393
@@ -171,10 +172,10 @@ class IES(EpochRule):
         bends = (remembered[:,:3] - 2*remembered[:,1:4] + remembered[:,2:5]).abs().mean(1)
         stays = ~(bends < self.threshold)
         order = torch.randperm(len(stays), generator=generator)
-        classes = torch.zeros_like(order) if stays.all() or epoch.classes is None else epoch.classes
-        for c in classes.unique():
-            own = order[classes[order] == c]
-            stays[own[~stays[own]][:max(0, math.ceil(self.floor*len(own)) - int(stays[own].sum()))]] = True
+        if not stays.all():
+            first = order[(~stays)[order].long().argsort(stable=True)] # those that stay come first
+            place,n_of = place_in_class(first, torch.zeros_like(order) if epoch.classes is None else epoch.classes)
+            stays[first[place < (self.floor*n_of.double()).ceil()]] = True
         self._out = epoch.rows[~stays].sort().values
         if not stays.all(): return epoch.rows[stays]
 

@@ -13,7 +13,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable
-from dis import get_instructions, stack_effect
+from dis import get_instructions
 from enum import Enum
 from functools import lru_cache, partial
 from inspect import signature
@@ -139,7 +139,8 @@ def loss_name(
     return getattr(loss_func, '__name__', None) or ' '.join(repr(loss_func).split())[:100]
 
 # %% ../nbs/00_loss_tasks.ipynb #f98e9d84
-_IN_PLACE = r'add|append|clear|extend|insert|pop|setdefault|update|.*[^_]_' # methods of lists and others; of tensors
+_FILL = r'add|append|clear|extend|insert|pop|setdefault|update|.*[^_]_' # methods of lists and others; of tensors
+_FILLED = (list, dict, set, L, Tensor, np.ndarray)
 _LEARNT = ('training', '_is_full_backward_hook', 'running_mean', 'running_var', 'num_batches_tracked')
 _PLAIN = (int, float, complex, str, bytes, PurePath, Enum, torch.dtype, type(None))
 _PYTHON = f'Python{sys.version_info.major}.{sys.version_info.minor}' # each has instructions of its own
@@ -149,51 +150,41 @@ def _steps(code):
     "The instructions of code, and of code inside of it"
     return [*get_instructions(code), *(o for c in code.co_consts if isinstance(c, CodeType) for o in _steps(c))]
 
-def _attribute(steps, i, me):
-    "Name of the attribute of `me` that the instructions up to the `i`-th load, or an item of which, or None"
-    if i < 1: return
-    if steps[i].opname == 'BINARY_SUBSCR': return _attribute(steps, _before_key(steps, i), me)
-    of_me = me and (steps[i-1].argval in me or isinstance(steps[i-1].argval, tuple) and steps[i-1].argval[-1:] == me)
-    return steps[i].argval if of_me and steps[i].opname in ('LOAD_ATTR', 'STORE_ATTR') else None
-
-def _before_key(steps, i):
-    "The number of the instruction before those that load the key which the `i`-th takes"
-    missing = 1
-    while missing > 0 and i > 0:
-        i -= 1
-        missing -= stack_effect(steps[i].opcode, steps[i].arg, jump=False)
-    return i - 1
+def _changes(*funcs):
+    "Names that functions set, and names that they load where they fill something: a list, say, or a tensor"
+    changed,filled = set(),set()
+    for me,steps in ((f.__code__.co_varnames[:1], _steps(f.__code__)) for f in funcs):
+        def names(*ops): return {o.argval for o in steps if o.opname.startswith(ops)}
+        changed |= names('STORE_GLOBAL', 'STORE_DEREF')
+        for before,o in zip(steps, steps[1:]): # `self.n = 1`, `self.n += 1`, but not `new.n = 1`
+            loaded = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
+            if o.opname == 'STORE_ATTR' and (loaded == me or before.opname.startswith(('SWAP', 'ROT'))):
+                changed.add(o.argval)
+        fills = any(o.opname.startswith(('STORE_SUBSCR', 'STORE_SLICE')) for o in steps)
+        if fills or any(re.fullmatch(_FILL, str(o)) for o in names('LOAD_ATTR', 'LOAD_METHOD')):
+            filled |= names('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_GLOBAL', 'LOAD_DEREF')
+    return changed,filled
 
 @lru_cache(256)
 def _noted(cls):
-    "Names of what an object sets or fills when it has been made, unless it was made with it"
-    res,classes = set(),[o for o in cls.__mro__ if o not in (nn.Module, object)]
-    for name,f in (o for c in classes for o in vars(c).items()):
-        if not isinstance(f, FunctionType) or name.startswith('__') and name != '__call__': continue
-        me,steps = f.__code__.co_varnames[:1],_steps(f.__code__)
-        for i,(before,o) in enumerate(zip([None, *steps], steps)):
-            if o.opname == 'STORE_ATTR': # `self.n = 1`, `self.n += 1`
-                res.add(o.argval if before.opname.startswith(('SWAP', 'ROT')) else _attribute(steps, i, me))
-            elif o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')): # `self.seen[key] = 1`, `self.seen[key] += 1`
-                res.add(_attribute(steps, _before_key(steps, i), me))
-            elif o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval):
-                res.add(_attribute(steps, i-1, me))
-    return res - {name for c in classes for name in call_parameters(c.__init__)}
+    "What the methods of a class change when an object has been made, but for what it was made with"
+    classes = [o for o in cls.__mro__ if o not in (nn.Module, object)]
+    changed,filled = _changes(*(f for c in classes for name,f in vars(c).items()
+                                if isinstance(f, FunctionType) and name != '__init__'))
+    made_with = {name for c in classes for name in call_parameters(c.__init__)}
+    return changed - made_with,filled - made_with
+
+def _kept(held, changed, filled):
+    return {k: v for k,v in held.items() if k not in changed and not (k in filled and isinstance(v, _FILLED))}
 
 def _found(func):
     "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals and such"
-    steps,loads,changed = _steps(func.__code__),('LOAD_DEREF', 'LOAD_GLOBAL'),set()
-    for i,o in enumerate(steps):
-        if o.opname in ('STORE_GLOBAL', 'STORE_DEREF'): changed.add(o.argval)
-        filled = o.opname in ('LOAD_ATTR', 'LOAD_METHOD') and re.fullmatch(_IN_PLACE, o.argval)
-        what = i-1 if filled else _before_key(steps, i) if o.opname.startswith(('STORE_SUBSCR', 'COPY', 'DUP')) else -1
-        if what >= 0 and steps[what].opname in loads: changed.add(steps[what].argval)
-    names = {o.argval for o in steps if o.opname == 'LOAD_GLOBAL'}
+    names = {o.argval for o in _steps(func.__code__) if o.opname == 'LOAD_GLOBAL'}
     there = {k: func.__globals__[k] for k in sorted(names & set(func.__globals__))}
     there = {k: v for k,v in there.items() if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
              or isinstance(v, FunctionType) and v.__module__ == func.__module__ and v is not func}
     held = {k: o.cell_contents for k,o in zip(func.__code__.co_freevars, func.__closure__ or ()) if o != CellType()}
-    return {k: v for k,v in {**there, **held}.items() if k not in changed}
+    return _kept({**there, **held}, *_changes(func))
 
 def _told(o, depth):
     if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:5000].tolist()}'
@@ -214,8 +205,8 @@ def _told(o, depth):
     if isinstance(o, MethodType): return f'{name} of {_told(o.__self__, depth-1)}'
     held = getattr(o, '__dict__', {})
     copied = getattr(held.get('__wrapped__'), '__dict__', ()) # as `update_wrapper` does
-    held = {k: v for k,v in sorted(held.items()) if not k.startswith('__')
-            and k not in _LEARNT and k not in copied and k not in _noted(type(o))
+    held = {k: v for k,v in sorted(_kept(held, *_noted(type(o))).items()) if not k.startswith('__')
+            and k not in _LEARNT and k not in copied
             and not isinstance(v, Learner) and not (isinstance(v, (dict, list, set, L)) and not len(v))}
     return f"{name}({', '.join(f'{k}={_told(v, depth-1)}' for k,v in held.items())})"
 
