@@ -128,8 +128,7 @@ class BatchSelector(AnySelector):
         fit.scorer = self.scorer.begin_epoch(learn, fit.device, kept)
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules())
         fit.min_items = self.delivery.min_items(self.min_items or (2 if batch_norm else 1))
-        if self.memory is not None: 
-            self.memory.begin_epoch(learn.dls.train, dataset_size(source), fit.device, loss_in_force(learn))
+        if self.memory: self.memory.begin_epoch(learn.dls.train, dataset_size(source), fit.device, loss_in_force(learn))
         scores = self.pick.now(pct_train).needs_scores and not (fit.warm or self.memory and self.memory.stale)
         cost = fit.scorer.candidate_cost(self.asked, self.pick.fraction(pct_train) or 1.) if scores else 0.
         fit.loader,fit.n_b,fit.n_candidates = candidate_loader(
