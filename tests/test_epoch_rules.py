@@ -372,6 +372,11 @@ def test_selection_and_mixup_are_refused():
             fit(second(first(epoch_learner())), 1)
     with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner().prune_epochs(), 1, cbs=MixUp())
     with pytest.raises(ValueError, match='makes one item of two'): epoch_learner(cbs=MixUp()).prune_epochs()
+    # what is named instead works, also of rho_epochs, whose rule is its own
+    with pytest.raises(ValueError, match=r"learn.prune_epochs\(rule='random'\), .* learn.no_pruning\(\), learn.rho_"):
+        fit(epoch_learner().rho_epochs(), 1, cbs=MixUp())
+    fit(epoch_learner().rho_epochs().prune_epochs(rule='random'), 1, cbs=MixUp())
+    fit(epoch_learner().rho_epochs().no_pruning().rho_loss(torch.rand(N)), 1, cbs=MixUp())
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
