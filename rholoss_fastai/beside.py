@@ -105,6 +105,7 @@ class LabelGate(FitCallback):
         if getattr(self._fit, 'looked', False): return
         selector,was,self._fit.looked = self.learn.selector,self.plain,True
         if 'il' not in selector.asked: return # a pick that looks at no score
+        if not len(self.learn.dls.train): return # the selector says why
         self.plain = self._why_plain(selector)
         if self.plain or was: selector.off = self.plain is not None
         if self.plain and self.learn.logger is not noop:
