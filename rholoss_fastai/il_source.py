@@ -21,7 +21,7 @@ from fastai.learner import Learner, noop
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .checks import by_name, check_count, check_number
+from .checks import by_name, check_count, check_number, percent
 from .fit_callback import loss_in_force
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies
 from .item_table import ItemTable
@@ -351,7 +351,7 @@ class AutoIL(MadeIL):
     def too_dear(self, learn):
         self.prepare(learn)
         if self.table is not None or (share := self._share(learn)) <= self.budget: return
-        return (f"irreducible losses would cost {share:.0%} of this fit, more than il_budget={self.budget:.0%}",
+        return (f"irreducible losses would cost {percent(share, up=True)} of this fit, more than il_budget={self.budget:.0%}",
                 ". Train for longer (the frozen epochs of fine_tune are a fit of their own: freeze_epochs=...), allow "
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")
