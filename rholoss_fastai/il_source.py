@@ -351,7 +351,8 @@ class AutoIL(MadeIL):
     def too_dear(self, learn):
         self.prepare(learn)
         if self.table is not None or (share := self._share(learn)) <= self.budget: return
-        return (f"irreducible losses would cost {percent(share, up=True)} of this fit, more than il_budget={self.budget:.0%}",
+        return (f"irreducible losses would cost {percent(share, up=True)} of this fit, more than "
+                f"il_budget={self.budget:.0%}",
                 ". Train for longer (the frozen epochs of fine_tune are a fit of their own: freeze_epochs=...), allow "
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")
