@@ -253,7 +253,7 @@ def test_what_stands_where_a_loader_is_expected():
     learn = learner()
     for o in ('columns', numbers): # the features, in the loader's place
         with pytest.raises(TypeError, match='dl must be the training DataLoader, .* features='): label_noise(learn, o)  # noqa: F405
-    assert len(label_noise(learn, features='columns', verbose=False, progress=False).table) == 72  # noqa: F405
+    assert len(label_noise(learn, features='columns', verbose=False, progress=False).suspects(72)) == 72  # noqa: F405
     for ask in (lambda dl: el2n(learn, dl), lambda dl: relabel(dl, [0]*72)):  # noqa: F405
         with pytest.raises(TypeError, match='pass the training set.s, dls.train'): ask(learn.dls)
         ask(learn.dls.train)
