@@ -257,3 +257,12 @@ def test_what_stands_where_a_loader_is_expected():
     for ask in (lambda dl: el2n(learn, dl), lambda dl: relabel(dl, [0]*72)):  # noqa: F405
         with pytest.raises(TypeError, match='pass the training set.s, dls.train'): ask(learn.dls)
         ask(learn.dls.train)
+
+def test_yes_and_no_are_two_classes():
+    "Where no loss says what booleans are, as of DataLoaders alone"
+    found = []
+    for dtype in (torch.bool, torch.int64):
+        dls = loaders(train=Toy(120, targets=lambda x, classes, dtype=dtype: (classes == 1).to(dtype)))
+        found.append(label_noise(dls, verbose=False, progress=False))  # noqa: F405
+    assert torch.equal(found[0].predictions.logits, found[1].predictions.logits) and found[0].share == found[1].share
+    assert found[0].suspects(9).equals(found[1].suspects(9))
