@@ -802,7 +802,7 @@ def test_a_function_is_a_rule():
                            (lambda r, e, g: e.rows + 1, 'some of `epoch.rows`'),
                            (lambda r, e, g: (e.rows, torch.ones(N)), 'weighs = True')):
         with pytest.raises(ValueError, match=message): fit(epoch_learner().prune_epochs(choice), 1)
-    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio"):
+    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio.* keep is one of rule='random', "):
         epoch_learner().prune_epochs('infobatch', keep=0.5)
     with pytest.raises(ValueError, match="Did you mean 'random'"): epoch_learner().prune_epochs('randon')
     for args,kwargs in ((('random', 0.3, 9), {}), (('random', 0.3), dict(keep=0.5)), ((IES(), 0.3), {}),
