@@ -192,7 +192,7 @@ class RhoEpochs(Reducible):
             try: self._look(learn, Probe(learn, dl, self.features), learn.n_epoch*len(dl))
             except ValueError as e:
                 mend = ("pass the share to leave out, drop=..., and gate=False." if self.il is not None
-                        else "pass features=..., a function of the inputs; or il='crossfit', drop=... and gate=False.")
+                        else "to cross-fit, pass il='crossfit', drop=... and gate=False.")
                 raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
                                  f"{mend}") from e
         if self.plain: self.drop = 0.; return # too dear: asked again by the next fit

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import set_seed
@@ -141,6 +143,17 @@ def test_shares_beside_their_limits():
     assert 'would cost 21% of this fit, more than il_budget=20%' in rule.says(None)
     rule.wrong = 0.0499
     assert 'about 4% of the labels look wrong, fewer than 5%' in rule.says(None)
+
+
+def test_where_the_targets_leave_nothing_to_tell():
+    "Other features would be refused again, so they aren't named; what is named works"
+    def pixels(n): rows = Rows(n); rows.targets = (rows.images[:, 0] > 0).long(); return DataLoader(rows, bs=BS)
+    def learn(): return epoch_learner(DataLoaders(pixels(N), pixels(30)), lambda: nn.Conv2d(1, 2, 3, padding=1),
+                                      loss_func=CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match="il='crossfit', drop=... and gate=False") as e:
+        fit(learn().rho_epochs(il_budget=99.), 1)
+    assert 'features' not in str(e.value)
+    fit(learn().rho_epochs(il='crossfit', drop=0.2, gate=False, il_budget=99.), 1)
 
 
 def test_the_first_line():
