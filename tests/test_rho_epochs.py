@@ -156,6 +156,15 @@ def test_where_the_targets_leave_nothing_to_tell():
     fit(learn().rho_epochs(il='crossfit', drop=0.2, gate=False, il_budget=99.), 1)
 
 
+def test_how_cross_fitted_losses_are_kept(capsys, tmp_path):
+    "What is printed can be typed, and what it saves is taken"
+    learn = noisy_learner().rho_epochs('crossfit', drop=0.2, gate=False)
+    with learn.no_bar(): learn.fit(1)
+    call = capsys.readouterr().out.split('Keep them with ')[1].split('(path)')[0]
+    path = eval(call, dict(learn=learn))(tmp_path/'il')
+    fit(noisy_learner().rho_epochs(path, drop=0.2, gate=False), 1)
+
+
 def test_the_first_line():
     assert 'trains plainly' in said(clean_learner().rho_epochs(features=features), 1)
     line = said(noisy_learner().rho_epochs(features=features), 4)
