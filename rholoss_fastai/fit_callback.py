@@ -197,8 +197,8 @@ def _getattr(self, name):
     except AttributeError:
         if name != 'selection': raise
         raise AttributeError("Nothing selects on this Learner, so there is no learn.selection: add a method, such as "
-                             "learn.rho_epochs(), and fit. (Of learn.one_pass() see learn.one_pass_tuner.history.)"
-                             ) from None
+                             "learn.rho_epochs(), and fit. (Of learn.one_pass() see learn.one_pass_tuner.history.)",
+                             name=name, obj=None) from None # else Python asks whether `no_selection` was meant
 
 Learner.__getattr__ = _getattr
 
