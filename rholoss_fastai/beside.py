@@ -17,7 +17,7 @@ import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.learner import noop
 
-from .checks import check_count, short_name
+from .checks import check_count, percent, short_name
 from .fit_callback import FitCallback
 from .learnable import rows_to_look_at
 from .nested import as_tensor, batch_size, plain
@@ -105,6 +105,7 @@ class LabelGate(FitCallback):
         if getattr(self._fit, 'looked', False): return
         selector,was,self._fit.looked = self.learn.selector,self.plain,True
         if 'il' not in selector.asked: return # a pick that looks at no score
+        if not len(self.learn.dls.train): return # the selector says why
         self.plain = self._why_plain(selector)
         if self.plain or was: selector.off = self.plain is not None
         if self.plain and self.learn.logger is not noop:
@@ -124,7 +125,7 @@ class LabelGate(FitCallback):
             source.forget() # what was read is of the model as it is now
             if not at_hand: selector.record.seconds_il += time.perf_counter() - began
         if self.wrong is not None and self.wrong < self.threshold:
-            return (f"about {self.wrong:.0%} of the labels look wrong, fewer than {self.threshold:.0%}",
+            return (f"about {percent(self.wrong)} of the labels look wrong, fewer than {self.threshold:.0%}",
                     " (gate=False selects all the same).")
 
     def _estimate(self, source):

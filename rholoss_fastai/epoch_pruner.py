@@ -132,7 +132,9 @@ def check_alone(learn, rule=None):
                              "remove them.")
         if isinstance(cb, MixHandler) and (rule is None or rule.last or rule.weighs):
             raise ValueError(f"{type(cb).__name__} makes one item of two, which have no loss of their own to remember "
-                             "or to weight: use one or the other, or rule='random', which remembers nothing.")
+                             "or to weight: use one or the other, or learn.prune_epochs(rule='random'), which "
+                             "remembers nothing, or, after learn.no_pruning(), learn.rho_loss(), which selects before "
+                             "items are mixed.")
 
 # %% ../nbs/32_epoch_pruner.ipynb #d2c241f3
 class EpochPruner(FitCallback):

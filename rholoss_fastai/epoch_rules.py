@@ -266,7 +266,10 @@ def find_rule(
         made = by_name('rule', rule, EPOCH_RULES)
         known = [o for o in signature(made).parameters]
         for name in kwargs:
-            if name not in known: raise TypeError(f"rule={rule!r} has no setting {name!r}; it has {', '.join(known)}.")
+            if name in known: continue
+            others = [f'rule={o!r}' for o,f in EPOCH_RULES.items() if name in signature(f).parameters]
+            raise TypeError(f"rule={rule!r} has no setting {name!r}; it has {', '.join(known)}."
+                            + (f" {name} is one of {', '.join(others)}." if others else ''))
         return made(**kwargs)
     if kwargs:
         raise TypeError(f"{', '.join(kwargs)}: settings of a rule that is given by name; this one is made already: "

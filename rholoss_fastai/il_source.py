@@ -21,7 +21,7 @@ from fastai.learner import Learner, noop
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .checks import by_name, check_count, check_number
+from .checks import by_name, check_count, check_number, percent
 from .fit_callback import loss_in_force
 from .irreducible import IrreducibleLosses, crossfit_irreducible, irreducible_losses, learner_copies
 from .item_table import ItemTable
@@ -277,9 +277,12 @@ class CrossFitIL(MadeIL):
 
     def make(self, learn, progress):
         if learn.logger is not noop:
+            inputs = getattr(vars(learn).get('epoch_pruner'), 'inputs', ('il',)) # a score doesn't keep them
+            kept = ('learn.selector.il' if 'selector' in vars(learn) else
+                    None if 'il' in inputs else 'learn.epoch_pruner.rule.table')
             print(f"Irreducible losses: cross-fitting {self.settings['n_folds']} folds of {self.settings['n_epoch']} "
-                  f"epochs, on {'copies of this Learner' if self.arch is None else 'the model given'}. Keep them with "
-                  "learn.selector.il.save(path), use them again with il=path.")
+                  f"epochs, on {'copies of this Learner' if self.arch is None else 'the model given'}."
+                  + (f" Keep them with {kept}.save(path), use them again with il=path." if kept else ''))
         make,loss_func = self.make_learner,loss_in_force(learn)
         def make_learner(dls):
             res = make(dls)
@@ -353,7 +356,8 @@ class AutoIL(MadeIL):
     def too_dear(self, learn):
         self.prepare(learn)
         if self.table is not None or (share := self._share(learn)) <= self.budget: return
-        return (f"irreducible losses would cost {share:.0%} of this fit, more than il_budget={self.budget:.0%}",
+        return (f"irreducible losses would cost {percent(share, up=True)} of this fit, more than "
+                f"il_budget={self.budget:.0%}",
                 ". Train for longer (the frozen epochs of fine_tune are a fit of their own: freeze_epochs=...), allow "
                 f"for it (il_budget={math.ceil(20*share)/20:g}), give some that are made already (il=path), or ask "
                 "for them whatever they cost: il='probe' or il='crossfit'.")

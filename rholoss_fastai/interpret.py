@@ -229,7 +229,11 @@ def _chosen(record, rows, n, show, learn, kwargs):
     learn = _of(record, learn)
     check_count('n', n, 1)
     rows = rows(record.seen.cpu(), record.selected.cpu())[:n]
-    if not len(rows): raise ValueError("No row fits: every row that was a candidate was selected at least once.")
+    if not len(rows):
+        n_none = int((record.seen == 0).sum())
+        if n_none == len(record.seen): raise ValueError("No row fits: nothing has been trained on yet.")
+        left_out = f" {n_none} rows were never candidates: those of learn.selection.seen == 0." if n_none else ''
+        raise ValueError(f"No row fits: every row that was a candidate was selected at least once.{left_out}")
     table = _table(record, learn, rows)
     if show: _show(learn, table, **kwargs)
     return table

@@ -128,6 +128,9 @@ def label_noise(
     if not isinstance(learn, (Learner, DataLoaders)):
         raise TypeError(f"learn must be a Learner or DataLoaders; got {type(learn).__name__}.")
     dl = (learn.train if isinstance(learn, DataLoaders) else learn.dls.train) if dl is None else dl
+    if callable(dl) or not hasattr(dl, 'dataset'):
+        raise TypeError(f"dl must be the training DataLoader, such as learn.dls.train; got {dl!r}. Features are named: "
+                        "features=....")
     if predictions is None: predictions = Probe(learn, dl, features, seed).predictions(n_rows, folds, progress, verbose)
     return LabelNoise(predictions, dl)
 

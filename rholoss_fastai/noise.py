@@ -211,12 +211,15 @@ def noisy_labels(
     seed:int=0,
     valid:bool=False # Redraw the validation set's too, as where it serves as holdout for irreducible losses?
 )->DataLoaders: # A copy of `dls`, with the mask `noisy` of the rows whose label changed, and `noisy_valid`
-    "`dls` with a share of the labels redrawn"
+    "`dls` with a share of the labels redrawn; of noisy `dls`, rows count whose label isn't that before any redrawing"
     _check_dls(dls)
     loaders,masks,names = [],{},class_names(dls.train)
     n_classes = len(names) if names else int(_check_classes(row_targets(dls.train)).max()) + 1
     for i,name in enumerate(('noisy', 'noisy_valid')[:1+valid]):
-        labels,masks[name] = redraw_labels(row_targets(dls[i]), share, _by_number(confusion, names), n_classes, seed+i)
+        targets,right = row_targets(dls[i]),f'_right_{name}'
+        labels,_ = redraw_labels(targets, share, _by_number(confusion, names), n_classes, seed+i)
+        masks[right] = getattr(dls, right, targets) # where labels were redrawn before, as where a cell is run again
+        masks[name] = labels != masks[right]
         loaders.append(relabel(dls[i], labels))
     return with_loaders(dls, loaders, **masks)
 

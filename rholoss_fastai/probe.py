@@ -263,6 +263,7 @@ class Probe:
             self._read([features], rows, show)
             x,y = self._take(features, rows, keep)
             kind,names = _check_targets(y, self.learn.loss_func),class_names(self.dl)
+            if kind == 'classes' and y.dtype == torch.bool: y = y.long()
             n_classes = max(int(y.max()) + 1, 0 if names is None else len(names)) if kind == 'classes' else None
             logits,made = held_out_logits(x, y, kind, n_classes, folds, self.seed)
             self._solutions[key] = logits,y,kind,made

@@ -24,6 +24,7 @@ from .checks import by_name, check_count, check_number, known_arguments
 from .fit_callback import FitCallback
 from .il_source import ILSource, il_name
 from .nested import as_tensor, class_targets
+from .noise import row_targets
 from .picks import Pick, find_pick, inner_pick
 from .probe import probe_features
 from .ridge import check_features, class_logits, fit_scale, smoothed_shares, standardise
@@ -98,6 +99,9 @@ class ClassIL(ILSource):
         self.on_device = self.values_by_class.to(device)
         return 0.
 
+    def values(self, dl, learn=None): # of the reference for each row's own class
+        return self.values_by_class.gather(1, class_targets(row_targets(dl))[:,None])[:,0]
+
     def by_class(self, c): return self.on_device[c.rows]
     def __call__(self, c): return self.by_class(c).gather(1, class_targets(c.yb[0])[:,None])[:,0]
 
@@ -124,7 +128,7 @@ class ClassProbeIL(ClassIL):
         self.of,self.on_device = dl,self.values_by_class.to(device)
         return time.perf_counter() - began
 
-    def bill(self): return 'made first, by a probe for each class' if self.of is None else 'at hand'
+    def bill(self): return 'made first, by a probe for each class' if getattr(self, 'of', None) is None else 'at hand'
 
 @candidate_input
 def class_il(c):

@@ -8,6 +8,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/rho_epochs.html.md"""
 __all__ = ['label_probability', 'LeaveOut', 'Reducible', 'is_log_loss', 'RhoEpochs']
 
 # %% ../nbs/33_rho_epochs.ipynb #11812b75
+import math
 import time
 import weakref
 from functools import partial
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .checks import check_choice, check_number, known_arguments
+from .checks import check_choice, check_number, known_arguments, percent
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .features import FEATURES
@@ -191,7 +192,7 @@ class RhoEpochs(Reducible):
             try: self._look(learn, Probe(learn, dl, self.features), learn.n_epoch*len(dl))
             except ValueError as e:
                 mend = ("pass the share to leave out, drop=..., and gate=False." if self.il is not None
-                        else "pass features=..., a function of the inputs; or il='crossfit', drop=... and gate=False.")
+                        else "to cross-fit, pass il='crossfit', drop=... and gate=False.")
                 raise ValueError(f"How many labels are wrong, and which, can't be told here: {e} For rho_epochs: "
                                  f"{mend}") from e
         if self.plain: self.drop = 0.; return # too dear: asked again by the next fit
@@ -238,10 +239,11 @@ class RhoEpochs(Reducible):
 
     def says(self, epoch):
         if self.plain and self.wrong is None:
-            return (f"irreducible losses would cost {self.share:.0%} of this fit, more than "
-                    f"il_budget={self.il_budget:.0%}: trains plainly, as without it. Train for longer, pass a larger "
-                    "il_budget, or il=, some that are made already")
-        looks = (f"about {self.wrong:.0%} of the labels look wrong" if self.wrong is not None
+            return (f"irreducible losses would cost {percent(self.share, up=True)} of this fit, more than "
+                    f"il_budget={self.il_budget:.0%}: trains plainly, as without it. Train for longer, allow for it "
+                    f"(il_budget={math.ceil(20*self.share)/20:g}), or give some that are made already (il=path)")
+        looks = (f"about {percent(self.wrong) if self.plain else f'{self.wrong:.0%}'} of the labels look wrong"
+                 if self.wrong is not None
                  else 'the labels were not looked at')
         if self.plain:
             return (f"{looks}, fewer than {self.threshold:.0%}: trains plainly, as without it (gate=False selects all "

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.text.data import LMDataLoader
 from fastcore.basics import GetAttr
@@ -125,6 +126,8 @@ def check_rows_known(dl, bs=None):
                              '`batch_size`.')
         return
     dl = reader(dl)
+    if isinstance(dl, DataLoaders):
+        raise TypeError("dl must be one DataLoader; got DataLoaders: pass the training set's, dls.train.")
     if not isinstance(dl, DataLoader): raise _unknown(dl, "it is neither fastai's nor PyTorch's DataLoader")
     if dl.dataset is None or not dl.indexed or isinstance(dl.dataset, IterableDataset):
         raise _unknown(dl, 'its data set is iterable')

@@ -15,6 +15,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 from copy import copy
+from inspect import signature
 
 import numpy as np
 import torch
@@ -206,6 +207,14 @@ def batch_progress(
     bar.update(total)
 
 # %% ../nbs/11_side_models.ipynb #3b07c4cf
+def _check_call(make_learner, dls):
+    "Raise where it isn't a function of `DataLoaders`, told by its arguments"
+    try: signature(make_learner).bind(dls)
+    except ValueError: return # of what is written in C, there is none
+    except TypeError as e:
+        raise TypeError(f"make_learner must take the DataLoaders to train on, which {short_name(make_learner)} doesn't "
+                        f"({e}): give a function such as `def make_learner(dls): return Learner(dls, ...)`.") from e
+
 def new_learner(
     make_learner, # Function of `DataLoaders` that returns a new Learner on them, for example `learner_copies(learn)`
     dls, # `DataLoaders` that it is to train on
@@ -216,6 +225,7 @@ def new_learner(
     if isinstance(make_learner, Learner):
         raise TypeError("make_learner is a Learner, but each run needs a new one: give a function of DataLoaders that "
                         "makes it, such as learner_copies(learn).")
+    _check_call(make_learner, dls)
     set_seed(seed)
     learn = make_learner(dls)
     if not isinstance(learn, Learner):

@@ -392,6 +392,11 @@ def test_selection_and_mixup_are_refused():
     with pytest.raises(ValueError, match='one of them'): learn.batch_loss_filter()
     with pytest.raises(ValueError, match='makes one item of two'): fit(epoch_learner().prune_epochs(), 1, cbs=MixUp())
     with pytest.raises(ValueError, match='makes one item of two'): epoch_learner(cbs=MixUp()).prune_epochs()
+    # what is named instead works, also of rho_epochs, whose rule is its own
+    with pytest.raises(ValueError, match=r"learn.prune_epochs\(rule='random'\), .* learn.no_pruning\(\), learn.rho_"):
+        fit(epoch_learner().rho_epochs(), 1, cbs=MixUp())
+    fit(epoch_learner().rho_epochs().prune_epochs(rule='random'), 1, cbs=MixUp())
+    fit(epoch_learner().rho_epochs().no_pruning().rho_loss(torch.rand(N)), 1, cbs=MixUp())
 
 
 @pytest.mark.parametrize('kwargs,error,message', [
@@ -817,7 +822,7 @@ def test_a_function_is_a_rule():
                            (lambda r, e, g: e.rows + 1, 'some of `epoch.rows`'),
                            (lambda r, e, g: (e.rows, torch.ones(N)), 'weighs = True')):
         with pytest.raises(ValueError, match=message): fit(epoch_learner().prune_epochs(choice), 1)
-    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio"):
+    with pytest.raises(TypeError, match="has no setting 'keep'; it has ratio.* keep is one of rule='random', "):
         epoch_learner().prune_epochs('infobatch', keep=0.5)
     with pytest.raises(ValueError, match="Did you mean 'random'"): epoch_learner().prune_epochs('randon')
     for args,kwargs in ((('random', 0.3, 9), {}), (('random', 0.3), dict(keep=0.5)), ((IES(), 0.3), {}),

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -225,6 +226,21 @@ def test_irreducible_losses_of_a_pruner_added_by_hand_are_made_once(monkeypatch)
     fit(learn, 1)
     learn.selection.suspects(9)
     assert made == [il_in_force(learn)]
+
+
+def test_rows_that_were_never_candidates():
+    learn = learner()
+    record = fit(learn.rho_epochs(torch.arange(72.), drop=0.2, gate=False, by_memory=False), 1).selection
+    n = int((record.seen == 0).sum())
+    with pytest.raises(ValueError, match=f'at least once. {n} rows were never candidates: .*selection.seen == 0') as e:
+        record.never()
+    assert n > 0 and 'nothing' not in str(e.value)
+    class Stop(Callback):
+        order = -100
+        def before_batch(self):
+            if self.training: raise CancelFitException
+    learn = fit(learner(cbs=Stop()).prune_epochs('random'), 1)
+    with pytest.raises(ValueError, match='nothing has been trained on yet'): learn.selection.top()
 
 
 def ledger_of(**columns):

@@ -216,6 +216,14 @@ def test_validation_as_holdout():
     assert torch.equal(noisy.noisy_valid, row_targets(noisy.valid) != TARGETS[N:]) and noisy.noisy_valid.any()
 
 
+def test_a_cell_that_runs_again():
+    "Labels of noisy DataLoaders are redrawn once more: what is wrong is told by those before any redrawing"
+    again = noisy_labels(noisy_labels(block(), 0.5, seed=1, valid=True), 0.5, seed=1, valid=True)
+    assert torch.equal(again.noisy, noisy_labels(block(), 0.5, seed=1).noisy) and again.noisy_valid.any()
+    other = noisy_labels(again, 0.5, seed=7)
+    assert torch.equal(other.noisy, row_targets(other.train) != TARGETS[:N]) and (other.noisy != again.noisy).any()
+
+
 def test_names_and_numbers():
     for dls in (block(), tabular(), plain(Classed)):
         assert list(class_names(dls.train)) == NAMES

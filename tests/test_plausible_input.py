@@ -208,6 +208,20 @@ def test_a_learner_where_new_ones_are_made():
     scores = score_dataset(learner_copies(learn), learn.dls, epochs=1, n_runs=1, progress=False)  # noqa: F405
     assert len(scores) == 72
 
+@pytest.mark.parametrize('call', [
+    lambda f, dls: score_dataset(f, dls, n_runs=1), lambda f, dls: compare(f, dls, ('rho_epochs',), 2), # noqa: F405
+    lambda f, dls: just_train_twice(f, dls, 1, 1, 5)], ids=['score_dataset', 'compare', 'just_train_twice']) # noqa: F405
+def test_a_maker_of_learners_that_takes_no_loaders(call):
+    with pytest.raises(TypeError, match="such as `def make_learner\\(dls\\)"): call(lambda: learner(), loaders())
+
+def test_a_record_that_is_not_there():
+    learn = learner()
+    with pytest.raises(AttributeError, match='learn.rho_epochs'): learn.selection.report()
+    assert not hasattr(learn, 'selection') and getattr(learn, 'selection', None) is None
+    with pytest.raises(AttributeError, match="no attribute 'selektion'"): learn.selektion.report()
+    learn.model.selection = 3 # what the model has is found, as any attribute of it
+    assert learn.selection == 3 and learn.prune_epochs('random').selection is not learn.model.selection
+
 def test_a_strategy_in_the_place_of_scores():
     with pytest.raises(ValueError, match="prune\\(dls, scores, strategy='random'\\)"): prune(loaders(), 'random')  # noqa: F405
     assert len(prune(loaders(), torch.rand(72), strategy='random').train_ds) == 36  # noqa: F405
@@ -234,3 +248,21 @@ def test_features_that_are_no_features(features):
 
 def test_a_history_before_its_fit():
     with pytest.raises(ValueError, match='fit with this callback first'): LossHistory().suspects()
+
+def test_what_stands_where_a_loader_is_expected():
+    learn = learner()
+    for o in ('columns', numbers): # the features, in the loader's place
+        with pytest.raises(TypeError, match='dl must be the training DataLoader, .* features='): label_noise(learn, o)  # noqa: F405
+    assert len(label_noise(learn, features='columns', verbose=False, progress=False).suspects(72)) == 72  # noqa: F405
+    for ask in (lambda dl: el2n(learn, dl), lambda dl: relabel(dl, [0]*72)):  # noqa: F405
+        with pytest.raises(TypeError, match='pass the training set.s, dls.train'): ask(learn.dls)
+        ask(learn.dls.train)
+
+def test_yes_and_no_are_two_classes():
+    "Where no loss says what booleans are, as of DataLoaders alone"
+    found = []
+    for dtype in (torch.bool, torch.int64):
+        dls = loaders(train=Toy(120, targets=lambda x, classes, dtype=dtype: (classes == 1).to(dtype)))
+        found.append(label_noise(dls, verbose=False, progress=False))  # noqa: F405
+    assert torch.equal(found[0].predictions.logits, found[1].predictions.logits) and found[0].share == found[1].share
+    assert found[0].suspects(9).equals(found[1].suspects(9))

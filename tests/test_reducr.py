@@ -1,5 +1,6 @@
 "REDUCR against NumPy"
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -126,6 +127,14 @@ def test_references_by_the_probe():
     ledger = learn.selection.ledger
     assert ledger.seconds_il[0] > 0 == ledger.seconds_il[1] and ledger.selected.max() < 0.5
 
+@pytest.mark.parametrize('own', [False, True])
+def test_suspects_by_the_reference_for_each_rows_class(own):
+    learn, table = learner_and_table()
+    learn.reducr(table if own else 'probe', frac=0.25)
+    fit(learn, 1)
+    suspects, table = learn.selection.suspects(5), learn.selector.il_source.values_by_class
+    assert np.allclose(suspects.il, table[suspects.row.to_numpy(), suspects.label.to_numpy()])
+
 @pytest.mark.cuda
 def test_references_on_cuda():
     learn, table = learner_and_table()
@@ -155,8 +164,9 @@ def test_export_without_references(tmp_path):
         loaded = load_learner(tmp_path/'export.pkl')
         loaded.dls = learn.dls
         assert len(loaded.validate()) == 1
-        with pytest.raises(ValueError, match='give them again to learn.reducr'), loaded.no_bar(), loaded.no_logging():
-            loaded.fit(1)
+        for quiet in (nullcontext, loaded.no_logging): # with logging, what it will do is printed before
+            with pytest.raises(ValueError, match='give them again to learn.reducr'), loaded.no_bar(), quiet():
+                loaded.fit(1)
 
 def test_the_worst_class_gains():
     "A rare class, which plain selection passes over, is trained on more, and its accuracy shows beside the mean"

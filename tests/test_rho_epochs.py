@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.torch_core import set_seed
 from helpers import examples, fit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +20,7 @@ from rholoss_fastai.all import (
     EpochInfo,
     IrreducibleLosses,
     Reducible,
+    RhoEpochs,
     is_log_loss,
     label_probability,
     probe_predictions,
@@ -113,6 +117,7 @@ def test_wrong_labels_are_left_out_and_all_is_billed():
 
 def test_clean_labels_are_trained_on_plainly():
     def weights(prepare):
+        set_seed(0) # of the loaders' order, too
         learn = fit(prepare(clean_learner()), 3)
         return learn,torch.cat([o.flatten() for o in learn.model.state_dict().values()])
     plain = weights(lambda o: o)[1]
@@ -129,6 +134,35 @@ def said(learn, n_epoch):
         learn.logger = lambda o: lines.append(o) if isinstance(o, str) else None
         learn.fit(n_epoch)
     return lines[0]
+
+
+def test_shares_beside_their_limits():
+    "What is refused for a limit doesn't read as if it were equal to it"
+    rule = RhoEpochs()
+    rule.plain,rule.share = True,0.2001
+    assert 'would cost 21% of this fit, more than il_budget=20%' in rule.says(None)
+    rule.wrong = 0.0499
+    assert 'about 4% of the labels look wrong, fewer than 5%' in rule.says(None)
+
+
+def test_where_the_targets_leave_nothing_to_tell():
+    "Other features would be refused again, so they aren't named; what is named works"
+    def pixels(n): rows = Rows(n); rows.targets = (rows.images[:, 0] > 0).long(); return DataLoader(rows, bs=BS)
+    def learn(): return epoch_learner(DataLoaders(pixels(N), pixels(30)), lambda: nn.Conv2d(1, 2, 3, padding=1),
+                                      loss_func=CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match="il='crossfit', drop=... and gate=False") as e:
+        fit(learn().rho_epochs(il_budget=99.), 1)
+    assert 'features' not in str(e.value)
+    fit(learn().rho_epochs(il='crossfit', drop=0.2, gate=False, il_budget=99.), 1)
+
+
+def test_how_cross_fitted_losses_are_kept(capsys, tmp_path):
+    "What is printed can be typed, and what it saves is taken"
+    learn = noisy_learner().rho_epochs('crossfit', drop=0.2, gate=False)
+    with learn.no_bar(): learn.fit(1)
+    call = capsys.readouterr().out.split('Keep them with ')[1].split('(path)')[0]
+    path = eval(call, dict(learn=learn))(tmp_path/'il')
+    fit(noisy_learner().rho_epochs(path, drop=0.2, gate=False), 1)
 
 
 def test_the_first_line():
@@ -232,6 +266,8 @@ def test_irreducible_losses_that_are_too_dear_for_the_fit():
     learn = noisy_learner().rho_epochs(features=features, il_budget=1e-4, gate=False)
     line = said(learn, 1)
     assert 'of this fit, more than il_budget=0%: trains plainly' in line and 'il=' in line
+    allowed = float(line.split('allow for it (il_budget=')[1].split(')')[0])
+    assert 'leaves out' in said(noisy_learner().rho_epochs(features=features, il_budget=allowed, gate=False), 1)
     assert learn.selection.total('scored') == 0 and learn.selection.seconds_il < 1
     assert learn.epoch_pruner.rule.table is None
     # at hand
@@ -246,7 +282,7 @@ def test_irreducible_losses_that_are_too_dear_for_the_fit():
 
 def test_too_dear_is_plain_training_bit_for_bit():
     def weights(method):
-        torch.manual_seed(0)
+        set_seed(0)
         learn = method(noisy_learner())
         fit(learn, 2)
         return torch.cat([p.detach().flatten() for p in learn.model.parameters()])

@@ -832,6 +832,13 @@ def test_where_hardly_any_label_looks_wrong_it_trains_plainly(capsys):
     assert learn.selection.ledger.selected.tolist() == [1.]
 
 
+def test_an_epoch_without_batches_is_named_by_default_too():
+    learn = learner(dls=DataLoaders(DataLoader(Toy(20), bs=24, drop_last=True), DataLoader(Toy(24), bs=24)))
+    with pytest.raises(ValueError, match='no batches: .* drop_last=False'): fit(learn.rho_loss(), 1)
+    learn.dls = DataLoaders(DataLoader(Toy(20), bs=24, drop_last=False), DataLoader(Toy(24), bs=24))
+    fit(learn, 1)
+
+
 def test_where_they_cost_more_than_they_may_it_trains_plainly(capsys):
     "As in the frozen epoch of a fine_tune, bit for bit, and says so; in a longer fit it selects"
     plain,dear = digits_learner(0.3),digits_learner(0.3).rho_loss()
