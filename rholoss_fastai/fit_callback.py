@@ -191,17 +191,6 @@ class _LastRecord:
 
 Learner.selection = _LastRecord()
 
-def _getattr(self, name):
-    "As fastai's, which asks the model last; but where there is no record, it says so instead of what the model lacks"
-    try: return super(Learner, self).__getattr__(name)
-    except AttributeError:
-        if name != 'selection': raise
-        raise AttributeError("Nothing selects on this Learner, so there is no learn.selection: add a method, such as "
-                             "learn.rho_epochs(), and fit. (Of learn.one_pass() see learn.one_pass_tuner.history.)",
-                             name=name, obj=None) from None # else Python asks whether `no_selection` was meant
-
-Learner.__getattr__ = _getattr
-
 def set_record_aside(
     learn:Learner, # A Learner that selects no more
     record # Of the method that was removed

@@ -277,12 +277,11 @@ class CrossFitIL(MadeIL):
 
     def make(self, learn, progress):
         if learn.logger is not noop:
-            inputs = getattr(vars(learn).get('epoch_pruner'), 'inputs', ('il',)) # a score doesn't keep them
-            kept = ('learn.selector.il' if 'selector' in vars(learn) else
-                    None if 'il' in inputs else 'learn.epoch_pruner.rule.table')
+            held = dict(selector='selector.il', epoch_pruner='epoch_pruner.rule.il.table')
+            kept = next((path for name,path in held.items() if name in vars(learn)), None)
             print(f"Irreducible losses: cross-fitting {self.settings['n_folds']} folds of {self.settings['n_epoch']} "
                   f"epochs, on {'copies of this Learner' if self.arch is None else 'the model given'}."
-                  + (f" Keep them with {kept}.save(path), use them again with il=path." if kept else ''))
+                  + (f" Keep them with learn.{kept}.save(path), use them again with il=path." if kept else ''))
         make,loss_func = self.make_learner,loss_in_force(learn)
         def make_learner(dls):
             res = make(dls)

@@ -214,14 +214,6 @@ def test_a_learner_where_new_ones_are_made():
 def test_a_maker_of_learners_that_takes_no_loaders(call):
     with pytest.raises(TypeError, match="such as `def make_learner\\(dls\\)"): call(lambda: learner(), loaders())
 
-def test_a_record_that_is_not_there():
-    learn = learner()
-    with pytest.raises(AttributeError, match='learn.rho_epochs'): learn.selection.report()
-    assert not hasattr(learn, 'selection') and getattr(learn, 'selection', None) is None
-    with pytest.raises(AttributeError, match="no attribute 'selektion'"): learn.selektion.report()
-    learn.model.selection = 3 # what the model has is found, as any attribute of it
-    assert learn.selection == 3 and learn.prune_epochs('random').selection is not learn.model.selection
-
 def test_a_strategy_in_the_place_of_scores():
     with pytest.raises(ValueError, match="prune\\(dls, scores, strategy='random'\\)"): prune(loaders(), 'random')  # noqa: F405
     assert len(prune(loaders(), torch.rand(72), strategy='random').train_ds) == 36  # noqa: F405
