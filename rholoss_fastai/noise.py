@@ -117,7 +117,8 @@ def redraw_labels(
     redrawn = torch.rand(len(targets), generator=generator) < share
     if confusion is None: others = torch.randint(0, n_classes, targets.shape, generator=generator)
     else:
-        others = torch.multinomial(_confusion_matrix(confusion, n_classes)[targets.long().cpu()], 1, generator=generator)[:,0]
+        chances = _confusion_matrix(confusion, n_classes)[targets.long().cpu()]
+        others = torch.multinomial(chances, 1, generator=generator)[:,0]
     labels = torch.where(redrawn.to(targets.device), others.to(targets), targets)
     return labels,labels != targets
 
