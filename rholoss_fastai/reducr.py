@@ -192,7 +192,7 @@ class ClassHoldout(FitCallback):
         learn,item_losses,device = self.learn,self.item_losses(),self._fit.device
         model,losses,targs,n = unwrapped(learn.model),[],[],0
         with preserve_rng(), scoring_mode(model, device):
-            for batch in learn.dls.valid:
+            for batch in learn.dls.valid if len(learn.dls.loaders) > 1 else ():
                 xb,yb = split_batch(batch, getattr(learn.dls, 'n_inp', None), device)
                 losses.append(item_losses(model(*xb), *yb)); targs.append(class_targets(yb[0]))
                 n += len(targs[-1])

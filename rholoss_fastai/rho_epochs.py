@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .checks import check_choice, check_number, known_arguments, percent
+from .checks import check_choice, check_count, check_number, known_arguments, percent
 from .epoch_pruner import EpochPruner, add_pruner
 from .epoch_rules import EPOCH_RULES, EpochRule
 from .features import FEATURES
@@ -155,9 +155,10 @@ class RhoEpochs(Reducible):
     ):
         super().__init__(None if il_name(il) == 'auto' else il, 0. if drop is None else drop, keep, explore)
         self.asked,self.by_memory = dict(drop=drop, by_memory=by_memory, refresh=refresh),by_memory is not False
-        self.gate,self.threshold = gate,check_number('threshold', threshold, schedule=False)
+        self.gate = check_choice('gate', gate, (True, False))
+        self.threshold = check_number('threshold', threshold, schedule=False)
         if isinstance(features, str): check_choice('features', features, ('auto', *FEATURES))
-        self.features,self.look = features,look
+        self.features,self.look = features,check_count('look', look, 1)
         self.il_budget = check_number('il_budget', il_budget, high=float('inf'), open_low=True, schedule=False)
         self.plain,self.wrong,self.table,self.share,self._source,self._refreshed = False,None,None,None,None,False
         self._loss = None

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .beside import LabelGate, TrainBeside
-from .checks import known_arguments
+from .checks import check_choice, known_arguments
 from .il_source import CrossFitIL, ModelIL, il_name, il_source
 from .picks import Pick, TopFraction, find_pick
 from .scores import reducible_loss, worth_learning
@@ -74,6 +74,7 @@ class RhoLossCallback(BatchSelector):
         source = _il_source(il, kwargs.get('il_budget', 0.2), update_il, il_epochs=il_epochs, il_lr=il_lr,
                             il_folds=il_folds, il_seed=il_seed, il_arch=il_arch)
         parts = selector_parts(il=source, enlarge=enlarge, epoch=epoch, **kwargs)
+        check_choice('gate', gate, (True, False))
         if score is None and source.by_probe and gate: parts['beside'].append(LabelGate())
         if score is None: score = worth_learning if source.by_probe else reducible_loss
         if update_il: parts['beside'].append(TrainBeside(source.beside, 0.01))

@@ -13,7 +13,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from helpers import examples, fit, learner
+from helpers import examples, fit, learner, loaders
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -191,6 +191,8 @@ def test_the_worst_class_gains():
     assert 'worst_class' in learn.recorder.metric_names and ends['reducr'][0] > ends['uniform'][0]
 
 def test_refused():
+    with pytest.raises(ValueError, match='give the DataLoaders a validation set'):
+        fit(learner(DataLoaders(loaders().train)).reducr(frac=0.25), 1)
     learn, table = learner_and_table()
     with pytest.raises(ValueError, match='for 100 rows, but the training set has 120'): learn.reducr(table[:100])
     with pytest.raises(ValueError, match=r'expected finite numbers \(n, C\)'): learn.reducr(table[:, 0])

@@ -8,7 +8,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import set_seed
-from helpers import examples, fit
+from helpers import examples, fit, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered_rows import Rows, rows_of
@@ -173,6 +173,10 @@ def test_the_first_line():
         assert part in line
     assert line.startswith('rho_epochs: about')
 
+
+@pytest.mark.parametrize('bad', [dict(gate='no'), dict(look=0), dict(look='all')], ids=str)
+def test_settings_that_say_nothing_are_refused(bad):
+    with pytest.raises((TypeError, ValueError), match=next(iter(bad))): learner().rho_epochs(**bad)
 
 def test_settings_follow_the_length_of_the_fit():
     learn = noisy_learner().rho_epochs(features=features)
