@@ -33,7 +33,7 @@ def percent(
     up:bool=False # Of what lies above a limit; else below one
 )->str:
     "`share` in whole per cent, rounded so that it isn't taken for the limit that it lies above or below"
-    return f'{math.ceil(100*share) if up else math.floor(100*share)}%'
+    return f'{(math.ceil if up else math.floor)(round(100*share, 6))}%'
 
 # %% ../nbs/00_checks.ipynb #c4a50549
 def check_number(

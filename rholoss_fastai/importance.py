@@ -354,7 +354,8 @@ def score_dataset(
         values,info = result
         k,info = table.info['n_runs'] if table else 0,{**settings, **info}
         if table:
-            if differ := _differences(table.info, info['settings']):
+            alike = {k: info['settings'][k] for k in ('model', 'loss', 'opt', 'bs')}
+            if differ := _differences(table.info, alike):
                 raise ValueError(f"make_learner must make Learners that train alike; run {k} is not as the runs before "
                                  f"it: {differ}.")
             values = (k*table.values[rows.sort().values] + values)/(k+1)
@@ -377,6 +378,9 @@ def _differences(there, here):
 
 def _check_alike(table, settings, n_runs, path):
     "Raise unless the runs in a file are of these settings, and no more than asked for"
+    if 'settings' not in table.info:
+        raise ValueError(f"{path} doesn't say how its models were trained: an earlier version wrote it. Delete it, or "
+                         "choose another path.")
     differ = _differences(table.info, settings)
     if table.info['n_runs'] > n_runs: differ = differ or f"n_runs={table.info['n_runs']} there, {n_runs} here"
     if differ:

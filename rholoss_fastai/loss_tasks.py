@@ -6,7 +6,7 @@ Docs: https://rholoss-fastai.github.io/rholoss_fastai/loss_tasks.html.md"""
 
 # %% auto #0
 __all__ = ['inner_loss', 'known_loss', 'mentioned_losses', 'loss_task', 'takes_probabilities', 'from_library', 'call_parameters',
-           'loss_name', 'in_words', 'text_digest', 'brief', 'same_loss']
+           'loss_name', 'in_words', 'first_words', 'text_digest', 'brief', 'same_loss']
 
 # %% ../nbs/00_loss_tasks.ipynb #a60287d7
 import hashlib
@@ -20,6 +20,7 @@ from inspect import signature
 from pathlib import PurePath
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -139,9 +140,9 @@ def loss_name(
     return getattr(loss_func, '__name__', None) or ' '.join(repr(loss_func).split())[:100]
 
 # %% ../nbs/00_loss_tasks.ipynb #f98e9d84
-_FILL = r'add|append|clear|extend|insert|pop|setdefault|update|.*[^_]_' # methods of lists and others; of tensors
-_FILLED = (list, dict, set, L, Tensor, np.ndarray)
-_LEARNT = ('training', '_is_full_backward_hook', 'running_mean', 'running_var', 'num_batches_tracked')
+# what is learnt, what fastai notes in transforms, and where something is written
+_NO_SETTINGS = ('training', '_is_full_backward_hook', 'running_mean', 'running_var', 'num_batches_tracked', 'split_idx',
+                'fname')
 _PLAIN = (int, float, complex, str, bytes, PurePath, Enum, torch.dtype, type(None))
 _PYTHON = f'Python{sys.version_info.major}.{sys.version_info.minor}' # each has instructions of its own
 _NAMED = (type, ModuleType, BuiltinFunctionType, Learner, DataLoaders, DataLoader, data.DataLoader, Optimizer)
@@ -150,71 +151,72 @@ def _steps(code):
     "The instructions of code, and of code inside of it"
     return [*get_instructions(code), *(o for c in code.co_consts if isinstance(c, CodeType) for o in _steps(c))]
 
-def _changes(*funcs):
-    "Names that functions set, and names that they load where they fill something: a list, say, or a tensor"
-    changed,filled = set(),set()
-    for me,steps in ((f.__code__.co_varnames[:1], _steps(f.__code__)) for f in funcs):
-        def names(*ops): return {o.argval for o in steps if o.opname.startswith(ops)}
-        changed |= names('STORE_GLOBAL', 'STORE_DEREF')
-        for before,o in zip(steps, steps[1:]): # `self.n = 1`, `self.n += 1`, but not `new.n = 1`
-            loaded = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
-            if o.opname == 'STORE_ATTR' and (loaded == me or before.opname.startswith(('SWAP', 'ROT'))):
-                changed.add(o.argval)
-        fills = any(o.opname.startswith(('STORE_SUBSCR', 'STORE_SLICE')) for o in steps)
-        if fills or any(re.fullmatch(_FILL, str(o)) for o in names('LOAD_ATTR', 'LOAD_METHOD')):
-            filled |= names('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_GLOBAL', 'LOAD_DEREF')
-    return changed,filled
-
 @lru_cache(256)
 def _noted(cls):
-    "What the methods of a class change when an object has been made, but for what it was made with"
-    classes = [o for o in cls.__mro__ if o not in (nn.Module, object)]
-    changed,filled = _changes(*(f for c in classes for name,f in vars(c).items()
-                                if isinstance(f, FunctionType) and name != '__init__'))
-    made_with = {name for c in classes for name in call_parameters(c.__init__)}
-    return changed - made_with,filled - made_with
-
-def _kept(held, changed, filled):
-    return {k: v for k,v in held.items() if k not in changed and not (k in filled and isinstance(v, _FILLED))}
+    "Names that methods set when an object has been made, but for what it was made with"
+    res,classes = set(),[o for o in cls.__mro__ if o is not object and not o.__module__.startswith('torch.nn.')]
+    for f in (f for c in classes for name,f in vars(c).items() if isinstance(f, FunctionType) and name != '__init__'):
+        me,steps = f.__code__.co_varnames[:1],_steps(f.__code__)
+        for before,o in zip(steps, steps[1:]): # `self.n = 1`, `self.n += 1`, but not `new.n = 1`
+            loaded = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
+            if o.opname == 'STORE_ATTR' and (loaded == me or before.opname.startswith(('SWAP', 'ROT'))): res.add(o.argval)
+    return res - {name for c in classes for name in call_parameters(c.__init__)}
 
 def _found(func):
-    "What a function's code finds beside its arguments, and leaves alone: what it closes over, plain globals and such"
-    names = {o.argval for o in _steps(func.__code__) if o.opname == 'LOAD_GLOBAL'}
-    there = {k: func.__globals__[k] for k in sorted(names & set(func.__globals__))}
-    there = {k: v for k,v in there.items() if isinstance(v, (*_PLAIN, tuple, partial, Tensor))
+    "What a function's code finds beside its arguments and doesn't set: what it closes over, globals but for modules"
+    steps = _steps(func.__code__)
+    def names(*ops): return {o.argval for o in steps if o.opname in ops}
+    there = {k: func.__globals__[k] for k in sorted(names('LOAD_GLOBAL') & set(func.__globals__))}
+    kinds = *_PLAIN,tuple,list,dict,partial,Tensor,nn.Module,BaseLoss
+    there = {k: v for k,v in there.items() if isinstance(v, kinds)
              or isinstance(v, FunctionType) and v.__module__ == func.__module__ and v is not func}
     held = {k: o.cell_contents for k,o in zip(func.__code__.co_freevars, func.__closure__ or ()) if o != CellType()}
-    return _kept({**there, **held}, *_changes(func))
+    return {k: v for k,v in {**there, **held}.items() if k not in names('STORE_GLOBAL', 'STORE_DEREF')}
 
-def _told(o, depth):
-    if isinstance(o, Tensor): return 'learnt' if o.requires_grad else f'{tuple(o.shape)} {o.flatten()[:5000].tolist()}'
+def _array(o): return f'{o.shape} {o.tolist() if o.size <= 1000 else text_digest(o.tobytes())}'
+
+def _told(o, depth, within=()):
+    if isinstance(o, Tensor): return 'learnt' if o.requires_grad else _array(o.detach().cpu().numpy())
+    if isinstance(o, np.ndarray): return _array(o)
     if isinstance(o, _PLAIN): return repr(o)
-    if isinstance(o, partial): return f'partial{_told([o.func, o.args, sorted(o.keywords.items())], depth)}'
-    if isinstance(o, (list, tuple, L)): return f"[{', '.join(_told(v, depth) for v in o[:1000])}]"
-    if isinstance(o, (set, frozenset)): return f"{{{', '.join(sorted(_told(v, depth) for v in o))}}}"
-    if isinstance(o, dict):
-        held = {k: v for k,v in o.items() if not str(k).startswith('__') and k not in _LEARNT}
-        return f"{{{', '.join(f'{_told(k, depth)}: {_told(v, depth)}' for k,v in held.items())}}}"
-    if hasattr(type(o), '__array__'): return f'{np.shape(o)} {np.ravel(o[:5000] if np.ndim(o) else o)[:5000].tolist()}'
     name = getattr(o, '__qualname__', None) or type(o).__qualname__
-    if not depth or isinstance(o, _NAMED): return name
+    if not depth or id(o) in within or isinstance(o, _NAMED): return name
+    def told(v, less=0): return _told(v, depth-less, (*within, id(o)))
+    if isinstance(o, partial): return f'partial{told([o.func, o.args, sorted(o.keywords.items())])}'
+    if isinstance(o, (list, tuple, L)): return f"[{', '.join(map(told, o))}]"
+    if isinstance(o, (set, frozenset)): return f"{{{', '.join(sorted(map(told, o)))}}}"
+    if isinstance(o, dict):
+        held = {k: v for k,v in o.items() if not str(k).startswith('__') and k not in _NO_SETTINGS}
+        return f"{{{', '.join(f'{told(k)}: {told(v)}' for k,v in held.items())}}}"
     if isinstance(o, FunctionType):
         code = text_digest([(s.opname, _told(s.argval, 0)) for s in _steps(o.__code__)])
         held = [v for v in (o.__defaults__, o.__kwdefaults__, _found(o)) if v]
-        return f'{name} {_PYTHON} {code}' + (f' {_told(held, depth-1)}' if held else '')
-    if isinstance(o, MethodType): return f'{name} of {_told(o.__self__, depth-1)}'
-    held = getattr(o, '__dict__', {})
-    copied = getattr(held.get('__wrapped__'), '__dict__', ()) # as `update_wrapper` does
-    held = {k: v for k,v in sorted(_kept(held, *_noted(type(o))).items()) if not k.startswith('__')
-            and k not in _LEARNT and k not in copied
+        return f'{name} {_PYTHON} {code}' + (f' {told(held)}' if held else '')
+    if isinstance(o, MethodType): return f'{told(o.__func__)} of {told(o.__self__)}'
+    if not hasattr(o, '__dict__'): return name if type(o).__repr__ is object.__repr__ else repr(o)
+    copied = getattr(vars(o).get('__wrapped__'), '__dict__', ()) # as `update_wrapper` does
+    held = {k: v for k,v in sorted(vars(o).items()) if not k.startswith('__')
+            and k not in _NO_SETTINGS and k not in copied and k not in _noted(type(o))
             and not isinstance(v, Learner) and not (isinstance(v, (dict, list, set, L)) and not len(v))}
-    return f"{name}({', '.join(f'{k}={_told(v, depth-1)}' for k,v in held.items())})"
+    less = 0 if isinstance(o, (nn.Module, BaseLoss)) else 1 # of others not all that they lead to
+    return f"{name}({', '.join(f'{k}={told(v, less)}' for k,v in held.items())})"
 
 def in_words(
     o # A function, a loss, a callback, or several: anything
 )->str: # The same in every process
-    "What tells it from others: what it is called and what it holds, but for what it has learnt or noted"
+    "What tells it from others: its name and its settings, without what it has learnt"
     return _told(o, 4)
+
+_at_first = WeakKeyDictionary()
+
+def first_words(
+    o # An object that a Learner is made with, and that may note something as it is used: a callback, a loss
+)->str: # As of `in_words`
+    "What told it from others when it was first looked at"
+    try:
+        if o not in _at_first: _at_first[o] = in_words(o)
+        return _at_first[o]
+    except TypeError: return in_words(o) # what can't be a key, a list for example
 
 def text_digest(
     o # Bytes, or what is told from others by its text
@@ -233,5 +235,5 @@ def same_loss(
     loss_func:Callable, # A loss function
     other:Callable # Another, or the same, which may have noted something since
 )->bool:
-    "Are they one, or alike in all that they hold?"
+    "Are they one, or alike in all that they hold? (Of one whose settings are changed in place it can't be told)"
     return loss_func is other or in_words(loss_func) == in_words(other)

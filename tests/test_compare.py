@@ -29,7 +29,10 @@ from fastai.metrics import F1Score, Perplexity, RocAucBinary, accuracy, error_ra
 from fastai.optimizer import SGD, Adam
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.torch_core import set_seed
+from fastai.vision.augment import aug_transforms
+from fastai.vision.data import ImageDataLoaders
 from helpers import learner, processes, start_process
+from PIL import Image
 from scipy import stats
 from small_tasks import TASKS, square
 from torch import nn
@@ -46,7 +49,7 @@ from rholoss_fastai.all import (
     run_tasks,
 )
 from rholoss_fastai.comparison import comparison_settings
-from rholoss_fastai.loss_tasks import in_words
+from rholoss_fastai.loss_tasks import in_words, same_loss
 from rholoss_fastai.side_models import learner_settings
 
 N, BS = 192, 16
@@ -363,19 +366,45 @@ def test_words_are_the_same_in_every_process():
         assert said == f'{various()}\n'
 
 
-def test_what_a_function_notes_tells_it_from_nothing():
-    def noting(factor):
-        n, seen, by = 0, [], {}
-        def func(x):
-            nonlocal n
-            n += 1
-            seen.append(x)
-            by[n % 2] = factor
-            return factor*x
-        return func
-    one, before = noting(1), in_words(noting(1))
-    for x in range(3): one(x)
-    assert in_words(one) == before != in_words(noting(2))
+def weighted(weights, kind):
+    "Losses by class weights, which fill something on the way"
+    w = torch.tensor(weights)
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = w
+        def forward(self, pred, targ): return (torch.zeros_like(pred).scatter_(1, targ[:,None], 1)*self.w*pred).sum()
+    def one_hot(pred, targ): return (torch.zeros_like(pred).scatter_(1, targ[:,None], 1)*w*pred).sum()
+    def in_parts(pred, targ):
+        parts = []
+        for o in pred: parts.append(o*w)
+        return sum(parts).sum()
+    def masked(pred, targ):
+        pred[targ < 0] = 0
+        return (pred*weights[0]).sum()
+    flat = CrossEntropyLossFlat(weight=w)
+    def outer(pred, targ): return partial(one_hot)(pred, targ) + flat(pred, targ)
+    return dict(one_hot=one_hot, in_parts=in_parts, masked=masked, module=Weighted(), outer=outer,
+                several=nn.ModuleList([nn.CrossEntropyLoss(weight=w)]), partials=partial(partial(partial(one_hot))),
+                long=nn.CrossEntropyLoss(weight=torch.cat([torch.ones(6000), w])))[kind]
+
+@pytest.mark.parametrize('kind', ['one_hot', 'in_parts', 'masked', 'module', 'outer', 'several', 'partials', 'long'])
+def test_losses_are_told_apart_by_their_weights(kind):
+    assert same_loss(weighted([1., 2.], kind), weighted([1., 2.], kind))
+    assert not same_loss(weighted([1., 2.], kind), weighted([2., 1.], kind))
+
+def test_what_is_noted_in_use_says_nothing(tmp_path):
+    files = [Image.fromarray(np.full((8, 8, 3), 20*i, np.uint8)).save(tmp_path/f'{i}.png') or tmp_path/f'{i}.png'
+             for i in range(8)]
+    dls = ImageDataLoaders.from_lists(tmp_path, files, [i % 2 for i in range(8)], valid_pct=0.25, bs=2, num_workers=0,
+                                      batch_tfms=aug_transforms(size=6))
+    learn = Learner(dls, nn.Flatten(), loss_func=nn.CrossEntropyLoss())
+    before = learner_settings(learn)
+    dls.one_batch()
+    assert learner_settings(learn) == before
+    other = ImageDataLoaders.from_lists(tmp_path, files, [i % 2 for i in range(8)], valid_pct=0.25, bs=2, num_workers=0,
+                                        batch_tfms=aug_transforms(size=7))
+    assert learner_settings(Learner(other, nn.Flatten(), loss_func=nn.CrossEntropyLoss())) != before
 
 
 def test_functions_are_told_apart_by_what_they_do_and_find():

@@ -317,6 +317,7 @@ def test_the_host_waits_once_a_step_at_most(name, monkeypatch):
         torch.set_warn_always(False)
         torch.cuda.set_sync_debug_mode('default')
     assert max(waits.values(), default=0) <= 1, waits
+    if name in ('batch_loss_filter', 'selective_backprop'): assert waits # for the number of the selected
     assert weights_of(learn).isfinite().all() and next(learn.model.parameters()).is_cuda
 
 

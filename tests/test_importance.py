@@ -9,7 +9,10 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.progress import ShowGraphCallback  # noqa: F401 (patches `no_bar`)
+from fastai.callback.progress import (
+    CSVLogger,
+    ShowGraphCallback,  # noqa: F401 (patches `no_bar`)
+)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401 (patches `lr_find`)
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
@@ -613,3 +616,19 @@ def test_scores_on_cuda():
     tracker = ForgettingTracker()
     fit(learn, 3, cbs=tracker)
     assert tracker.forgotten.is_cuda and len(tracker.scores()) == 64 and score_rows(learn, dls.train).is_cuda
+
+
+def test_runs_that_write_elsewhere_train_alike(tmp_path):
+    names = iter(range(9))
+    def make(dls): return make_learner(dls, path=tmp_path, cbs=CSVLogger(f'{next(names)}.csv'))
+    assert score_dataset(make, dataloaders(), epochs=1, n_runs=2, **quiet).info['n_runs'] == 2
+
+def test_a_file_that_says_little_of_its_runs_is_refused(tmp_path):
+    path, dls = tmp_path/'scores.safetensors', dataloaders()
+    table = score_dataset(make_learner, dls, epochs=1, n_runs=1, **quiet)
+    table.info = {k: v for k, v in table.info.items() if k != 'settings'}
+    table.save(path)
+    with pytest.raises(ValueError, match="doesn't say how its models were trained"):
+        score_dataset(make_learner, dls, epochs=1, n_runs=1, path=path, **quiet)
+    path.unlink()
+    score_dataset(make_learner, dls, epochs=1, n_runs=1, path=path, **quiet)
