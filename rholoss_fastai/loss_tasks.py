@@ -159,7 +159,8 @@ def _noted(cls):
         me,steps = f.__code__.co_varnames[:1],_steps(f.__code__)
         for before,o in zip(steps, steps[1:]): # `self.n = 1`, `self.n += 1`, but not `new.n = 1`
             loaded = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
-            if o.opname == 'STORE_ATTR' and (loaded == me or before.opname.startswith(('SWAP', 'ROT'))): res.add(o.argval)
+            if o.opname == 'STORE_ATTR' and (loaded == me or before.opname.startswith(('SWAP', 'ROT'))):
+                res.add(o.argval)
     return res - {name for c in classes for name in call_parameters(c.__init__)}
 
 def _found(func):

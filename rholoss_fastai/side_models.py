@@ -305,8 +305,9 @@ def learner_settings(
     own = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (Recorder, ProgressCallback))]
     done = [getattr(learn.dls.train, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     return dict(bs=loader_batch_size(learn.dls.train), model=brief(repr(learn.model)),
-                loss=brief(first_words(learn.loss_func)), opt=brief(in_words(learn.opt_func)), learner_lr=str(learn.lr),
-                wd=str(learn.wd), moms=str(learn.moms), train_bn=learn.train_bn, splitter=brief(in_words(learn.splitter)),
+                loss=brief(first_words(learn.loss_func)), opt=brief(in_words(learn.opt_func)),
+                learner_lr=str(learn.lr), wd=str(learn.wd), moms=str(learn.moms), train_bn=learn.train_bn,
+                splitter=brief(in_words(learn.splitter)),
                 frozen=sum(not p.requires_grad for p in learn.model.parameters()),
                 callbacks=[brief(first_words(o)) for o in own],
                 transforms=brief(in_words([getattr(o, 'fs', o) for o in done])))
