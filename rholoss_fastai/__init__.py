@@ -1,3 +1,3 @@
-"Data selection for fastai: train on the items of each batch that are worth a backward pass"
+"Data selection for fastai: train on the items that are worth a backward pass"
 
 __version__ = "0.1.0"
