@@ -350,14 +350,15 @@ def fit_within(
         raise ValueError("unit='seconds' needs per_epoch, the seconds of a plain epoch.")
     check_number('n_epoch', n_epoch, high=math.inf, open_low=True, schedule=False)
     check_count('evaluations', evaluations, 1)
+    spent = n_epoch + (fit == 'fine_tune') # an epoch of it frozen
     fit,metric = fit_function(fit),find_metric(learn, metric)
     dl = learn.dls.valid if dl is None else dl
     if not len(dl):
         raise ValueError("There is nothing to evaluate on: the validation set is empty. Split one off, or pass a "
                          "loader.")
-    total = (n_epoch*({'cost': 1., 'steps': len(learn.dls.train if plain_dl is None else plain_dl)}.get(unit)
+    total = (spent*({'cost': 1., 'steps': len(learn.dls.train if plain_dl is None else plain_dl)}.get(unit)
                       if per_epoch is None else per_epoch))
-    meter = FitMeter(learn, n_epoch, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl,
+    meter = FitMeter(learn, spent, unit, per_epoch, prices, bill, total/evaluations if evaluations > 1 else None, dl,
                      metric, step, plain_dl)
     with _quietly(learn):
         with learn.added_cbs([_SpentShare(meter), meter]): fit(learn, n_epoch, lr)

@@ -118,8 +118,6 @@ def _irreducible(il, make_learner, dls, folder, prices, most, progress):
     return il
 
 # %% ../nbs/52_compare.ipynb #34a4713e
-def _spent_epochs(fit, n_epoch): return n_epoch + (fit == 'fine_tune') # an epoch of it frozen
-
 def train_run(
     run:dict # `label`, `method`, `seed`, and what `compare` was given
 )->dict: # What came of it, as JSON can hold it
@@ -130,11 +128,8 @@ def train_run(
         metric = find_metric(learn, run['metric'])
         learn = _set_up(run['label'], METHODS.get(run['method'], run['method']), learn, run['il'])
         set_seed(run['seed'])
-        fit = fit_function(run['fit'])
-        meter = fit_within(learn, _spent_epochs(run['fit'], run['n_epoch']),
-                           lambda learn, _: fit(learn, run['n_epoch'], run['lr']), None, run['unit'], run['per_epoch'],
-                           run['bill'], run['prices'], run['evaluations'], run['test_dl'], metric, run['step'],
-                           run['dls'].train)
+        meter = fit_within(learn, run['n_epoch'], run['fit'], run['lr'], run['unit'], run['per_epoch'], run['bill'],
+                           run['prices'], run['evaluations'], run['test_dl'], metric, run['step'], run['dls'].train)
     res = _outcome(run, learn, meter)
     if run['file']: write_json(run['file'], res)
     return res
@@ -342,7 +337,7 @@ def compare(
     metric_name = metric if isinstance(metric, str) else find_metric(learn, metric).name
     prices = _prices(prices, make_learner, dls, folder)
     if dry_run:
-        forecast = _forecast(make_learner, dls, methods, _spent_epochs(fit, n_epoch), budget, len(seeds), prices,
+        forecast = _forecast(make_learner, dls, methods, n_epoch + (fit == 'fine_tune'), budget, len(seeds), prices,
                              evaluations, test_dl)
         print(_foreseen(forecast, any(map(_needs_il, methods.values()))))
         return forecast
