@@ -169,6 +169,7 @@ def test_what_is_evaluated_is_what_validate_says(metric):
 def test_a_bill_shortens_the_longest_fit():
     assert fit_within(noisy_learner(), 3, bill=1.).steps == 2*N//BS
     assert fit_within(noisy_learner(), 3, 'fine_tune', bill=1.).steps == 3*N//BS # an epoch of it frozen
+    assert len(fit_within(noisy_learner(), 3, 'fine_tune', evaluations=5).history) == 5 # spread over it, too
     with pytest.raises(ValueError, match='used up before training begins'): fit_within(noisy_learner(), 2, bill=2.)
 
 
